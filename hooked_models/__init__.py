@@ -1,0 +1,32 @@
+"""Hook points on the per-head cache writes of recurrent language models, on TransformerLens's bridge.
+
+>>> from hooked_models import HookedRecurrent
+>>> model = HookedRecurrent.boot_transformers("tiny-gdn")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hooked_models.errors import HookedModelError
+    from hooked_models.gated_delta_net import HookedGatedDeltaNet
+    from hooked_models.hooked_recurrent import Cell, HookedRecurrent
+
+__all__ = ["Cell", "HookedGatedDeltaNet", "HookedModelError", "HookedRecurrent"]
+__version__ = "0.1.0"
+
+# Loaded on first use, so that the training recipe and the shipped files need no TransformerLens.
+_HOMES = {
+    "Cell": "hooked_recurrent",
+    "HookedGatedDeltaNet": "gated_delta_net",
+    "HookedModelError": "errors",
+    "HookedRecurrent": "hooked_recurrent",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

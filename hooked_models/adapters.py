@@ -1,0 +1,59 @@
+"""TransformerLens adapters that put the hooked mixers into its bridges.
+
+They go in through ``ArchitectureAdapterFactory.register_adapter``: the entry-point group of
+TransformerLens would refuse to replace the adapters that it already has for these architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge.supported_architectures import (
+    Qwen3_5ArchitectureAdapter,
+    Qwen3NextArchitectureAdapter,
+)
+
+from hooked_models.gated_delta_net import HookedGatedDeltaNet
+
+
+class HookedQwen3_5Adapter(Qwen3_5ArchitectureAdapter):
+    """Qwen3.5, text only: also for checkpoints published with a vision tower, which is left out."""
+
+    def _build_linear_attn_bridge(self, optional: bool = False) -> Any:
+        return HookedGatedDeltaNet(name="linear_attn", config=self.cfg, optional=optional)
+
+
+class HookedQwen3NextAdapter(Qwen3NextArchitectureAdapter):
+    """Qwen3-Next."""
+
+    def _build_linear_attn_bridge(self, optional: bool = False) -> Any:
+        return HookedGatedDeltaNet(name="linear_attn", config=self.cfg, optional=optional)
+
+
+ADAPTERS: dict[str, type] = {
+    "Qwen3_5ForCausalLM": HookedQwen3_5Adapter,
+    "Qwen3NextForCausalLM": HookedQwen3NextAdapter,
+}
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """While open, TransformerLens builds recurrent layers as hooked mixers.
+
+    Afterwards its own adapters are back, so that importing this package changes no other bridge.
+    """
+    known = ArchitectureAdapterFactory._adapters
+    before = {name: known.get(name) for name in ADAPTERS}
+    for name, adapter in ADAPTERS.items():
+        ArchitectureAdapterFactory.register_adapter(name, adapter)
+    try:
+        yield
+    finally:
+        for name, adapter in before.items():
+            if adapter is None:
+                known.pop(name, None)
+            else:
+                ArchitectureAdapterFactory.register_adapter(name, adapter)

@@ -1,0 +1,118 @@
+"""Gated DeltaNet (Qwen3.5, Qwen3-Next) with hook points on its cache writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_models.mixers import HookedMixer, with_history
+from hooked_models.recurrence import Recurrence
+
+
+class HookedGatedDeltaNet(HookedMixer):
+    __doc__ = f"""Stands for transformers' ``Qwen3_5GatedDeltaNet`` and ``Qwen3NextGatedDeltaNet``.
+
+    Per value head, with k and q of unit length (q then times d_k^-1/2), alpha = exp(g)::
+
+        S_t = alpha_t (I - beta_t k_t k_t^T) S_{{t-1}} + beta_t k_t v_t^T
+
+    so the native write has key k and value beta v, and the erase reads along k (`recurrence`: a =
+    -alpha beta k, b = k). An edit of ``hook_decay`` moves alpha, hence the erase too; an edit of the
+    write's factors leaves the erase alone. Weights and projections of the wrapped module are used
+    as they are; nothing else of it is called but its gated norm.
+
+    {HookedMixer.__doc__}"""
+
+    architecture = "gated_delta_net"
+    hook_aliases = {"hook_linear_attn_in": "hook_in", "hook_linear_attn_out": "hook_out"}
+
+    @property
+    def _layer(self) -> Any:
+        return self.original_component
+
+    @property
+    def n_heads(self) -> int:
+        return self._layer.num_v_heads
+
+    @property
+    def write_shape(self) -> tuple[int, int]:
+        return self._layer.head_k_dim, self._layer.head_v_dim
+
+    @property
+    def layer_index(self) -> int:
+        return self._layer.layer_idx
+
+    def inputs(
+        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any
+    ) -> tuple[Recurrence, Tensor]:
+        layer = self._layer
+        mixed, z, b, a = self._project(hidden)
+        mixed = torch.nn.functional.silu(self._convolve(mixed, cache))
+        q, k, v = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+        d_k, d_v = self.write_shape
+        repeats = layer.num_v_heads // layer.num_k_heads
+        # The recurrence is float32 at least, from here on.
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        q, k = (_unit(x.to(wide).unflatten(-1, (-1, d_k))) for x in (q, k))
+        if repeats > 1:
+            q, k = (x.repeat_interleave(repeats, dim=2) for x in (q, k))
+        v = v.to(wide).unflatten(-1, (-1, d_v))
+        beta = b.sigmoid().to(wide)[..., None]
+        g = -layer.A_log.to(wide).exp() * torch.nn.functional.softplus(a.to(wide) + layer.dt_bias)
+        g = self.fire_decay(g)
+        erase = -g.exp()[..., None] * beta * k
+        return Recurrence(q=q * d_k**-0.5, g=g, k=k, v=beta * v, a=erase, b=k), z
+
+    def finish(
+        self, outputs: Float[Tensor, "batch pos head d_v"], kept: Tensor
+    ) -> Float[Tensor, "batch pos d_model"]:
+        d_v = outputs.shape[-1]
+        normed = self._layer.norm(outputs.to(kept.dtype).reshape(-1, d_v), kept.reshape(-1, d_v))
+        return self._layer.out_proj(normed.view(*outputs.shape[:2], -1))
+
+    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Flat [Q | K | V] before the convolution, the output gate z, and the gates b and a per head."""
+        layer = self._layer
+        if hasattr(layer, "in_proj_qkv"):
+            return (
+                layer.in_proj_qkv(hidden),
+                layer.in_proj_z(hidden),
+                layer.in_proj_b(hidden),
+                layer.in_proj_a(hidden),
+            )
+        # Qwen3-Next interleaves by key head: [q | k | v of its value heads | z of its value heads].
+        d_k, d_v = self.write_shape
+        repeats = layer.num_v_heads // layer.num_k_heads
+        qkvz = layer.in_proj_qkvz(hidden).unflatten(-1, (layer.num_k_heads, -1))
+        parts = qkvz.split([d_k, d_k, repeats * d_v, repeats * d_v], dim=-1)
+        q, k, v, z = (x.flatten(-2) for x in parts)
+        gates = layer.in_proj_ba(hidden).unflatten(-1, (layer.num_k_heads, 2 * repeats))
+        b, a = (x.flatten(-2) for x in gates.split(repeats, dim=-1))
+        return torch.cat([q, k, v], dim=-1), z, b, a
+
+    def _convolve(self, mixed: Tensor, cache: Any) -> Tensor:
+        """Depthwise causal convolution over positions, before its SiLU."""
+        conv = self._layer.conv1d
+        weight, taps = conv.weight.squeeze(1), conv.weight.shape[-1]
+        native, branches = mixed, self._branches
+        if branches is not None:
+            native = mixed[:, : branches.n_native]
+        window = with_history(native, cache, self.layer_index, taps)
+        length = native.shape[1]
+        out = window[:, :length] * weight[:, 0]
+        for tap in range(1, taps):
+            out = torch.addcmul(out, window[:, tap : tap + length], weight[:, tap])
+        if branches is not None:
+            # A branch differs from its position's native token in the last tap only.
+            at = branches.positions
+            own = mixed[:, branches.n_native :] - native[:, at]
+            out = torch.cat([out, torch.addcmul(out[:, at], own, weight[:, -1])], dim=1)
+        return out if conv.bias is None else out + conv.bias
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + 1e-6), the layer's own normalisation (its epsilon is fixed)."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

@@ -1,0 +1,274 @@
+"""`HookedRecurrent`: a TransformerLens bridge whose recurrent layers show what they write."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hooked_models import adapters, zoo
+from hooked_models.errors import HookedModelError
+from hooked_models.mixers import Branches, HookedMixer, Swap
+
+_SITE = re.compile(r"^blocks\.(\d+)\.\w+\.hook_(write|state)\.(\d+)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One head of one recurrent layer: a matrix memory of shape ``[d_k, d_v]``."""
+
+    layer: int
+    head: int
+    d_k: int
+    d_v: int
+    architecture: str
+
+
+class Site(NamedTuple):
+    """What a hook name points at: a cell, and whether its write or its state."""
+
+    cell: Cell
+    kind: Literal["write", "state"]
+
+
+class HookedRecurrent(SAETransformerBridge):
+    """A recurrent language model with hook points on each head's cache writes.
+
+    Everything of `TransformerBridge` and SAELens's `SAETransformerBridge` works as known there; the hooks
+    of the recurrent layers are listed in `hooked_models.mixers.HookedMixer`. Hook names that match
+    nothing raise `HookedModelError`.
+
+    ``run_with_cache`` without a ``names_filter`` caches every head's writes and states, d_k * d_v numbers
+    a token each: name what you need on models of any size.
+    """
+
+    @classmethod
+    def boot_transformers(cls, model_name: str, **kwargs: Any) -> HookedRecurrent:
+        """Load a model: a Hugging Face id, a local folder, or one that ships (``"tiny-gdn"``).
+
+        Args:
+            model_name: hub id, folder in Hugging Face form, or a name in `hooked_models.zoo.SHIPPED`.
+            **kwargs: as for ``TransformerBridge.boot_transformers`` (device, dtype, revision, ...).
+
+        Raises:
+            HookedModelError: the folder holds no model, or the model has no recurrent layer that this
+                package knows.
+        """
+        source = str(zoo.model_path(model_name)) if model_name in zoo.SHIPPED else model_name
+        folder = Path(source)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise HookedModelError(
+                f"{model_name} is a folder without config.json: give a folder in Hugging Face form "
+                f"(config.json, model.safetensors, tokenizer.json), a hub id, or one of {zoo.SHIPPED}"
+            )
+        if not folder.exists() and ("/" not in source or source.startswith((".", "/", "~"))):
+            raise HookedModelError(
+                f"no model {model_name!r}: not a folder, not a hub id (owner/name), and not one that "
+                f"ships with the package: {', '.join(zoo.SHIPPED)}"
+            )
+        if kwargs.get("hf_model") is None:
+            kwargs["hf_model"] = _text_model(source, kwargs)
+        with adapters.registered():
+            model = super().boot_transformers(source, **kwargs)
+        assert isinstance(model, HookedRecurrent)
+        if not model.mixers:
+            known = ", ".join(adapters.ADAPTERS)
+            raise HookedModelError(
+                f"{model_name} has no recurrent layers ({model.cfg.architecture}): this package hooks "
+                f"{known}; for other models use TransformerLens itself"
+            )
+        model.cfg.model_name = model_name
+        return model
+
+    @property
+    def mixers(self) -> dict[int, HookedMixer]:
+        """The recurrent layers by layer number."""
+        return {
+            layer: module
+            for layer, block in enumerate(self.blocks)
+            for module in block.children()
+            if isinstance(module, HookedMixer)
+        }
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every (layer, head) with a matrix memory, in order."""
+        return [
+            Cell(layer, head, *mixer.write_shape, mixer.architecture)
+            for layer, mixer in self.mixers.items()
+            for head in range(mixer.n_heads)
+        ]
+
+    def cell(self, layer: int, head: int) -> Cell:
+        """The cell at (layer, head).
+
+        Raises:
+            HookedModelError: there is none; the message lists the valid ones.
+        """
+        for cell in self.cells:
+            if (cell.layer, cell.head) == (layer, head):
+                return cell
+        heads = {n: mixer.n_heads for n, mixer in self.mixers.items()}
+        valid = ", ".join(f"layer {n}: heads 0-{count - 1}" for n, count in heads.items())
+        raise HookedModelError(f"no cell at layer {layer}, head {head}; this model has {valid}")
+
+    def write_hook_name(self, layer: int, head: int) -> str:
+        """Name of the hook on one head's write, ``[batch, pos, d_k * d_v]`` row-major."""
+        return self._hook_name("write", layer, head)
+
+    def state_hook_name(self, layer: int, head: int) -> str:
+        """Name of the hook on one head's state after the token, shaped like its write."""
+        return self._hook_name("state", layer, head)
+
+    def site(self, hook_name: str) -> Site:
+        """What a hook name points at.
+
+        Raises:
+            HookedModelError: it is no write or state hook, or its cell does not exist.
+        """
+        match = _SITE.match(hook_name)
+        if match is None:
+            example = self._hook_name("write", self.cells[0].layer, 0)
+            raise HookedModelError(
+                f"{hook_name!r} is not the hook of a cell's write or state; one looks like {example!r}"
+            )
+        layer, kind, head = int(match[1]), match[2], int(match[3])
+        return Site(self.cell(layer, head), "write" if kind == "write" else "state")
+
+    @torch.no_grad()
+    def run_with_swapped_writes(
+        self,
+        tokens: Int[Tensor, " pos"],
+        layer: int,
+        head: int,
+        positions: Int[Tensor, " branch"],
+        keys: Float[Tensor, "branch rank d_k"],
+        values: Float[Tensor, "branch rank d_v"],
+    ) -> tuple[Float[Tensor, "pos d_vocab"], Float[Tensor, "branch d_vocab"]]:
+        """Native logits, and the logits at each position had the cell written something else just there.
+
+        Equal to one full edited forward pass a branch, read at the edited position, for the cost of one
+        pass over ``pos + branch`` tokens: what a branch sees before its position is native, so
+        all branches share the native states, convolution inputs and attention keys.
+
+        Args:
+            tokens: one passage.
+            layer, head: the cell.
+            positions: where each branch stands; positions may repeat.
+            keys, values: what each branch writes there, the sum over rank of key value^T.
+
+        Returns:
+            native logits ``[pos, d_vocab]`` and branch logits ``[branch, d_vocab]``.
+
+        Raises:
+            HookedModelError: no such cell, or hooks on recurrent layers are in the way.
+        """
+        self.cell(layer, head)
+        length = len(tokens)
+        device = tokens.device
+        positions = positions.to(device)
+        branches = Branches(length, positions)
+        at = torch.cat([torch.arange(length, device=device), positions])
+        # A native token sees what came before it, a branch the native tokens before it; both themselves.
+        sees = torch.arange(len(at), device=device)[:, None] == torch.arange(len(at), device=device)
+        sees[:, :length] |= torch.arange(length, device=device) < at[:, None]
+        dtype = next(self.original_model.parameters()).dtype
+        mask = torch.zeros(sees.shape, dtype=dtype, device=device)
+        mask = mask.masked_fill(~sees, torch.finfo(dtype).min)[None, None]
+        mixers = self.mixers
+        try:
+            for mixer in mixers.values():
+                mixer._branches = branches
+            mixers[layer]._swap = Swap(head, keys, values)
+            logits = self.forward(
+                torch.cat([tokens, tokens[positions]])[None],
+                attention_mask=mask,
+                position_ids=at[None],
+                use_cache=False,
+            )[0]
+        finally:
+            for mixer in mixers.values():
+                mixer._branches = mixer._swap = None
+        return logits[:length], logits[length:]
+
+    # TransformerLens passes over names that match nothing; here they are errors.
+
+    def run_with_cache(self, *args: Any, names_filter: Any = None, **kwargs: Any) -> Any:
+        self._check_hook_names([names_filter] if isinstance(names_filter, str) else names_filter)
+        return super().run_with_cache(*args, names_filter=names_filter, **kwargs)
+
+    def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any) -> Any:
+        self._check_hook_names(name for name, _ in [*fwd_hooks, *bwd_hooks])
+        return super().run_with_hooks(
+            *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs
+        )
+
+    def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any) -> Any:
+        self._check_hook_names(name for name, _ in [*fwd_hooks, *bwd_hooks])
+        return super().hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
+
+    def add_sae(self, sae: Any, use_error_term: bool | None = None) -> None:
+        self._check_hook_names([self._resolve_hook_name(sae.cfg.metadata.hook_name)])
+        super().add_sae(sae, use_error_term=use_error_term)
+
+    def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
+        super()._reset_sae(act_name, prev_wrapper)
+        # Bridge components shorten the name of a hook point that is set on them.
+        name = self._resolve_hook_name(act_name)
+        point = self._hook_registry.get(name)
+        if prev_wrapper is None and point is not None:
+            point.name = name
+
+    def _hook_name(self, kind: str, layer: int, head: int) -> str:
+        self.cell(layer, head)
+        slot = next(n for n, m in self.blocks[layer].named_children() if m is self.mixers[layer])
+        return f"blocks.{layer}.{slot}.hook_{kind}.{head}"
+
+    def _check_hook_names(self, names: Iterable[str | Callable[..., Any]] | Any) -> None:
+        if names is None or callable(names):
+            return
+        wanted: Sequence[str] = [name for name in names if isinstance(name, str)]
+        if not wanted or all(name in self._hook_registry for name in wanted):
+            return
+        known = self.hook_dict
+        for name in wanted:
+            if name not in known and name not in self._hook_registry:
+                close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                raise HookedModelError(f"no hook point is named {name!r}{hint}")
+
+
+def _text_model(source: str, kwargs: dict[str, Any]) -> Any:
+    """The text part of a checkpoint that was published with a vision tower, or None for any other.
+
+    TransformerLens would load the whole of it, through an adapter of its own.
+    """
+    options = {name: kwargs[name] for name in ("revision",) if kwargs.get(name) is not None}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise HookedModelError(f"could not read the configuration of {source}: {reason}") from error
+    except (ValueError, KeyError):
+        return None  # a model type that transformers lacks: TransformerLens says so itself
+    text_config = getattr(config, "text_config", None)
+    if getattr(text_config, "model_type", None) != "qwen3_5_text":
+        return None
+    text_config.architectures = ["Qwen3_5ForCausalLM"]
+    dtype = kwargs.get("dtype", torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, config=text_config, dtype=dtype, attn_implementation="eager", **options
+    )
+    device = kwargs.get("device")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device)

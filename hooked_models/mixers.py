@@ -1,0 +1,355 @@
+"""The mixer with hook points on its cache writes, common to all architectures.
+
+An architecture subclasses `HookedMixer` and says how to get a `Recurrence` from a hidden state and how to
+finish the layer; hooks, cached decoding and branches (one swapped write per position) are here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion import (
+    BaseTensorConversion,
+)
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from hooked_models.errors import HookedModelError
+from hooked_models.recurrence import (
+    LOG_ZERO,
+    Recurrence,
+    Trajectory,
+    respond,
+    respond_states,
+    scan,
+)
+
+
+class _HeadSplit(BaseTensorConversion):
+    """Leaves tensors alone; tells TransformerLens that the position axis of the hook is -3."""
+
+    splits_attention_heads = True
+
+    def handle_conversion(self, input_value: Any, *_: Any) -> Any:
+        return input_value
+
+    def revert(self, input_value: Any, *_: Any) -> Any:
+        return input_value
+
+
+def is_listened_to(point: nn.Module) -> bool:
+    """Whether anything (a hook, or an SAE in the hook point's place) wants the activation."""
+    if not isinstance(point, HookPoint):
+        return True
+    return bool(
+        point._forward_hooks
+        or point._forward_pre_hooks
+        or point._backward_hooks
+        or point._backward_pre_hooks
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """A forward pass whose sequence is the native tokens followed by branch tokens.
+
+    A branch token stands at ``positions[j]`` and sees the native tokens before it and itself, nothing
+    else: it is the last token of a passage of its own. At the mixer that holds a `Swap`, each
+    branch writes something else than the native token did.
+    """
+
+    n_native: int
+    positions: Int[Tensor, " branch"]
+
+    def slots(self) -> tuple[int, Tensor]:
+        """How many branches share the busiest position, and each branch's number at its position."""
+        order = torch.argsort(self.positions, stable=True)
+        counts = torch.bincount(self.positions, minlength=1)
+        first = (counts.cumsum(0) - counts)[self.positions[order]]
+        slot = torch.empty_like(order)
+        slot[order] = torch.arange(len(order), device=order.device) - first
+        return int(counts.max()), slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Swap:
+    """What the branches write at one head: the sum over ``rank`` of key value^T."""
+
+    head: int
+    keys: Float[Tensor, "branch rank d_k"]
+    values: Float[Tensor, "branch rank d_v"]
+
+
+class HookedMixer(GeneralizedComponent):
+    """A recurrent mixer whose per-head writes and states can be read and edited.
+
+    ======================  =============================  ===========================================
+    hook                    shape                          meaning; what an edit does
+    ======================  =============================  ===========================================
+    hook_in, hook_out       [batch, pos, d_model]          input and output of the layer; propagates
+    hook_write.{head}       [batch, pos, d_k * d_v]        native write k v^T, row-major; what a hook
+                                                           returns is written, erase and decay stay
+                                                           native, later states follow
+    hook_state.{head}       [batch, pos, d_k * d_v]        state after the token; a position that a hook
+                                                           changes has its state set, later ones follow
+    hook_write_key          [batch, pos, head, d_k]        key factor of every write; as hook_write
+    hook_write_value        [batch, pos, head, d_v]        value factor of every write; as hook_write
+    hook_read               [batch, pos, head, d_k]        read vector; changes this token's output only
+    hook_decay              [batch, pos, head(, d_k)]      decay exp(g) in [0, 1]; later states follow
+    hook_recurrence_out     [batch, pos, head, d_v]        S_t^T q_t before norm and gate; propagates
+    ======================  =============================  ===========================================
+
+    They fire in this order: factors, read and decay, then per head write and state, then outputs; in
+    prefill and in cached decoding, where ``pos`` counts the new tokens. Activations of the recurrence come
+    in float32 at least. No write or state matrix is built for a hook point that nobody listens to. In a
+    left-padded batch the padding writes zeros.
+    """
+
+    architecture: str
+
+    def __init__(self, name: str, config: Any = None, optional: bool = False, **kwargs: Any) -> None:
+        super().__init__(name, config=config, optional=optional, **kwargs)
+        for point in ("write_key", "write_value", "read", "decay", "recurrence_out"):
+            setattr(self, f"hook_{point}", HookPoint())
+        for point in ("write_key", "write_value", "read", "recurrence_out"):
+            getattr(self, f"hook_{point}").hook_conversion = _HeadSplit()
+        self._branches: Branches | None = None
+        self._swap: Swap | None = None
+
+    # What an architecture says.
+
+    @property
+    @abstractmethod
+    def n_heads(self) -> int:
+        """Cells of this layer."""
+
+    @property
+    @abstractmethod
+    def write_shape(self) -> tuple[int, int]:
+        """(d_k, d_v)."""
+
+    @property
+    @abstractmethod
+    def layer_index(self) -> int:
+        """The model layer."""
+
+    @abstractmethod
+    def inputs(
+        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any
+    ) -> tuple[Recurrence, Any]:
+        """The recurrence's inputs, and whatever `finish` wants to have kept.
+
+        Under branches ``hidden`` ends with the branch tokens, and local mixing (convolution, token
+        shift) must show each of them the native history of its position.
+        """
+
+    @abstractmethod
+    def finish(
+        self, outputs: Float[Tensor, "batch pos head d_v"], kept: Any
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """From the recurrence's outputs to the layer's output."""
+
+    # What all share.
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        super().set_original_component(original_component)
+        for name in ("hook_write", "hook_state"):
+            setattr(self, name, nn.ModuleList(HookPoint() for _ in range(self.n_heads)))
+
+    def get_hooks(self) -> dict[str, HookPoint]:
+        """All hook points by name; the per-head ones are read live, for an SAE may stand in their place."""
+        hooks = super().get_hooks()
+        for name in ("hook_write", "hook_state"):
+            for head, point in enumerate(self._modules.get(name) or ()):
+                hooks[f"{name}.{head}"] = point
+        return hooks
+
+    def remove_hooks(self, hook_name: str | None = None) -> None:
+        super().remove_hooks(hook_name)
+        if hook_name is None:
+            for point in self.get_hooks().values():
+                if isinstance(point, HookPoint):
+                    point.remove_hooks(dir="both")
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch pos d_model"],
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        hidden = self.hook_in(hidden_states)
+        if self._branches is not None:
+            return self.hook_out(self._forward_branches(hidden, self._branches))
+        if attention_mask is not None and attention_mask.ndim == 2:
+            mask = attention_mask[:, -hidden.shape[1] :, None]
+            hidden = hidden * mask.to(hidden.dtype)
+        recurrence, kept = self.inputs(hidden, cache_params)
+        recurrence = dataclasses.replace(
+            recurrence,
+            q=self.hook_read(recurrence.q),
+            k=self.hook_write_key(recurrence.k),
+            v=self.hook_write_value(recurrence.v),
+        )
+        state = cached_state(cache_params, self.layer_index)
+        outputs, final_state = scan(recurrence, state)
+        for head in range(self.n_heads):
+            if is_listened_to(self.hook_write[head]) or is_listened_to(self.hook_state[head]):
+                start = None if state is None else state[:, head : head + 1]
+                change = self._head_change(head, recurrence.heads(head), start)
+                if change is not None:
+                    outputs[:, :, head] = outputs[:, :, head] + change[0][:, :, 0]
+                    final_state = final_state.index_add(
+                        1, torch.tensor([head], device=final_state.device), change[1]
+                    )
+        if cache_params is not None:
+            cache_params.update_recurrent_state(final_state, self.layer_index)
+        outputs = self.hook_recurrence_out(outputs)
+        return self.hook_out(self.finish(outputs, kept))
+
+    def fire_decay(self, g: Tensor) -> Tensor:
+        """Show exp(g) to ``hook_decay`` and return the log of what comes back."""
+        if not is_listened_to(self.hook_decay):
+            return g
+        decay = g.exp()
+        version = _version(decay)
+        edited = self.hook_decay(decay)
+        if edited is decay and version == _version(decay) and not edited.requires_grad:
+            return g
+        return edited.clamp(min=0).log().clamp(min=LOG_ZERO)
+
+    def _head_change(
+        self, head: int, recurrence: Recurrence, start: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Fire one head's write and state hooks; the change of outputs and final state they make."""
+        rec = recurrence.map(lambda x: x.to(recurrence.dtype))
+        change: tuple[Tensor, Tensor] | None = None
+        difference: Tensor | None = None
+        if is_listened_to(self.hook_write[head]):
+            write = rec.k[..., None] * rec.v[..., None, :]
+            edited, touched = _fire(self.hook_write[head], write)
+            if touched:
+                difference = torch.addcmul(edited, rec.k[..., None], rec.v[..., None, :], value=-1)
+                change = respond(rec, difference)
+            elif edited.requires_grad:
+                out = _UnchangedWrite.apply(edited, *(getattr(rec, f) for f in "kvqgab"))
+                change = (out, rec.k.new_zeros(()).expand(write.shape[0], 1, *self.write_shape))
+        if is_listened_to(self.hook_state[head]):
+            # Kept apart from what the hook sees, for a hook may edit in place.
+            states = Trajectory(rec, start).states()
+            if difference is not None:
+                states = states + respond_states(rec, difference)
+            edited, touched = _fire(self.hook_state[head], states.clone())
+            if touched or edited.requires_grad:
+                moved = edited - states
+                state_is_set = (moved != 0).flatten(-2).any(-1)
+                outputs, final = respond(rec, moved, state_is_set)
+                change = (outputs, final) if change is None else (outputs + change[0], final + change[1])
+        return change
+
+    def _forward_branches(self, hidden: Tensor, branches: Branches) -> Tensor:
+        listened = [name for name, point in self.get_hooks().items() if is_listened_to(point)]
+        if any(name not in ("hook_in", "hook_out") for name in listened):
+            raise HookedModelError(
+                f"layer {self.layer_index} has hooks on {listened}, which a run with swapped writes "
+                "cannot honour; remove them first (model.reset_hooks(), model.reset_saes())"
+            )
+        recurrence, kept = self.inputs(hidden, None)
+        length = branches.n_native
+        native, branch = recurrence.positions(slice(length)), recurrence.positions(slice(length, None))
+        trajectory = Trajectory(native)
+        # A branch reads S_t = T_t S_{t-1} + W_t with its own T and W but the native S_{t-1}.
+        n_slots, slot = branches.slots()
+        pulled = branch.pull_back(branch.q)
+        reads = pulled.new_zeros(n_slots, *native.q.shape)
+        reads[slot, :, branches.positions] = pulled.transpose(0, 1)
+        carried = torch.stack([trajectory.read(r, before=True) for r in reads])
+        carried = carried[slot, :, branches.positions].transpose(0, 1)
+        written = branch.v * (branch.k * branch.q).sum(-1, keepdim=True)
+        if self._swap is not None:
+            swap = self._swap
+            read = torch.einsum("bjk,jrk->bjr", branch.q[:, :, swap.head], swap.keys.to(branch.q))
+            written = written.clone()
+            written[:, :, swap.head] = torch.einsum("bjr,jrv->bjv", read, swap.values.to(branch.v))
+        return self.finish(torch.cat([trajectory.read(native.q), carried + written], dim=1), kept)
+
+
+def _version(x: Tensor) -> int:
+    """How often ``x`` was written to in place; tensors of inference mode do not count that."""
+    return -1 if x.is_inference() else x._version
+
+
+def _fire(point: nn.Module, matrices: Tensor) -> tuple[Tensor, bool]:
+    """Show [B, T, 1, K, V] matrices to a hook point as [B, T, K * V]; what came back, and whether it differs.
+
+    Raises:
+        HookedModelError: the hook returned another shape.
+    """
+    flat = matrices.flatten(-2).squeeze(2)
+    version = _version(flat)
+    edited = point(flat)
+    if edited.shape != flat.shape:
+        name = getattr(point, "name", type(point).__name__)
+        raise HookedModelError(
+            f"a hook at {name} returned shape {tuple(edited.shape)}, expected {tuple(flat.shape)}"
+        )
+    touched = edited is not flat or version == -1 or version != _version(flat)
+    return edited.to(matrices.dtype).view_as(matrices), touched
+
+
+class _UnchangedWrite(torch.autograd.Function):
+    """The response to an unedited write: zero forwards, at no cost, with the right gradient backwards.
+
+    Gradients with respect to the hooked write exist although reading it changed nothing; what flows
+    on from it into k and v is taken back, for the scan already accounts for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, write: Tensor, k: Tensor, v: Tensor, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(k, v, *inputs)
+        return torch.zeros_like(v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, q, g, a, b = ctx.saved_tensors
+        difference = (k[..., None] * v[..., None, :]).zero_().requires_grad_()
+        with torch.enable_grad():
+            outputs, _ = respond(Recurrence(q, g, k, v, a, b), difference)
+            (grad,) = torch.autograd.grad(outputs, difference, grads[0])
+        grad_k = -torch.einsum("bthkv,bthv->bthk", grad, v)
+        grad_v = -torch.einsum("bthkv,bthk->bthv", grad, k)
+        return grad, grad_k, grad_v, None, None, None, None
+
+
+# transformers' hybrid cache, from 5.9 on. Before 5.14 a layer held bare tensors, since then a dict.
+
+
+def _cached(cache: Any, layer: int, name: str) -> Tensor | None:
+    if cache is None or not cache.has_previous_state(layer):
+        return None
+    held = getattr(cache.layers[layer], name)
+    return held[0] if isinstance(held, dict) else held
+
+
+def cached_state(cache: Any, layer: int) -> Tensor | None:
+    """The recurrent state that a cache holds for a layer, [batch, head, d_k, d_v], or None."""
+    return _cached(cache, layer, "recurrent_states")
+
+
+def with_history(
+    new: Float[Tensor, "batch pos channel"], cache: Any, layer: int, taps: int
+) -> Float[Tensor, "batch longer channel"]:
+    """Put the last ``taps - 1`` inputs of a causal convolution before the new ones; update the cache."""
+    held = _cached(cache, layer, "conv_states")
+    if held is None:
+        window = nn.functional.pad(new, (0, 0, taps, 0))
+    else:
+        window = torch.cat([held.transpose(1, 2).to(new.dtype), new], dim=1)
+    if cache is not None:
+        cache.update_conv_state(window[:, -taps:].transpose(1, 2).contiguous(), layer)
+    return window[:, 1:]

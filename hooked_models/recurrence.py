@@ -1,0 +1,414 @@
+"""The engine: one linear recurrence for Gated DeltaNet, Mamba-2, RWKV-7, DeltaNet and GLA.
+
+Per batch row and head, with a state S of shape [d_k, d_v] (key side by value side)::
+
+    S_t = T_t S_{t-1} + W_t      T_t = diag(exp g_t) + a_t b_t^T      W_t = k_t v_t^T      o_t = S_t^T q_t
+
+Inside a chunk of C tokens let G_t be the running sum of g. Writing w_s = S_{s-1}^T b_s for what the
+erase reads, the recurrence unrolls to
+
+    S_t = exp(G_t) S_0 + sum_{s<=t} exp(G_t - G_s) (a_s w_s^T + k_s v_s^T)
+
+so the w of a chunk solve one unit-triangular system whose right-hand side is affine in S_0, and every
+read or state of the chunk is a few matrix products. Only the chunk-to-chunk carry is sequential.
+Everything is computed in float32 at least, and exponents are differences of float64 sums: no
+factor ever exceeds 1, however strong the decay.
+
+Axis letters: B batch, T position, H head, N chunk, C position in a chunk, K = d_k, V = d_v.
+This module knows tensors only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+CHUNK_SIZE = 64
+# Tokens that share one reference point of the exponents when the decay is per channel.
+SUB_CHUNK_SIZE = 16
+# Stands in for log 0: exp(-1e4) is exactly 0, and float64 sums of it lose no other digit that matters.
+LOG_ZERO = -1e4
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _full_precision(function: _F) -> _F:
+    """Run ``function`` outside autocast, so that "float32 at least" holds under mixed precision."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        # Only autocast's own device types matter, and disabling an inactive one is free.
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """What a layer feeds to the recurrence: reads, decay, erase and write factors of every token.
+
+    Args:
+        q: read vectors, ``[batch, pos, head, d_k]`` (any scale folded in).
+        g: log decay, ``[batch, pos, head]``, or ``[batch, pos, head, d_k]`` per key channel; <= 0.
+        k: key factor of the write, ``[batch, pos, head, d_k]``.
+        v: value factor of the write, ``[batch, pos, head, d_v]``.
+        a, b: factors of the rank-1 part of the transition, ``[batch, pos, head, d_k]`` each, or
+            both None for a recurrence that does not erase (Mamba-2, GLA).
+    """
+
+    q: Float[Tensor, "batch pos head d_k"]
+    g: Float[Tensor, "batch pos head"] | Float[Tensor, "batch pos head d_k"]
+    k: Float[Tensor, "batch pos head d_k"]
+    v: Float[Tensor, "batch pos head d_v"]
+    a: Float[Tensor, "batch pos head d_k"] | None = None
+    b: Float[Tensor, "batch pos head d_k"] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.a is None) != (self.b is None):
+            raise ValueError("a Recurrence takes both erase factors a and b, or neither")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the engine computes in: float32 at least."""
+        return functools.reduce(
+            torch.promote_types, (self.q.dtype, self.k.dtype, self.v.dtype), torch.float32
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Recurrence:
+        """Apply ``function`` to every tensor."""
+        pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return Recurrence(**{name: None if x is None else function(x) for name, x in pairs})
+
+    def heads(self, *heads: int) -> Recurrence:
+        """The recurrence of some heads only; the head axis stays."""
+        return self.map(lambda x: x[:, :, list(heads)])
+
+    def positions(self, window: slice) -> Recurrence:
+        """The recurrence over a window of positions."""
+        return self.map(lambda x: x[:, window])
+
+    def pull_back(
+        self, reads: Float[Tensor, "batch pos head d_k"]
+    ) -> Float[Tensor, "batch pos head d_k"]:
+        """T_t^T r_t: what to read from S_{t-1} to learn what ``reads`` see of it in S_t."""
+        decay = self.g.exp() if self.g.ndim == 4 else self.g.exp()[..., None]
+        pulled = decay * reads
+        if self.a is not None and self.b is not None:
+            pulled = pulled + self.b * (self.a * reads).sum(-1, keepdim=True)
+        return pulled
+
+
+def scan(
+    recurrence: Recurrence,
+    initial_state: Float[Tensor, "batch head d_k d_v"] | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Float[Tensor, "batch pos head d_v"], Float[Tensor, "batch head d_k d_v"]]:
+    """Chunked scan: outputs o_t of every token and the state after the last one.
+
+    Args:
+        recurrence: the layer's inputs, any number of positions.
+        initial_state: the state before the first token (None: zero).
+        chunk_size: tokens per chunk; the result does not depend on it beyond rounding.
+
+    Returns:
+        outputs ``[batch, pos, head, d_v]`` and final state ``[batch, head, d_k, d_v]``, in the
+        engine's dtype (float32, or float64 for float64 inputs). Differentiable in all inputs.
+    """
+    trajectory = Trajectory(recurrence, initial_state, chunk_size=chunk_size)
+    return trajectory.read(recurrence.q), trajectory.final_state
+
+
+def scan_sequential(
+    recurrence: Recurrence, initial_state: Float[Tensor, "batch head d_k d_v"] | None = None
+) -> tuple[Float[Tensor, "batch pos head d_v"], Float[Tensor, "batch head d_k d_v"]]:
+    """The recurrence token by token, as written in the module's first equation: the oracle of `scan`."""
+    dtype = recurrence.dtype
+    rec = recurrence.map(lambda x: x.to(dtype))
+    batch, length, heads, d_k = rec.k.shape
+    state = (
+        rec.k.new_zeros(batch, heads, d_k, rec.v.shape[-1])
+        if initial_state is None
+        else initial_state.to(dtype)
+    )
+    outputs = []
+    for t in range(length):
+        decay = rec.g[:, t].exp().reshape(batch, heads, -1, 1)
+        carried = decay * state
+        if rec.a is not None and rec.b is not None:
+            erased = torch.einsum("bhkv,bhk->bhv", state, rec.b[:, t])
+            carried = carried + rec.a[:, t, :, :, None] * erased[:, :, None, :]
+        state = carried + rec.k[:, t, :, :, None] * rec.v[:, t, :, None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, rec.q[:, t]))
+    if not outputs:
+        return rec.v.clone(), state
+    return torch.stack(outputs, dim=1), state
+
+
+class Trajectory:
+    """The states of a recurrence over all positions, held in chunk form: any of them can be read.
+
+    Args:
+        recurrence: the layer's inputs.
+        initial_state: the state before the first token (None: zero), ``[batch, head, d_k, d_v]``.
+        inflow: what each chunk adds to its final state besides its writes (see `respond`),
+            ``[batch, head, chunk, d_k, d_v]``.
+        chunk_size: tokens per chunk.
+    """
+
+    @_full_precision
+    def __init__(
+        self,
+        recurrence: Recurrence,
+        initial_state: Float[Tensor, "batch head d_k d_v"] | None = None,
+        inflow: Float[Tensor, "batch head chunk d_k d_v"] | None = None,
+        chunk_size: int = CHUNK_SIZE,
+    ) -> None:
+        batch, self.length, heads, d_k = recurrence.k.shape
+        d_v = recurrence.v.shape[-1]
+        self.dtype = recurrence.dtype
+        self.chunk_size = max(1, min(chunk_size, self.length))
+        self.n_chunks = -(-self.length // self.chunk_size)
+
+        self.log_decay = _running_sum(self._chunked(_per_channel(recurrence.g), keep_dtype=True))
+        last = self.log_decay[..., -1:, :]
+        to_end = (last - self.log_decay).to(self.dtype).exp()
+        self.sources = [(self._chunked(recurrence.k), self._chunked(recurrence.v))]
+        carried = to_end * self.sources[0][0]
+        flow = carried.transpose(-1, -2) @ self.sources[0][1]
+        if inflow is not None:
+            flow = flow + inflow
+        decay = last.to(self.dtype).exp().transpose(-1, -2)
+
+        if initial_state is None:
+            state = recurrence.k.new_zeros(batch, heads, d_k, d_v, dtype=self.dtype)
+        else:
+            state = initial_state.to(self.dtype)
+        starts, erased = [], []
+        if recurrence.a is not None and recurrence.b is not None:
+            a, b = self._chunked(recurrence.a), self._chunked(recurrence.b)
+            k, v = self.sources[0]
+            before = self._before()
+            # (1 - L_ba) w = exp(G_{t-1}) b S_0 + L_bk v: one solve gives both terms of w.
+            interaction = self._products(b, before, a, strict=True)
+            known = torch.cat(
+                [before.to(self.dtype).exp() * b, self._products(b, before, k, strict=True) @ v], -1
+            )
+            solved = torch.linalg.solve_triangular(
+                -interaction, known, upper=False, unitriangular=True
+            )
+            from_state, from_writes = solved.split([d_k, d_v], dim=-1)
+            a_carried = (to_end * a).transpose(-1, -2)
+            for n in range(self.n_chunks):
+                starts.append(state)
+                erased.append(from_state[:, :, n] @ state + from_writes[:, :, n])
+                state = decay[:, :, n] * state + a_carried[:, :, n] @ erased[n] + flow[:, :, n]
+            if erased:
+                self.sources.append((a, torch.stack(erased, dim=2)))
+        else:
+            for n in range(self.n_chunks):
+                starts.append(state)
+                state = decay[:, :, n] * state + flow[:, :, n]
+        self.final_state: Float[Tensor, "batch head d_k d_v"] = state
+        # [B, H, N, K, V]: the state that each chunk starts from.
+        self.starts = torch.stack(starts, dim=2) if starts else flow
+
+    @_full_precision
+    def read(
+        self, reads: Float[Tensor, "batch pos head d_k"], before: bool = False
+    ) -> Float[Tensor, "batch pos head d_v"]:
+        """S_t^T r_t for every position, or S_{t-1}^T r_t with ``before``.
+
+        Args:
+            reads: one vector per position and head, ``[batch, pos, head, d_k]``.
+            before: read the state before the position's own transition and write.
+        """
+        r = self._chunked(reads)
+        at = self._before() if before else self.log_decay
+        out = (at.to(self.dtype).exp() * r) @ self.starts
+        for left, right in self.sources:
+            out = out + self._products(r, at, left, strict=before) @ right
+        batch, heads = out.shape[:2]
+        return out.reshape(batch, heads, -1, out.shape[-1])[:, :, : self.length].transpose(1, 2)
+
+    @_full_precision
+    def states(
+        self, positions: Sequence[int] | Tensor | None = None
+    ) -> Float[Tensor, "batch position head d_k d_v"]:
+        """The states after some positions (None: all), without storing any others.
+
+        Raises:
+            IndexError: a position lies outside 0 .. length - 1.
+        """
+        wanted = list(range(self.length)) if positions is None else [int(p) for p in positions]
+        if any(not 0 <= p < self.length for p in wanted):
+            raise IndexError(f"positions must lie in 0 .. {self.length - 1}, got {wanted}")
+        left = torch.cat([x for x, _ in self.sources], dim=-2)
+        right = torch.cat([y for _, y in self.sources], dim=-2)
+        found: dict[int, Tensor] = {}
+        for n in sorted({p // self.chunk_size for p in wanted}):
+            here = sorted({p for p in wanted if p // self.chunk_size == n})
+            rows = torch.tensor([p % self.chunk_size for p in here], device=left.device)
+            at = self.log_decay[:, :, n, rows]
+            # [B, H, P, 2C, K|1]: how much of each source is left at each wanted position.
+            since = at[..., None, :] - self.log_decay[:, :, n, None]
+            since = since.masked_fill(
+                (torch.arange(self.chunk_size, device=rows.device) > rows[:, None])[..., None],
+                float("-inf"),
+            )
+            kept = since.to(self.dtype).exp().repeat(1, 1, 1, len(self.sources), 1)
+            factors = (kept * left[:, :, n, None]).transpose(-1, -2)
+            summed = factors.flatten(2, 3) @ right[:, :, n]
+            summed = summed.reshape(*factors.shape[:4], -1)
+            start = at.to(self.dtype).exp()[..., None] * self.starts[:, :, n, None]
+            for i, p in enumerate(here):
+                found[p] = start[:, :, i] + summed[:, :, i]
+            if here == wanted:  # one chunk, in order: no need to take it apart
+                return (start + summed).transpose(1, 2)
+        if not wanted:
+            return self.starts.new_zeros(self.starts.shape)[:, :, :0].transpose(1, 2)
+        return torch.stack([found[p] for p in wanted], dim=1)
+
+    def _chunked(self, x: Tensor, keep_dtype: bool = False) -> Tensor:
+        """[B, T, H, D] -> [B, H, N, C, D], padded with zeros, which change no state."""
+        x = x if keep_dtype else x.to(self.dtype)
+        pad = self.n_chunks * self.chunk_size - self.length
+        x = x.transpose(1, 2)
+        if pad:
+            x = torch.nn.functional.pad(x, (0, 0, 0, pad))
+        return x.unflatten(2, (self.n_chunks, self.chunk_size))
+
+    def _before(self) -> Tensor:
+        """G_{t-1}: the running sum without the position's own decay."""
+        return torch.nn.functional.pad(self.log_decay[..., :-1, :], (0, 0, 1, 0))
+
+    def _products(self, x: Tensor, at: Tensor, y: Tensor, strict: bool) -> Tensor:
+        """The triangular matrix sum_d x_t[d] exp(at_t[d] - G_s[d]) y_s[d], s < t or s <= t, else 0."""
+        size = self.chunk_size
+        allowed = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1 if strict else 0)
+        if at.shape[-1] == 1:
+            since = (at - self.log_decay.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+            return (x @ y.transpose(-1, -2)) * since.to(self.dtype).exp()
+        # Per channel the exponent cannot leave the sum over d. Blocks below the diagonal factor
+        # through a reference point between t and s, so that both factors stay below 1.
+        rows = []
+        for start in range(0, size, SUB_CHUNK_SIZE):
+            stop = min(start + SUB_CHUNK_SIZE, size)
+            now = slice(start, stop)
+            blocks = []
+            if start:
+                reference = self.log_decay[..., start - 1 : start, :]
+                past_y = (reference - self.log_decay[..., :start, :]).to(self.dtype).exp()
+                here_x = (at[..., now, :] - reference).to(self.dtype).exp()
+                past = past_y * y[..., :start, :]
+                blocks.append((here_x * x[..., now, :]) @ past.transpose(-1, -2))
+            since = at[..., now, None, :] - self.log_decay[..., None, now, :]
+            since = since.masked_fill(~allowed[now, now, None], float("-inf")).to(self.dtype).exp()
+            blocks.append(torch.einsum("...td,...sd,...tsd->...ts", x[..., now, :], y[..., now, :], since))
+            blocks.append(x.new_zeros(*x.shape[:-2], stop - start, size - stop))
+            rows.append(torch.cat(blocks, dim=-1))
+        return torch.cat(rows, dim=-2)
+
+
+def respond(
+    recurrence: Recurrence,
+    difference: Float[Tensor, "batch pos head d_k d_v"],
+    state_is_set: Bool[Tensor, "batch pos head"] | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Float[Tensor, "batch pos head d_v"], Float[Tensor, "batch head d_k d_v"]]:
+    """How outputs and final state change when the writes, or states, of some tokens change.
+
+    The state is linear in the writes, so a change obeys D_t = T_t D_{t-1} + ``difference``_t. Where a
+    state is *set*, what came before no longer matters: there T_t counts as 0 and the
+    difference is that of the states.
+
+    Args:
+        recurrence: the native inputs; k and v are not used.
+        difference: new minus native write, or state where it is set, any rank.
+        state_is_set: positions whose state is set rather than written to (None: nowhere).
+        chunk_size: tokens per chunk.
+
+    Returns:
+        the change of the outputs ``[batch, pos, head, d_v]`` and of the final state.
+    """
+    inside, between = _respond(recurrence, difference, state_is_set, chunk_size, reads=True)
+    return inside + between.read(recurrence.q), between.final_state
+
+
+def respond_states(
+    recurrence: Recurrence, difference: Float[Tensor, "batch pos head d_k d_v"]
+) -> Float[Tensor, "batch pos head d_k d_v"]:
+    """How every state changes when the writes change by ``difference``; see `respond`."""
+    inside, between = _respond(recurrence, difference, None, CHUNK_SIZE, reads=False)
+    return inside + between.states()
+
+
+@_full_precision
+def _respond(
+    recurrence: Recurrence,
+    difference: Tensor,
+    state_is_set: Tensor | None,
+    chunk_size: int,
+    reads: bool,
+) -> tuple[Tensor, Trajectory]:
+    """The response inside each chunk (as reads, or as states) and what the chunks hand on."""
+    dtype = torch.promote_types(recurrence.dtype, difference.dtype)
+    g, a, b = _per_channel(recurrence.g).to(dtype), recurrence.a, recurrence.b
+    if state_is_set is not None:
+        g = g.masked_fill(state_is_set[..., None], LOG_ZERO)
+        a = None if a is None else a.masked_fill(state_is_set[..., None], 0)
+    batch, length, heads, d_k, d_v = difference.shape
+    size = max(1, min(chunk_size, length))
+    pad = -length % size
+    difference = difference.to(dtype)
+    if pad:
+        difference = torch.nn.functional.pad(difference, (0, 0, 0, 0, 0, 0, 0, pad))
+
+    def tokens(x: Tensor) -> Tensor:  # [B, T, H, D] -> [B, N, C, H, D]
+        padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, 0, 0, pad))
+        return padded.unflatten(1, (-1, size))
+
+    # Inside the chunks: all chunks step together from zero.
+    steps = difference.unflatten(1, (-1, size))
+    q, decay = tokens(recurrence.q), tokens(g).exp()
+    left, right = (None, None) if a is None or b is None else (tokens(a), tokens(b))
+    local = steps[:, :, 0]
+    collected = []
+    for c in range(size):
+        if c:
+            carried = decay[:, :, c, ..., None] * local
+            if left is not None and right is not None:
+                erased = right[:, :, c, :, None] @ local
+                carried = carried + left[:, :, c, ..., None] * erased
+            local = carried + steps[:, :, c]
+        collected.append((q[:, :, c, :, None] @ local).squeeze(-2) if reads else local)
+    inside = torch.stack(collected, dim=2).flatten(1, 2)[:, :length]
+
+    # Between the chunks: the ordinary carry, fed with what each chunk ends with.
+    silent = Recurrence(
+        q=recurrence.q,
+        g=g.squeeze(-1) if g.shape[-1] == 1 else g,
+        k=difference.new_zeros(batch, length, heads, d_k),
+        v=difference.new_zeros(batch, length, heads, d_v),
+        a=a,
+        b=b,
+    )
+    return inside, Trajectory(silent, inflow=local.transpose(1, 2), chunk_size=size)
+
+
+def _per_channel(g: Tensor) -> Tensor:
+    """[B, T, H] or [B, T, H, K] -> [B, T, H, 1] or [B, T, H, K]."""
+    return g[..., None] if g.ndim == 3 else g
+
+
+def _running_sum(g: Tensor) -> Tensor:
+    """Running sum of the log decay, in float64 where the device has it."""
+    wide = g if g.device.type == "mps" else g.double()
+    # log 0 is -inf, and -inf - -inf is not a number.
+    return wide.clamp_min(LOG_ZERO).cumsum(dim=-2)

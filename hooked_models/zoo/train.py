@@ -1,0 +1,337 @@
+"""Train a small model of the zoo from scratch: `python -m hooked_models.zoo.train tiny-gdn`.
+
+Reads the two files that `hooked_models.zoo.corpus` writes, and writes a folder that
+`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained` load.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
+
+from hooked_models.zoo.corpus import SEPARATOR
+
+END_OF_TEXT = SEPARATOR.strip()
+VOCAB_SIZE = 2048
+MAX_LENGTH = 2048
+BLOCK = 16_384
+VALIDATION_EVERY = 50
+LEARNING_RATE = 4e-3
+WARMUP_FRACTION = 0.03
+EVALUATIONS = 20
+EVALUATION_WINDOWS = 64
+PROMPT = "It was a fine morning, and"
+
+
+def build_tiny_gdn(vocab_size: int, end_id: int) -> PreTrainedModel:
+    """Three Gated DeltaNet layers and one of full attention; key and value sizes differ."""
+    config = Qwen3_5TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        intermediate_size=576,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=48,
+        linear_conv_kernel_dim=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=end_id,
+        eos_token_id=end_id,
+        pad_token_id=end_id,
+    )
+    model = Qwen3_5ForCausalLM(config)
+    for module in model.modules():
+        if hasattr(module, "A_log"):
+            start_with_long_memory(module.A_log, module.dt_bias)
+    return model
+
+
+ARCHITECTURES: dict[str, Callable[[int, int], PreTrainedModel]] = {"tiny-gdn": build_tiny_gdn}
+"""Model name to a builder that takes the vocabulary size and the id of `<|endoftext|>`."""
+
+
+@torch.no_grad()
+def start_with_long_memory(A_log: Tensor, dt_bias: Tensor) -> None:
+    """Set log-decay a token, `-exp(A_log) * softplus(dt_bias)`, between -0.8 and -0.001."""
+    A_log.copy_(torch.empty_like(A_log).uniform_(1, 8).log())
+    dt = torch.empty_like(dt_bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
+    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse softplus
+
+
+def read_train_and_validation(path: Path) -> tuple[str, str]:
+    """Training text, and the text of every 50th block of 16 kB, which is left out of it."""
+    text = path.read_text(encoding="utf-8")
+    blocks = [text[start : start + BLOCK] for start in range(0, len(text), BLOCK)]
+    validation = blocks[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
+    del blocks[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
+    return "".join(blocks), "".join(validation)
+
+
+def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with `<|endoftext|>` as first, last and padding token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[AddedToken(END_OF_TEXT, special=True)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.split(SEPARATOR), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=MAX_LENGTH,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
+    """Token ids of documents, one `<|endoftext|>` between two."""
+    documents = tokenizer.backend_tokenizer.encode_batch(text.split(SEPARATOR))
+    ids = [np.array([*document.ids, tokenizer.eos_token_id]) for document in documents]
+    return torch.from_numpy(np.concatenate(ids)[:-1])
+
+
+@torch.no_grad()
+def text_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    *,
+    context: int = 512,
+    max_windows: int | None = None,
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """Loss on text in consecutive windows, each after a fresh `<|endoftext|>`.
+
+    Args:
+        text: Documents, as in `held_out.txt`. A last, partial window is left out.
+        context: Tokens a window; all of them are scored.
+        max_windows: Score only so many windows from the head of the text.
+
+    Returns:
+        `nats_per_token`, `bits_per_byte` and the number of `tokens` scored.
+    """
+    windows = encode(tokenizer, text)
+    windows = windows[: len(windows) // context * context].view(-1, context)[:max_windows]
+    inputs = F.pad(windows[:, :-1], (1, 0), value=tokenizer.bos_token_id)
+    training = model.training
+    model.eval()
+    nats = 0.0
+    for ids, targets in zip(inputs.split(batch_size), windows.split(batch_size), strict=True):
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+        targets = targets.to(model.device).flatten()
+        nats += F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum").item()
+    model.train(training)
+    n_bytes = len(tokenizer.decode(windows.flatten(), skip_special_tokens=True).encode())
+    return {
+        "nats_per_token": nats / windows.numel(),
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+        "tokens": windows.numel(),
+    }
+
+
+def training_windows(
+    stream: Tensor, context: int, batch_size: int, end_id: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random cuts of the stream, and their next tokens, without end.
+
+    Half the windows start with `<|endoftext|>`, so that the model expects it before any text.
+    """
+    device = stream.device
+    generator = torch.Generator(device).manual_seed(seed)
+    offsets = torch.arange(context + 1, device=device)
+    shape = (batch_size, 1)
+    while True:
+        starts = torch.randint(len(stream) - context, shape, generator=generator, device=device)
+        windows = stream[starts + offsets]
+        marked = torch.rand(batch_size, generator=generator, device=device) < 0.5
+        windows[:, 0] = torch.where(marked, end_id, windows[:, 0])
+        yield windows[:, :-1], windows[:, 1:]
+
+
+def make_optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
+    """AdamW, with weight decay on matrices only."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=model.device.type == "cuda")
+
+
+def learning_rate(fraction: float) -> float:
+    """Linear warm-up, and a cosine to 2% as the fraction of the run done goes to 1."""
+    cosine = 0.51 + 0.49 * math.cos(math.pi * fraction)
+    return LEARNING_RATE * min(1.0, fraction / WARMUP_FRACTION) * cosine
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: dict[str, str],
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Train in place, ending with the weights of the best validation loss.
+
+    Args:
+        texts: `train`, `validation` (which selects the weights) and `held_out` (only watched).
+    """
+    stream = encode(tokenizer, texts["train"]).to(args.device)
+    batches = training_windows(
+        stream, args.context, args.batch_size, tokenizer.eos_token_id, args.seed
+    )
+    optimizer = make_optimizer(model)
+    forward = torch.compile(model) if args.compile else model
+    autocast = contextlib.nullcontext()
+    if args.device.type == "cuda":
+        autocast = torch.autocast("cuda", torch.bfloat16)
+    best = {"validation_loss": math.inf, "best_step": 0}
+    best_weights: dict[str, Tensor] = {}
+    step, fraction, evaluations = 0, 0.0, 0
+    started = time.monotonic()
+    bar = tqdm(total=args.steps, unit="step")
+    model.train()
+    while fraction < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(fraction)
+        inputs, targets = next(batches)
+        with autocast:
+            logits = forward(input_ids=inputs, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        bar.update()
+        seconds = time.monotonic() - started
+        fraction = step / args.steps if args.steps else seconds / (60 * args.minutes)
+        if fraction * EVALUATIONS >= evaluations + 1:
+            evaluations = int(fraction * EVALUATIONS)
+            losses = {
+                name: text_loss(
+                    model,
+                    tokenizer,
+                    texts[name],
+                    context=args.context,
+                    max_windows=EVALUATION_WINDOWS,
+                )["nats_per_token"]
+                for name in ("validation", "held_out")
+            }
+            tqdm.write(
+                f"step {step}: loss {loss.item():.3f}, validation {losses['validation']:.3f}, "
+                f"held-out {losses['held_out']:.3f}"
+            )
+            if losses["validation"] < best["validation_loss"]:
+                best = {"validation_loss": losses["validation"], "best_step": step}
+                best_weights = {name: x.clone() for name, x in model.state_dict().items()}
+    bar.close()
+    model.load_state_dict(best_weights)
+    return {
+        "steps": step,
+        "tokens_seen": step * args.batch_size * args.context,
+        "tokens_in_training_text": len(stream),
+        "wall_seconds": round(time.monotonic() - started, 1),
+        **best,
+    }
+
+
+def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Two 60-token continuations of a fixed prompt, greedy and at temperature 0.7."""
+    ids = tokenizer(tokenizer.bos_token + PROMPT, return_tensors="pt").input_ids
+    texts = {}
+    for name, options in {
+        "greedy": {"do_sample": False},
+        "temperature_0.7": {"do_sample": True, "temperature": 0.7, "top_k": 0},
+    }.items():
+        torch.manual_seed(0)
+        output = model.generate(ids, max_new_tokens=60, **options)
+        texts[name] = tokenizer.decode(output[0], skip_special_tokens=True)
+    return texts
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line of the script."""
+    parser = argparse.ArgumentParser(description="Train a small model of the zoo from scratch.")
+    parser.add_argument("name", choices=ARCHITECTURES)
+    parser.add_argument("--data", type=Path, required=True, help="folder that corpus.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float)
+    length.add_argument("--steps", type=int)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, export in bfloat16, reload the export and measure it in float32."""
+    args = parse_arguments()
+    train_text, validation_text = read_train_and_validation(args.data / "train.txt")
+    held_out_text = (args.data / "held_out.txt").read_text(encoding="utf-8")
+    texts = {"train": train_text, "validation": validation_text, "held_out": held_out_text}
+
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    tokenizer = train_tokenizer(train_text)
+    model = ARCHITECTURES[args.name](len(tokenizer), tokenizer.eos_token_id).to(args.device)
+    metrics = train(model, tokenizer, texts, args)
+
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    shutil.copyfile(args.data / "held_out.txt", args.out / "held_out.txt")
+
+    tokenizer = AutoTokenizer.from_pretrained(args.out)
+    model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    cuda = args.device.type == "cuda"
+    report = {
+        "model": args.name,
+        "parameters": model.num_parameters(),
+        "held_out": text_loss(model, tokenizer, held_out_text, context=args.context),
+        **metrics,
+        "batch_size": args.batch_size,
+        "context": args.context,
+        "seed": args.seed,
+        "device": torch.cuda.get_device_name(args.device) if cuda else "cpu",
+        "samples": samples(model, tokenizer),
+    }
+    text = json.dumps(report, indent=2)
+    (args.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    tqdm.write(text)
+
+
+if __name__ == "__main__":
+    main()
