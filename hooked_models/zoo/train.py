@@ -5,7 +5,6 @@ Reads the two files that `hooked_models.zoo.corpus` writes, and writes a folder 
 """
 
 import argparse
-import contextlib
 import json
 import math
 import shutil
@@ -132,15 +131,11 @@ def text_loss(
     max_windows: int | None = None,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Loss on text in consecutive windows, each after a fresh `<|endoftext|>`.
+    """`nats_per_token`, `bits_per_byte` and `tokens` of text such as that of `held_out.txt`.
 
-    Args:
-        text: Documents, as in `held_out.txt`. A last, partial window is left out.
-        context: Tokens a window; all of them are scored.
-        max_windows: Score only so many windows from the head of the text.
-
-    Returns:
-        `nats_per_token`, `bits_per_byte` and the number of `tokens` scored.
+    The text is scored in consecutive windows of `context` tokens, each after a fresh
+    `<|endoftext|>`: all of them, or `max_windows` from its head. A last, partial window is left
+    out.
     """
     windows = encode(tokenizer, text)
     windows = windows[: len(windows) // context * context].view(-1, context)[:max_windows]
@@ -201,20 +196,17 @@ def train(
     texts: dict[str, str],
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Train in place, ending with the weights of the best validation loss.
+    """Train in place on `texts["train"]`, and return how it went.
 
-    Args:
-        texts: `train`, `validation` (which selects the weights) and `held_out` (only watched).
+    Ends with the weights of the best loss on `texts["validation"]`; `texts["held_out"]` is only
+    watched.
     """
     stream = encode(tokenizer, texts["train"]).to(args.device)
     batches = training_windows(
         stream, args.context, args.batch_size, tokenizer.eos_token_id, args.seed
     )
     optimizer = make_optimizer(model)
-    forward = torch.compile(model) if args.compile else model
-    autocast = contextlib.nullcontext()
-    if args.device.type == "cuda":
-        autocast = torch.autocast("cuda", torch.bfloat16)
+    device = args.device.type
     best = {"validation_loss": math.inf, "best_step": 0}
     best_weights: dict[str, Tensor] = {}
     step, fraction, evaluations = 0, 0.0, 0
@@ -225,8 +217,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(fraction)
         inputs, targets = next(batches)
-        with autocast:
-            logits = forward(input_ids=inputs, use_cache=False).logits
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logits = model(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -238,22 +230,17 @@ def train(
         fraction = step / args.steps if args.steps else seconds / (60 * args.minutes)
         if fraction * EVALUATIONS >= evaluations + 1:
             evaluations = int(fraction * EVALUATIONS)
-            losses = {
-                name: text_loss(
-                    model,
-                    tokenizer,
-                    texts[name],
-                    context=args.context,
-                    max_windows=EVALUATION_WINDOWS,
-                )["nats_per_token"]
+            head = {"context": args.context, "max_windows": EVALUATION_WINDOWS}
+            validation, held_out = (
+                text_loss(model, tokenizer, texts[name], **head)["nats_per_token"]
                 for name in ("validation", "held_out")
-            }
-            tqdm.write(
-                f"step {step}: loss {loss.item():.3f}, validation {losses['validation']:.3f}, "
-                f"held-out {losses['held_out']:.3f}"
             )
-            if losses["validation"] < best["validation_loss"]:
-                best = {"validation_loss": losses["validation"], "best_step": step}
+            tqdm.write(
+                f"step {step}: loss {loss.item():.3f}, validation {validation:.3f}, "
+                f"held-out {held_out:.3f}"
+            )
+            if validation < best["validation_loss"]:
+                best = {"validation_loss": validation, "best_step": step}
                 best_weights = {name: x.clone() for name, x in model.state_dict().items()}
     bar.close()
     model.load_state_dict(best_weights)
@@ -293,7 +280,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     return parser.parse_args()
 
 
