@@ -45,9 +45,7 @@ class HookedGatedDeltaNet(HookedMixer):
     def layer_index(self) -> int:
         return self._layer.layer_idx
 
-    def inputs(
-        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any
-    ) -> tuple[Recurrence, Tensor]:
+    def inputs(self, hidden: Float[Tensor, "batch pos d_model"], cache: Any) -> tuple[Recurrence, Tensor]:
         layer = self._layer
         mixed, z, b, a = self._project(hidden)
         mixed = torch.nn.functional.silu(self._convolve(mixed, cache))

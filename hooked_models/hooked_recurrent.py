@@ -208,9 +208,7 @@ class HookedRecurrent(SAETransformerBridge):
 
     def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any) -> Any:
         self._check_hook_names(name for name, _ in [*fwd_hooks, *bwd_hooks])
-        return super().run_with_hooks(
-            *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs
-        )
+        return super().run_with_hooks(*args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
 
     def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any) -> Any:
         self._check_hook_names(name for name, _ in [*fwd_hooks, *bwd_hooks])

@@ -47,10 +47,7 @@ def is_listened_to(point: nn.Module) -> bool:
     if not isinstance(point, HookPoint):
         return True
     return bool(
-        point._forward_hooks
-        or point._forward_pre_hooks
-        or point._backward_hooks
-        or point._backward_pre_hooks
+        point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks
     )
 
 
@@ -139,9 +136,7 @@ class HookedMixer(GeneralizedComponent):
         """The model layer."""
 
     @abstractmethod
-    def inputs(
-        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any
-    ) -> tuple[Recurrence, Any]:
+    def inputs(self, hidden: Float[Tensor, "batch pos d_model"], cache: Any) -> tuple[Recurrence, Any]:
         """The recurrence's inputs, and whatever `finish` wants to have kept.
 
         Under branches ``hidden`` ends with the branch tokens, and local mixing (convolution, token

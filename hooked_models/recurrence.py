@@ -94,9 +94,7 @@ class Recurrence:
         """The recurrence over a window of positions."""
         return self.map(lambda x: x[:, window])
 
-    def pull_back(
-        self, reads: Float[Tensor, "batch pos head d_k"]
-    ) -> Float[Tensor, "batch pos head d_k"]:
+    def pull_back(self, reads: Float[Tensor, "batch pos head d_k"]) -> Float[Tensor, "batch pos head d_k"]:
         """T_t^T r_t: what to read from S_{t-1} to learn what ``reads`` see of it in S_t."""
         decay = self.g.exp() if self.g.ndim == 4 else self.g.exp()[..., None]
         pulled = decay * reads
@@ -200,9 +198,7 @@ class Trajectory:
             known = torch.cat(
                 [before.to(self.dtype).exp() * b, self._products(b, before, k, strict=True) @ v], -1
             )
-            solved = torch.linalg.solve_triangular(
-                -interaction, known, upper=False, unitriangular=True
-            )
+            solved = torch.linalg.solve_triangular(-interaction, known, upper=False, unitriangular=True)
             from_state, from_writes = solved.split([d_k, d_v], dim=-1)
             a_carried = (to_end * a).transpose(-1, -2)
             for n in range(self.n_chunks):

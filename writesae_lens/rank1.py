@@ -9,15 +9,14 @@ Axis letters: N rows (writes), F atoms, J chosen atoms, R rank, K = d_k, V = d_v
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# A row counts as rank 1 if random probes see at most this much of something else, relative to its norm.
+# A row counts as rank 1 if a random probe sees at most this much of something else, relative to its norm.
 RANK1_TOLERANCE = 1e-5
-_N_PROBES = 4
 # Elements of the temporary that a dense score may build at once.
 _BLOCK = 2**26
 
@@ -57,8 +56,8 @@ class Factors(NamedTuple):
 def factor_rank1(rows: Float[Tensor, "row d_k_d_v"], d_k: int, d_v: int) -> Factors | None:
     """The factors of flattened rank-1 matrices, or None if any row is not rank 1.
 
-    The row's largest matrix row is parallel to the value; the products with it give the key. A few random
-    probes check that nothing else is there. Not differentiable.
+    The largest row of a matrix is parallel to its value; the products with it give the key. A random
+    probe checks that nothing else is there. Not differentiable.
 
     Args:
         rows: matrices, flattened row-major over ``[d_k, d_v]``; zero rows are fine.
@@ -70,36 +69,33 @@ def factor_rank1(rows: Float[Tensor, "row d_k_d_v"], d_k: int, d_v: int) -> Fact
     with torch.no_grad():
         matrices = rows.detach().unflatten(-1, (d_k, d_v))
         matrices = matrices.to(torch.promote_types(rows.dtype, torch.float32))
-        squares = torch.linalg.vecdot(matrices, matrices)
-        largest = squares.argmax(-1)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(d_v, generator=generator).to(matrices)
+        # Of a rank-1 matrix the probe sees every row in proportion to its size.
+        probed = (matrices.flatten(0, 1) @ probe).unflatten(0, matrices.shape[:2])
+        largest = probed.abs().argmax(-1)
         value = matrices[torch.arange(len(matrices), device=rows.device), largest]
         value = value / value.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(value.dtype).tiny)
-        generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(d_v, _N_PROBES, generator=generator).to(matrices)
-        directions = torch.cat([value[..., None], probes.expand(len(value), -1, -1)], dim=-1)
-        seen = matrices @ directions
-        key = seen[..., 0]
-        missed = seen[..., 1:] - key[..., None] * (value @ probes)[:, None, :]
+        key = (matrices @ value[..., None]).squeeze(-1)
+        missed = (probed - key * (value @ probe)[:, None]).norm(dim=-1)
         limit = RANK1_TOLERANCE if rows.dtype.itemsize >= 4 else 4 * torch.finfo(rows.dtype).eps
-        bound = limit * squares.sum(-1).sqrt() * _N_PROBES**0.5
-        if not bool((missed.flatten(1).norm(dim=-1) <= bound).all()):
+        if not bool((missed <= limit * key.norm(dim=-1)).all()):
             return None
         return Factors(key[:, None], value[:, None])
 
 
-def scores(
-    rows: Factors, atoms: Factors
-) -> Float[Tensor, "row atom"]:
-    """<X_n, A_i> of every row (rank 1) with every atom."""
-    n_atoms, rank, _ = atoms.key.shape
-    by_key = rows.key[:, 0] @ atoms.key.flatten(0, 1).T
-    by_value = rows.value[:, 0] @ atoms.value.flatten(0, 1).T
-    return (by_key * by_value).unflatten(-1, (n_atoms, rank)).sum(-1) if rank > 1 else by_key * by_value
+def overlaps(left: Factors, right: Factors) -> Float[Tensor, "left right"]:
+    """<X_n, Y_i> of every left with every right matrix."""
+    by_key = left.key.flatten(0, 1) @ right.key.flatten(0, 1).T
+    by_value = left.value.flatten(0, 1) @ right.value.flatten(0, 1).T
+    terms = by_key * by_value
+    ranks = left.key.shape[1], right.key.shape[1]
+    if ranks == (1, 1):
+        return terms
+    return terms.unflatten(1, (-1, ranks[1])).unflatten(0, (-1, ranks[0])).sum((1, 3))
 
 
-def scores_dense(
-    matrices: Float[Tensor, "row d_k d_v"], atoms: Factors
-) -> Float[Tensor, "row atom"]:
+def overlaps_dense(matrices: Float[Tensor, "row d_k d_v"], atoms: Factors) -> Float[Tensor, "row atom"]:
     """<X_n, A_i> for rows of any rank, some atoms at a time."""
     n_atoms, rank, d_k = atoms.key.shape
     step = max(1, _BLOCK // max(1, len(matrices) * rank * d_k))
@@ -112,21 +108,64 @@ def scores_dense(
     return torch.cat(blocks, dim=-1)
 
 
+def squared_errors(
+    rows: Factors,
+    atoms: Factors,
+    indices: Int[Tensor, "row chosen"],
+    coefficients: Float[Tensor, "row chosen"],
+) -> Float[Tensor, " row"]:
+    """|X_n - sum_j coefficient_nj A_(index_nj)|^2, without building X or the sum.
+
+    Args:
+        rows: the X_n, of rank 1; they get no gradient.
+    """
+    rank = atoms.key.shape[1]
+    weights = coefficients.repeat_interleave(rank, dim=1) if rank > 1 else coefficients
+    key, value = (x[indices].flatten(1, 2) for x in atoms)
+    return _SquaredErrors.apply(key, value, weights, rows.key[:, 0], rows.value[:, 0])
+
+
+class _SquaredErrors(torch.autograd.Function):
+    """e = |X|^2 - 2 s.w + w^T (K K^T * V V^T) w with s_j = <X, k_j v_j^T>.
+
+    By symmetry each factor's gradient is one product with a J x J matrix; autograd would take two and
+    several passes over [N, J, K].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, key: Tensor, value: Tensor, weights: Tensor, x_key: Tensor, x_value: Tensor
+    ) -> Tensor:
+        by_key, by_value = ((f @ x[..., None]).squeeze(-1) for f, x in ((key, x_key), (value, x_value)))
+        key_gram, value_gram = key @ key.mT, value @ value.mT
+        squared = ((key_gram * value_gram) @ weights[..., None]).squeeze(-1)
+        ctx.save_for_backward(
+            key, value, weights, x_key, x_value, by_key, by_value, key_gram, value_gram, squared
+        )
+        norm = x_key.square().sum(-1) * x_value.square().sum(-1)
+        return norm + (weights * (squared - 2 * by_key * by_value)).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        key, value, weights, x_key, x_value, by_key, by_value, key_gram, value_gram, squared = saved
+        scale = 2 * grads[0][:, None]
+        pairs = (scale * weights)[..., None] * weights[:, None]
+        grad_key = (pairs * value_gram) @ key
+        grad_key.addcmul_((scale * weights * by_value)[..., None], x_key[:, None], value=-1)
+        grad_value = (pairs * key_gram) @ value
+        grad_value.addcmul_((scale * weights * by_key)[..., None], x_value[:, None], value=-1)
+        return grad_key, grad_value, scale * (squared - by_key * by_value), None, None
+
+
 def combine(
     atoms: Factors, indices: Int[Tensor, "row chosen"], coefficients: Float[Tensor, "row chosen"]
-) -> Factors:
-    """sum_j coefficient_nj A_(index_nj) as factors of rank chosen * rank."""
+) -> Float[Tensor, "row d_k d_v"]:
+    """sum_j coefficient_nj A_(index_nj), built."""
     key = atoms.key[indices] * coefficients[..., None, None]
-    return Factors(key.flatten(1, 2), atoms.value[indices].flatten(1, 2))
+    return key.flatten(1, 2).transpose(1, 2) @ atoms.value[indices].flatten(1, 2)
 
 
-def inner(left: Factors, right: Factors) -> Float[Tensor, "*batch"]:
-    """<X_n, Y_n>, row by row."""
-    by_key = left.key @ right.key.transpose(-1, -2)
-    by_value = left.value @ right.value.transpose(-1, -2)
-    return (by_key * by_value).sum((-1, -2))
-
-
-def inner_with_matrix(rows: Factors, matrix: Float[Tensor, "d_k d_v"]) -> Float[Tensor, "*batch"]:
+def inner_with_matrix(rows: Factors, matrix: Float[Tensor, "d_k d_v"]) -> Float[Tensor, " row"]:
     """<X_n, M> for one matrix M."""
     return ((rows.key @ matrix) * rows.value).sum((-1, -2))

@@ -36,10 +36,10 @@ from writesae_lens.rank1 import (
     Factors,
     combine,
     factor_rank1,
-    inner,
     inner_with_matrix,
-    scores,
-    scores_dense,
+    overlaps,
+    overlaps_dense,
+    squared_errors,
 )
 
 ARCHITECTURE = "writesae"
@@ -209,7 +209,7 @@ class _FactoredSAE(SAE[Any]):
                 f"normalize_activations={self.cfg.normalize_activations!r} needs whole matrices: use encode"
             )
         rows = Factors(key[:, None].to(self.dtype), value[:, None].to(self.dtype))
-        return self.activation_fn(scores(rows, self._encoder) + self.b_enc)
+        return self.activation_fn(overlaps(rows, self._encoder) + self.b_enc)
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
         if sae_in.shape[-1] != self.cfg.d_in:
@@ -225,9 +225,9 @@ class _FactoredSAE(SAE[Any]):
         flat = x.reshape(-1, self.cfg.d_in)
         rows = None if x.requires_grad else factor_rank1(flat, self.cfg.d_k, self.cfg.d_v)
         if rows is None:
-            hidden = scores_dense(flat.unflatten(-1, (self.cfg.d_k, -1)), self._encoder)
+            hidden = overlaps_dense(flat.unflatten(-1, (self.cfg.d_k, -1)), self._encoder)
         else:
-            hidden = scores(Factors(*(f.to(self.dtype) for f in rows)), self._encoder)
+            hidden = overlaps(Factors(*(f.to(self.dtype) for f in rows)), self._encoder)
         return (hidden + self.b_enc).view(*x.shape[:-1], -1)
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
@@ -239,7 +239,7 @@ class _FactoredSAE(SAE[Any]):
         else:
             active = int((flat != 0).sum(-1).max()) if len(flat) else 0
             values, indices = _largest(flat, active)
-            out = combine(self.atoms(), indices, values).matrix().flatten(-2)
+            out = combine(self.atoms(), indices, values).flatten(-2)
         out = self.hook_sae_recons((out + self.b_dec).view(*feature_acts.shape[:-1], -1))
         out = self.run_time_activation_norm_fn_out(out)
         return self.reshape_fn_out(out, self.d_head)
@@ -297,19 +297,20 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):
         sae_out: Tensor,
     ) -> dict[str, Tensor]:
         """The losses beside the squared error, from matrices (`training_forward_pass` needs none)."""
-        matrices = self.process_sae_in(step_input.sae_in).unflatten(-1, (self.cfg.d_k, -1))
-        residual = (step_input.sae_in - sae_out).detach().unflatten(-1, (self.cfg.d_k, -1))
-        atoms = self.atoms()
-        losses = {}
-        dead = self._dead(step_input.dead_neuron_mask, hidden_pre, atoms)
+        atoms, shape = self.atoms(), (self.cfg.d_k, self.cfg.d_v)
+        losses = {"auxiliary_reconstruction_loss": hidden_pre.new_zeros(())}
+        dead = self._dead(step_input.dead_neuron_mask, hidden_pre)
         if dead is not None:
-            values, combined, scale = dead
-            along = torch.einsum("njk,nkv,njv->n", combined.key, residual, combined.value)
-            error = residual.square().sum((-1, -2)) - 2 * along + combined.norm().square()
-            losses["auxiliary_reconstruction_loss"] = scale * error.mean()
-        else:
-            losses["auxiliary_reconstruction_loss"] = hidden_pre.new_zeros(())
+            pool, weights, scale = dead
+            residual = (step_input.sae_in - sae_out).detach().unflatten(-1, shape)
+            losses["auxiliary_reconstruction_loss"] = scale * self._dead_error(
+                atoms[pool],
+                weights,
+                overlaps_dense(residual, atoms[pool]),
+                residual.square().sum((-1, -2)),
+            )
         if self.cfg.write_alignment_coefficient:
+            matrices = step_input.sae_in.unflatten(-1, shape)
             best = atoms[feature_acts.argmax(-1)]
             overlap = torch.einsum("nrk,nkv,nrv->n", best.key, matrices, best.value)
             losses["write_alignment_loss"] = self._alignment(
@@ -332,10 +333,9 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):
                 raise WriteSAEError(
                     "the activations of this batch are not finite: check the model's dtype and the hook"
                 )
-            output = super().training_forward_pass(step_input)
-            return output
+            return super().training_forward_pass(step_input)
         rows = Factors(*(f.to(self.dtype) for f in rows))
-        hidden = self.hook_sae_acts_pre(scores(rows, self._encoder) + self.b_enc)
+        hidden = self.hook_sae_acts_pre(overlaps(rows, self._encoder) + self.b_enc)
         acts = self.hook_sae_acts_post(self.activation_fn(hidden))
         losses = self._factored_losses(rows, hidden, acts, step_input.dead_neuron_mask)
         with torch.no_grad():
@@ -357,29 +357,26 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):
         """|X - X^|^2 and the other losses, from inner products of factors alone."""
         atoms, bias = self.atoms(), self.bias_matrix
         values, indices = acts.topk(self.cfg.k, dim=-1)
-        chosen = combine(atoms, indices, values)
-        squared_norm = inner(rows, rows)
-        # |X - Y|^2 = |X|^2 - 2 <X, Y> + |Y|^2 with Y = sum_j a_j A_j, then the bias.
-        error = squared_norm - 2 * inner(rows, chosen) + inner(chosen, chosen)
+        error = squared_errors(rows, atoms, indices, values)
         if self.cfg.decoder_bias:
-            on_bias = inner_with_matrix(chosen, bias) - inner_with_matrix(rows, bias)
-            error = error + 2 * on_bias + bias.square().sum()
-        losses = {"mse_loss": error.mean()}
-        dead = self._dead(dead_mask, hidden, atoms)
-        if dead is None:
-            losses["auxiliary_reconstruction_loss"] = error.new_zeros(())
-        else:
-            _, combined, scale = dead
-            left_over = inner(rows, combined) - inner(Factors(*(f.detach() for f in chosen)), combined)
+            on_bias = (values * inner_with_matrix(atoms, bias)[indices]).sum(-1)
+            error = error + 2 * (on_bias - inner_with_matrix(rows, bias)) + bias.square().sum()
+        losses = {"mse_loss": error.mean(), "auxiliary_reconstruction_loss": error.new_zeros(())}
+        dead = self._dead(dead_mask, hidden)
+        if dead is not None:
+            pool, weights, scale = dead
+            # What the live atoms left over is given: no gradient flows into it.
+            fixed = Factors(atoms.key.detach(), atoms.value.detach())
+            left_over = overlaps(rows, atoms[pool]) - acts.detach() @ overlaps(fixed, atoms[pool])
             if self.cfg.decoder_bias:
-                left_over = left_over - inner_with_matrix(combined, bias.detach())
-            aux = error.detach() - 2 * left_over + inner(combined, combined)
-            losses["auxiliary_reconstruction_loss"] = scale * aux.mean()
+                left_over = left_over - inner_with_matrix(atoms[pool], bias.detach())
+            losses["auxiliary_reconstruction_loss"] = scale * self._dead_error(
+                atoms[pool], weights, left_over, error.detach()
+            )
         if self.cfg.write_alignment_coefficient:
             best = atoms[indices[:, 0]]
-            losses["write_alignment_loss"] = self._alignment(
-                inner(rows, best), squared_norm, values[:, 0]
-            )
+            overlap = ((best.key @ rows.key.mT) * (best.value @ rows.value.mT)).sum((-1, -2))
+            losses["write_alignment_loss"] = self._alignment(overlap, rows.norm().square(), values[:, 0])
         return losses
 
     def _alignment(self, overlap: Tensor, squared_norm: Tensor, coefficient: Tensor) -> Tensor:
@@ -389,18 +386,26 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):
         mean = ((1 - cosine) * fires).sum() / fires.sum().clamp(min=1)
         return self.cfg.write_alignment_coefficient * squared_norm.mean().detach() * mean
 
-    def _dead(
-        self, mask: Tensor | None, hidden: Tensor, atoms: Factors
-    ) -> tuple[Tensor, Factors, float] | None:
-        """The strongest dead atoms of each row and their combination; None if no atom is dead."""
+    def _dead(self, mask: Tensor | None, hidden: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """Indices of the dead atoms, their weights in each row and the loss's scale; None if none is dead.
+
+        The weights are the pre-activations of the k_aux strongest, elsewhere zero.
+        """
         n_dead = 0 if mask is None else int(mask.sum())
         if mask is None or n_dead == 0 or not self.cfg.aux_loss_coefficient:
             return None
-        k_aux = min(self.cfg.k_aux, n_dead)
         pool = mask.nonzero().squeeze(-1)
-        values, indices = hidden[:, pool].topk(k_aux, dim=-1, sorted=False)
-        scale = self.cfg.aux_loss_coefficient * min(1.0, n_dead / self.cfg.k_aux)
-        return values, combine(atoms, pool[indices], values), scale
+        weights = hidden[:, pool]
+        if n_dead > self.cfg.k_aux:
+            values, indices = weights.topk(self.cfg.k_aux, dim=-1, sorted=False)
+            weights = torch.zeros_like(weights).scatter(-1, indices, values)
+        return pool, weights, self.cfg.aux_loss_coefficient * min(1.0, n_dead / self.cfg.k_aux)
+
+    @staticmethod
+    def _dead_error(atoms: Factors, weights: Tensor, along: Tensor, squared_residual: Tensor) -> Tensor:
+        """Mean |E_n - sum_j weight_nj A_j|^2, given <E_n, A_j> and |E_n|^2."""
+        reconstruction = ((weights @ overlaps(atoms, atoms)) * weights).sum(-1)
+        return (squared_residual - 2 * (weights * along).sum(-1) + reconstruction).mean()
 
     @torch.no_grad()
     def log_histograms(self) -> dict[str, NDArray[Any]]:

@@ -202,9 +202,7 @@ def train(
     watched.
     """
     stream = encode(tokenizer, texts["train"]).to(args.device)
-    batches = training_windows(
-        stream, args.context, args.batch_size, tokenizer.eos_token_id, args.seed
-    )
+    batches = training_windows(stream, args.context, args.batch_size, tokenizer.eos_token_id, args.seed)
     optimizer = make_optimizer(model)
     device = args.device.type
     best = {"validation_loss": math.inf, "best_step": 0}
@@ -236,8 +234,7 @@ def train(
                 for name in ("validation", "held_out")
             )
             tqdm.write(
-                f"step {step}: loss {loss.item():.3f}, validation {validation:.3f}, "
-                f"held-out {held_out:.3f}"
+                f"step {step}: loss {loss.item():.3f}, validation {validation:.3f}, held-out {held_out:.3f}"
             )
             if validation < best["validation_loss"]:
                 best = {"validation_loss": validation, "best_step": step}

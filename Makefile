@@ -1,0 +1,43 @@
+# Every target makes what it needs from a bare checkout, in an environment of its own.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= writesae-demo
+MODEL ?= tiny-gdn
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/.user  ## train a WriteSAE on a shipped model, test it, write a report
+	$(BIN)/writesae-lens demo --model $(MODEL) --out $(OUT)
+
+test: $(VENV)/.dev  ## the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.dev  ## both sides of each ratio in one run, on one thread
+	$(BIN)/python -m tests.benchmarks
+
+# torch is asked for by its exact version first: a range would fetch the registry's newest build and its CUDA
+# packages where a CPU build of the tested version is at hand.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	touch $@
+
+$(VENV)/.user: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.user
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info

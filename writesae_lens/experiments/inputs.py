@@ -1,0 +1,142 @@
+"""What the experiments share on their way in: the SAE's cell, passages of text, firings and atoms."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Site
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor
+
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.rank1 import Factors
+from writesae_lens.sae import WriteSAE, WriteTrainingSAE
+
+DEFAULT_CONTEXT = 256
+
+
+class Firings(NamedTuple):
+    """The dominant atom at every position of one passage where any atom is active."""
+
+    position: Int[Tensor, " firing"]
+    atom: Int[Tensor, " firing"]
+    coefficient: Float[Tensor, " firing"]
+    write_key: Float[Tensor, "firing d_k"]
+    write_value: Float[Tensor, "firing d_v"]
+
+
+def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
+    """The cell that the SAE was trained on, from ``sae.cfg.metadata.hook_name``.
+
+    Raises:
+        WriteSAEError: the SAE names no hook, its sizes are not the cell's, or it expects inputs that
+            are scaled at run time.
+    """
+    name = sae.cfg.metadata.hook_name
+    if name is None:
+        raise WriteSAEError(
+            "the SAE does not say which hook it belongs to: set sae.cfg.metadata.hook_name, for "
+            "example to model.write_hook_name(layer, head)"
+        )
+    site = model.site(name)
+    cell = site.cell
+    shape = getattr(sae.cfg, "d_k", cell.d_k), getattr(sae.cfg, "d_v", cell.d_v)
+    if shape != (cell.d_k, cell.d_v) or sae.cfg.d_in != cell.d_k * cell.d_v:
+        raise WriteSAEError(
+            f"the SAE is made for {shape[0]} x {shape[1]} matrices (d_in {sae.cfg.d_in}), but layer "
+            f"{cell.layer} head {cell.head} of the model writes {cell.d_k} x {cell.d_v}"
+        )
+    if sae.cfg.normalize_activations != "none":
+        raise WriteSAEError(
+            f"the SAE scales its inputs (normalize_activations={sae.cfg.normalize_activations!r}), so its "
+            "coefficients are not in units of writes: fold the scale in first"
+        )
+    return site
+
+
+def as_passages(
+    model: HookedRecurrent, tokens: Int[Tensor, "passage pos"] | str, context_size: int | None
+) -> Int[Tensor, "passage pos"]:
+    """Passages of equal length, from a token tensor or from text.
+
+    Args:
+        tokens: ``[passage, pos]``, or one text to cut into passages; a last, shorter piece is left out.
+        context_size: tokens of a passage of text (None: 256).
+
+    Raises:
+        WriteSAEError: the text is shorter than one passage, or tokens have another shape or dtype.
+    """
+    if isinstance(tokens, str):
+        size = context_size or DEFAULT_CONTEXT
+        ids = model.to_tokens(tokens, prepend_bos=False, truncate=False)[0]
+        if len(ids) < size:
+            raise WriteSAEError(
+                f"the text is too short: {len(ids)} tokens, while one passage has {size}; give more "
+                "text or a smaller context_size"
+            )
+        tokens = ids[: len(ids) // size * size].view(-1, size)
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        raise WriteSAEError(
+            f"tokens must be a LongTensor [passage, pos] or a text, got {tokens.dtype} of shape "
+            f"{tuple(tokens.shape)}"
+        )
+    return tokens.to(next(model.original_model.parameters()).device)
+
+
+@torch.no_grad()
+def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tensor, " pos"]) -> Firings:
+    """Run one passage up to the cell's layer; dominant atom, coefficient and native write per position.
+
+    Raises:
+        WriteSAEError: the cell's activations are not finite.
+    """
+    cell = site.cell
+    prefix = model.write_hook_name(cell.layer, 0).rsplit(".hook_write", 1)[0]
+    names = [f"{prefix}.hook_write_key", f"{prefix}.hook_write_value"]
+    state_name = model.state_hook_name(cell.layer, cell.head)
+    on_states = site.kind == "state"
+    _, cache = model.run_with_cache(
+        tokens[None],
+        names_filter=names + [state_name] * on_states,
+        stop_at_layer=cell.layer + 1,
+        return_cache_object=False,
+        use_cache=False,
+    )
+    key, value = (cache[name][0, :, cell.head] for name in names)
+    if not bool(torch.isfinite(key).all() and torch.isfinite(value).all()):
+        raise WriteSAEError(
+            f"the writes of layer {cell.layer} head {cell.head} are not finite: try another dtype"
+        )
+    if on_states:
+        acts = sae.encode(cache[state_name][0])
+    elif isinstance(sae, WriteSAE | WriteTrainingSAE):
+        acts = sae.encode_factors(key, value)
+    else:
+        acts = sae.encode((key[:, :, None] * value[:, None, :]).flatten(1))
+    coefficient, atom = acts.max(dim=-1)
+    fires = (coefficient > 0).nonzero().squeeze(-1)
+    return Firings(fires, atom[fires], coefficient[fires].float(), key[fires], value[fires])
+
+
+@torch.no_grad()
+def atom_factors(sae: SAE[Any], atoms: Int[Tensor, " atom"], d_k: int, d_v: int) -> Factors:
+    """Chosen decoder atoms as factors; the atoms of a flat SAE get rank d_v (column by column)."""
+    if isinstance(sae, WriteSAE | WriteTrainingSAE):
+        return Factors(*(f.float() for f in sae.atoms()[atoms]))
+    matrices = sae.W_dec[atoms].float().view(-1, d_k, d_v)
+    columns = torch.eye(d_v, device=matrices.device).expand(len(matrices), -1, -1)
+    return Factors(matrices.mT, columns)
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """A short hash of tensors' contents, to tell runs on other inputs apart."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        x = x.detach().cpu().contiguous()
+        digest.update(str((x.dtype, tuple(x.shape))).encode())
+        digest.update(x.view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+    return digest.hexdigest()[:16]

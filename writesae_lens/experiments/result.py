@@ -1,0 +1,96 @@
+"""What every experiment returns, and how a long one resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from writesae_lens.errors import WriteSAEError
+
+RECORDS, SUMMARY, SETTINGS = "records.csv", "summary.json", "settings.json"
+
+
+@dataclass
+class ExperimentResult:
+    """Rows, figures of merit and plots of one experiment.
+
+    Args:
+        name: the experiment.
+        records: one row per trial.
+        summary: plain numbers, lists and strings; what a paper's table would hold.
+        figures: file stem to the function that draws it from this result.
+    """
+
+    name: str
+    records: pd.DataFrame
+    summary: dict[str, Any]
+    figures: dict[str, Callable[[ExperimentResult], Figure]] = field(default_factory=dict)
+
+    def plot(self) -> Figure:
+        """The experiment's main figure."""
+        return next(iter(self.figures.values()))(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write records.csv, summary.json and a PNG per figure; returns the folder.
+
+        Each file is written beside its place and then renamed, so that no half-written file stays.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / RECORDS, lambda path: self.records.to_csv(path, index=False))
+        text = json.dumps(self.summary, indent=2)
+        write_whole(folder / SUMMARY, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        for stem, draw in self.figures.items():
+            figure = draw(self)
+            write_whole(folder / f"{stem}.png", lambda path, f=figure: f.savefig(path, format="png", dpi=150))
+        return folder
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a file beside ``path``, then move it there."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class Progress:
+    """Finished parts of an experiment in a folder, so that an interrupted run goes on where it stopped.
+
+    Args:
+        folder: where to keep them, or None to keep nothing.
+        settings: what the parts depend on; a folder made with other settings is refused.
+    """
+
+    def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, text = self.folder / SETTINGS, json.dumps(settings, indent=2, sort_keys=True)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise WriteSAEError(
+                f"{self.folder} holds the progress of a run with other settings (see {SETTINGS}): "
+                "resume with the same ones, or give another folder"
+            )
+        write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+    def part(self, number: int, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """The part from the folder if it is there, else computed and kept."""
+        if self.folder is None:
+            return compute()
+        path = self.folder / f"part_{number:06d}.csv"
+        if path.exists():
+            return pd.read_csv(path, float_precision="round_trip", keep_default_na=False)
+        frame = compute()
+        write_whole(path, lambda p: frame.to_csv(p, index=False))
+        return frame
