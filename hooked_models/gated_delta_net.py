@@ -58,11 +58,10 @@ class HookedGatedDeltaNet(HookedMixer):
         if repeats > 1:
             q, k = (x.repeat_interleave(repeats, dim=2) for x in (q, k))
         v = v.to(wide).unflatten(-1, (-1, d_v))
-        beta = b.sigmoid().to(wide)[..., None]
+        beta = b.sigmoid().to(wide)
         g = -layer.A_log.to(wide).exp() * torch.nn.functional.softplus(a.to(wide) + layer.dt_bias)
         g = self.fire_decay(g)
-        erase = -g.exp()[..., None] * beta * k
-        return Recurrence(q=q * d_k**-0.5, g=g, k=k, v=beta * v, a=erase, b=k), z
+        return Recurrence(q=q * d_k**-0.5, g=g, k=k, v=beta[..., None] * v, a=-g.exp() * beta, b=k), z
 
     def finish(
         self, outputs: Float[Tensor, "batch pos head d_v"], kept: Tensor

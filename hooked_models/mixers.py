@@ -185,6 +185,8 @@ class HookedMixer(GeneralizedComponent):
             mask = attention_mask[:, -hidden.shape[1] :, None]
             hidden = hidden * mask.to(hidden.dtype)
         recurrence, kept = self.inputs(hidden, cache_params)
+        if is_listened_to(self.hook_write_key):  # an edited key must not move the erase
+            recurrence = recurrence.with_erase_vector()
         recurrence = dataclasses.replace(
             recurrence,
             q=self.hook_read(recurrence.q),

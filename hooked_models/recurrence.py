@@ -60,14 +60,15 @@ class Recurrence:
         k: key factor of the write, ``[batch, pos, head, d_k]``.
         v: value factor of the write, ``[batch, pos, head, d_v]``.
         a, b: factors of the rank-1 part of the transition, ``[batch, pos, head, d_k]`` each, or
-            both None for a recurrence that does not erase (Mamba-2, GLA).
+            both None for a recurrence that does not erase (Mamba-2, GLA). Where a is a multiple of
+            k, as in the delta rules, give that number, ``[batch, pos, head]``: it halves the work.
     """
 
     q: Float[Tensor, "batch pos head d_k"]
     g: Float[Tensor, "batch pos head"] | Float[Tensor, "batch pos head d_k"]
     k: Float[Tensor, "batch pos head d_k"]
     v: Float[Tensor, "batch pos head d_v"]
-    a: Float[Tensor, "batch pos head d_k"] | None = None
+    a: Float[Tensor, "batch pos head d_k"] | Float[Tensor, "batch pos head"] | None = None
     b: Float[Tensor, "batch pos head d_k"] | None = None
 
     def __post_init__(self) -> None:
@@ -94,13 +95,19 @@ class Recurrence:
         """The recurrence over a window of positions."""
         return self.map(lambda x: x[:, window])
 
-    def pull_back(self, reads: Float[Tensor, "batch pos head d_k"]) -> Float[Tensor, "batch pos head d_k"]:
+    def with_erase_vector(self) -> Recurrence:
+        """The same recurrence with a as vectors, so that k can change without it."""
+        if self.a is None or self.a.ndim == 4:
+            return self
+        return dataclasses.replace(self, a=self.a[..., None] * self.k)
+
+    def pull_back(
+        self, reads: Float[Tensor, "batch pos head d_k"]
+    ) -> Float[Tensor, "batch pos head d_k"]:
         """T_t^T r_t: what to read from S_{t-1} to learn what ``reads`` see of it in S_t."""
-        decay = self.g.exp() if self.g.ndim == 4 else self.g.exp()[..., None]
-        pulled = decay * reads
-        if self.a is not None and self.b is not None:
-            pulled = pulled + self.b * (self.a * reads).sum(-1, keepdim=True)
-        return pulled
+        a, b = self.with_erase_vector().a, self.b
+        pulled = _per_channel(self.g).exp() * reads
+        return pulled if a is None or b is None else pulled + b * (a * reads).sum(-1, keepdim=True)
 
 
 def scan(
@@ -128,7 +135,7 @@ def scan_sequential(
 ) -> tuple[Float[Tensor, "batch pos head d_v"], Float[Tensor, "batch head d_k d_v"]]:
     """The recurrence token by token, as written in the module's first equation: the oracle of `scan`."""
     dtype = recurrence.dtype
-    rec = recurrence.map(lambda x: x.to(dtype))
+    rec = recurrence.with_erase_vector().map(lambda x: x.to(dtype))
     batch, length, heads, d_k = rec.k.shape
     state = (
         rec.k.new_zeros(batch, heads, d_k, rec.v.shape[-1])
@@ -175,45 +182,54 @@ class Trajectory:
         self.n_chunks = -(-self.length // self.chunk_size)
 
         self.log_decay = _running_sum(self._chunked(_per_channel(recurrence.g), keep_dtype=True))
+        self._kept = self._decay_matrix() if self.log_decay.shape[-1] == 1 else None
         last = self.log_decay[..., -1:, :]
         to_end = (last - self.log_decay).to(self.dtype).exp()
-        self.sources = [(self._chunked(recurrence.k), self._chunked(recurrence.v))]
-        carried = to_end * self.sources[0][0]
-        flow = carried.transpose(-1, -2) @ self.sources[0][1]
-        if inflow is not None:
-            flow = flow + inflow
-        decay = last.to(self.dtype).exp().transpose(-1, -2)
+        decay = last.to(self.dtype).exp().mT
+        k, v = self._chunked(recurrence.k), self._chunked(recurrence.v)
+        k_to_end = (to_end * k).mT
 
         if initial_state is None:
-            state = recurrence.k.new_zeros(batch, heads, d_k, d_v, dtype=self.dtype)
+            state = k.new_zeros(batch, heads, d_k, d_v)
         else:
             state = initial_state.to(self.dtype)
-        starts, erased = [], []
-        if recurrence.a is not None and recurrence.b is not None:
-            a, b = self._chunked(recurrence.a), self._chunked(recurrence.b)
-            k, v = self.sources[0]
-            before = self._before()
-            # (1 - L_ba) w = exp(G_{t-1}) b S_0 + L_bk v: one solve gives both terms of w.
-            interaction = self._products(b, before, a, strict=True)
-            known = torch.cat(
-                [before.to(self.dtype).exp() * b, self._products(b, before, k, strict=True) @ v], -1
-            )
-            solved = torch.linalg.solve_triangular(-interaction, known, upper=False, unitriangular=True)
-            from_state, from_writes = solved.split([d_k, d_v], dim=-1)
-            a_carried = (to_end * a).transpose(-1, -2)
+        inflows = [0] * self.n_chunks if inflow is None else inflow.unbind(2)
+        starts, rights = [], []
+        # S_t = exp(G_t) S_0 + sum_s exp(G_t - G_s) left_s right_s^T: reads and states need only these.
+        if recurrence.a is None or recurrence.b is None:
+            flow = k_to_end @ v
             for n in range(self.n_chunks):
                 starts.append(state)
-                erased.append(from_state[:, :, n] @ state + from_writes[:, :, n])
-                state = decay[:, :, n] * state + a_carried[:, :, n] @ erased[n] + flow[:, :, n]
-            if erased:
-                self.sources.append((a, torch.stack(erased, dim=2)))
+                state = decay[:, :, n] * state + flow[:, :, n] + inflows[n]
+            self.sources = [(k, v)]
         else:
+            a_is_multiple = recurrence.a.ndim == 3
+            a = self._chunked(_per_channel(recurrence.a))
+            b = self._chunked(recurrence.b)
+            # (1 - L_ba) w = exp(G_{t-1}) b S_0 + L_bk v: one solve gives both terms of w.
+            on_writes = self._products(b, k, before=True)
+            interaction = on_writes * a.mT if a_is_multiple else self._products(b, a, before=True)
+            known = torch.cat([self._from_start(b, before=True), on_writes @ v], dim=-1)
+            solved = torch.linalg.solve_triangular(
+                -interaction, known, upper=False, unitriangular=True
+            )
+            from_state, from_writes = solved.split([d_k, d_v], dim=-1)
+            if a_is_multiple:  # a w^T + k v^T = k (a w + v)^T
+                from_state, from_writes = a * from_state, torch.addcmul(v, a, from_writes)
+                carry, flow = k_to_end, None
+            else:
+                carry, flow = (to_end * a).mT, k_to_end @ v
             for n in range(self.n_chunks):
                 starts.append(state)
-                state = decay[:, :, n] * state + flow[:, :, n]
+                rights.append(from_writes[:, :, n] + from_state[:, :, n] @ state)
+                state = decay[:, :, n] * state + carry[:, :, n] @ rights[n] + inflows[n]
+                if flow is not None:
+                    state = state + flow[:, :, n]
+            right = torch.stack(rights, dim=2) if rights else v
+            self.sources = [(k, right)] if a_is_multiple else [(k, v), (a, right)]
         self.final_state: Float[Tensor, "batch head d_k d_v"] = state
         # [B, H, N, K, V]: the state that each chunk starts from.
-        self.starts = torch.stack(starts, dim=2) if starts else flow
+        self.starts = torch.stack(starts, dim=2) if starts else state.new_zeros(batch, heads, 0, d_k, d_v)
 
     @_full_precision
     def read(
@@ -226,10 +242,9 @@ class Trajectory:
             before: read the state before the position's own transition and write.
         """
         r = self._chunked(reads)
-        at = self._before() if before else self.log_decay
-        out = (at.to(self.dtype).exp() * r) @ self.starts
+        out = self._from_start(r, before) @ self.starts
         for left, right in self.sources:
-            out = out + self._products(r, at, left, strict=before) @ right
+            out = out + self._products(r, left, before) @ right
         batch, heads = out.shape[:2]
         return out.reshape(batch, heads, -1, out.shape[-1])[:, :, : self.length].transpose(1, 2)
 
@@ -284,15 +299,28 @@ class Trajectory:
         """G_{t-1}: the running sum without the position's own decay."""
         return torch.nn.functional.pad(self.log_decay[..., :-1, :], (0, 0, 1, 0))
 
-    def _products(self, x: Tensor, at: Tensor, y: Tensor, strict: bool) -> Tensor:
-        """The triangular matrix sum_d x_t[d] exp(at_t[d] - G_s[d]) y_s[d], s < t or s <= t, else 0."""
-        size = self.chunk_size
-        allowed = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1 if strict else 0)
-        if at.shape[-1] == 1:
-            since = (at - self.log_decay.transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
-            return (x @ y.transpose(-1, -2)) * since.to(self.dtype).exp()
+    def _from_start(self, x: Tensor, before: bool) -> Tensor:
+        """exp(G_t) x_t, or exp(G_{t-1}) x_t: how vectors see the state that the chunk starts from."""
+        at = self._before() if before else self.log_decay
+        return at.to(self.dtype).exp() * x
+
+    def _decay_matrix(self) -> Tensor:
+        """exp(G_t - G_s) for s <= t, else 0; for a scalar decay."""
+        since = (self.log_decay - self.log_decay.mT).to(self.dtype)
+        future = torch.ones(since.shape[-2:], dtype=torch.bool, device=since.device).triu(1)
+        return since.masked_fill_(future, float("-inf")).exp_()
+
+    def _products(self, x: Tensor, y: Tensor, before: bool) -> Tensor:
+        """sum_d x_t[d] exp(G_t[d] - G_s[d]) y_s[d] for s <= t, or with G_{t-1} for s < t; else 0."""
+        if self._kept is not None:
+            kept = self._kept
+            if before:  # exp(G_{t-1} - G_s) is the row above
+                kept = torch.nn.functional.pad(kept[..., :-1, :], (0, 0, 1, 0))
+            return (x @ y.mT) * kept
         # Per channel the exponent cannot leave the sum over d. Blocks below the diagonal factor
         # through a reference point between t and s, so that both factors stay below 1.
+        at, size = self._before() if before else self.log_decay, self.chunk_size
+        allowed = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1 if before else 0)
         rows = []
         for start in range(0, size, SUB_CHUNK_SIZE):
             stop = min(start + SUB_CHUNK_SIZE, size)
@@ -303,10 +331,12 @@ class Trajectory:
                 past_y = (reference - self.log_decay[..., :start, :]).to(self.dtype).exp()
                 here_x = (at[..., now, :] - reference).to(self.dtype).exp()
                 past = past_y * y[..., :start, :]
-                blocks.append((here_x * x[..., now, :]) @ past.transpose(-1, -2))
+                blocks.append((here_x * x[..., now, :]) @ past.mT)
             since = at[..., now, None, :] - self.log_decay[..., None, now, :]
             since = since.masked_fill(~allowed[now, now, None], float("-inf")).to(self.dtype).exp()
-            blocks.append(torch.einsum("...td,...sd,...tsd->...ts", x[..., now, :], y[..., now, :], since))
+            blocks.append(
+                torch.einsum("...td,...sd,...tsd->...ts", x[..., now, :], y[..., now, :], since)
+            )
             blocks.append(x.new_zeros(*x.shape[:-2], stop - start, size - stop))
             rows.append(torch.cat(blocks, dim=-1))
         return torch.cat(rows, dim=-2)
@@ -355,7 +385,7 @@ def _respond(
 ) -> tuple[Tensor, Trajectory]:
     """The response inside each chunk (as reads, or as states) and what the chunks hand on."""
     dtype = torch.promote_types(recurrence.dtype, difference.dtype)
-    g, a, b = _per_channel(recurrence.g).to(dtype), recurrence.a, recurrence.b
+    g, a, b = _per_channel(recurrence.g).to(dtype), recurrence.with_erase_vector().a, recurrence.b
     if state_is_set is not None:
         g = g.masked_fill(state_is_set[..., None], LOG_ZERO)
         a = None if a is None else a.masked_fill(state_is_set[..., None], 0)

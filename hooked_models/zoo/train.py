@@ -45,8 +45,8 @@ def build_tiny_gdn(vocab_size: int, end_id: int) -> PreTrainedModel:
     """Three Gated DeltaNet layers and one of full attention; key and value sizes differ."""
     config = Qwen3_5TextConfig(
         vocab_size=vocab_size,
-        hidden_size=192,
-        intermediate_size=576,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=4,
         layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
         linear_num_key_heads=4,
@@ -56,7 +56,7 @@ def build_tiny_gdn(vocab_size: int, end_id: int) -> PreTrainedModel:
         linear_conv_kernel_dim=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=48,
+        head_dim=32,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=end_id,
@@ -204,7 +204,6 @@ def train(
     stream = encode(tokenizer, texts["train"]).to(args.device)
     batches = training_windows(stream, args.context, args.batch_size, tokenizer.eos_token_id, args.seed)
     optimizer = make_optimizer(model)
-    device = args.device.type
     best = {"validation_loss": math.inf, "best_step": 0}
     best_weights: dict[str, Tensor] = {}
     step, fraction, evaluations = 0, 0.0, 0
@@ -215,7 +214,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(fraction)
         inputs, targets = next(batches)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(args.device.type, torch.bfloat16):
             logits = model(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         loss.backward()
