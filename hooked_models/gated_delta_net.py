@@ -27,7 +27,10 @@ class HookedGatedDeltaNet(HookedMixer):
     {HookedMixer.__doc__}"""
 
     architecture = "gated_delta_net"
-    hook_aliases = {"hook_linear_attn_in": "hook_in", "hook_linear_attn_out": "hook_out"}
+    hook_aliases = {  # noqa: RUF012  (the base class declares it so)
+        "hook_linear_attn_in": "hook_in",
+        "hook_linear_attn_out": "hook_out",
+    }
 
     @property
     def _layer(self) -> Any:

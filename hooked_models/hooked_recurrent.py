@@ -210,7 +210,9 @@ class HookedRecurrent(SAETransformerBridge):
         self._check_hook_names(name for name, _ in [*fwd_hooks, *bwd_hooks])
         return super().run_with_hooks(*args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
 
-    def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any) -> Any:
+    def hooks(  # type: ignore[override]
+        self, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any
+    ) -> Any:
         self._check_hook_names(name for name, _ in [*fwd_hooks, *bwd_hooks])
         return super().hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
 
@@ -258,12 +260,12 @@ def _text_model(source: str, kwargs: dict[str, Any]) -> Any:
         raise HookedModelError(f"could not read the configuration of {source}: {reason}") from error
     except (ValueError, KeyError):
         return None  # a model type that transformers lacks: TransformerLens says so itself
-    text_config = getattr(config, "text_config", None)
+    text_config: Any = getattr(config, "text_config", None)
     if getattr(text_config, "model_type", None) != "qwen3_5_text":
         return None
     text_config.architectures = ["Qwen3_5ForCausalLM"]
     dtype = kwargs.get("dtype", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source, config=text_config, dtype=dtype, attn_implementation="eager", **options
     )
     device = kwargs.get("device")

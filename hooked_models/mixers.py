@@ -160,7 +160,7 @@ class HookedMixer(GeneralizedComponent):
         """All hook points by name; the per-head ones are read live, for an SAE may stand in their place."""
         hooks = super().get_hooks()
         for name in ("hook_write", "hook_state"):
-            for head, point in enumerate(self._modules.get(name) or ()):
+            for head, point in enumerate(getattr(self, name, ())):
                 hooks[f"{name}.{head}"] = point
         return hooks
 

@@ -84,8 +84,9 @@ class Recurrence:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Recurrence:
         """Apply ``function`` to every tensor."""
-        pairs = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return Recurrence(**{name: None if x is None else function(x) for name, x in pairs})
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed: dict[str, Any] = {n: x if x is None else function(x) for n, x in tensors.items()}
+        return Recurrence(**changed)
 
     def heads(self, *heads: int) -> Recurrence:
         """The recurrence of some heads only; the head axis stays."""
@@ -101,9 +102,7 @@ class Recurrence:
             return self
         return dataclasses.replace(self, a=self.a[..., None] * self.k)
 
-    def pull_back(
-        self, reads: Float[Tensor, "batch pos head d_k"]
-    ) -> Float[Tensor, "batch pos head d_k"]:
+    def pull_back(self, reads: Float[Tensor, "batch pos head d_k"]) -> Float[Tensor, "batch pos head d_k"]:
         """T_t^T r_t: what to read from S_{t-1} to learn what ``reads`` see of it in S_t."""
         a, b = self.with_erase_vector().a, self.b
         pulled = _per_channel(self.g).exp() * reads
@@ -210,9 +209,7 @@ class Trajectory:
             on_writes = self._products(b, k, before=True)
             interaction = on_writes * a.mT if a_is_multiple else self._products(b, a, before=True)
             known = torch.cat([self._from_start(b, before=True), on_writes @ v], dim=-1)
-            solved = torch.linalg.solve_triangular(
-                -interaction, known, upper=False, unitriangular=True
-            )
+            solved = torch.linalg.solve_triangular(-interaction, known, upper=False, unitriangular=True)
             from_state, from_writes = solved.split([d_k, d_v], dim=-1)
             if a_is_multiple:  # a w^T + k v^T = k (a w + v)^T
                 from_state, from_writes = a * from_state, torch.addcmul(v, a, from_writes)
@@ -334,9 +331,7 @@ class Trajectory:
                 blocks.append((here_x * x[..., now, :]) @ past.mT)
             since = at[..., now, None, :] - self.log_decay[..., None, now, :]
             since = since.masked_fill(~allowed[now, now, None], float("-inf")).to(self.dtype).exp()
-            blocks.append(
-                torch.einsum("...td,...sd,...tsd->...ts", x[..., now, :], y[..., now, :], since)
-            )
+            blocks.append(torch.einsum("...td,...sd,...tsd->...ts", x[..., now, :], y[..., now, :], since))
             blocks.append(x.new_zeros(*x.shape[:-2], stop - start, size - stop))
             rows.append(torch.cat(blocks, dim=-1))
         return torch.cat(rows, dim=-2)

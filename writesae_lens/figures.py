@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from writesae_lens.experiments.result import ExperimentResult
 
 ATOM, DELETE, RANDOM, INK = "#2166ac", "#b2182b", "#8c8c8c", "#222222"
@@ -94,4 +96,20 @@ def plot_log_ratio_by_effect(result: ExperimentResult) -> Figure:
     for axis in (effect, cosine):
         axis.set_ylim(0, 1.05)
         axis.axhline(0.5, color=INK, lw=0.8, ls="--")
+    return figure
+
+
+def plot_training(history: pd.DataFrame) -> Figure:
+    """Unexplained share, cosine of the dominant atom, L0 and dead atoms over the steps."""
+    figure, axes = _figure(10, 2.8, 4)
+    panels = (
+        ("unexplained", "share of |X|² unexplained", (0, 1.05)),
+        ("cosine", "cosine of dominant atom", (0, 1.02)),
+        ("l0", "atoms per write (L0)", (0, None)),
+        ("dead", "dead atoms", (0, None)),
+    )
+    for axis, (column, title, limits) in zip(axes, panels, strict=True):
+        axis.plot(history["step"], history[column], color=ATOM, lw=1.4)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set(xlabel="step", ylim=limits)
     return figure

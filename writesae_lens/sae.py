@@ -269,7 +269,7 @@ class WriteSAE(_FactoredSAE):
     cfg: WriteSAEConfig
 
 
-class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):
+class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):  # type: ignore[misc]
     """A WriteSAE in training: squared error, dead-atom loss and write alignment, in closed form on writes."""
 
     cfg: WriteSAETrainingConfig

@@ -11,7 +11,6 @@ import functools
 import importlib
 from typing import Any
 
-from hooked_models import HookedRecurrent
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
     get_sae_class,
@@ -19,6 +18,7 @@ from sae_lens.registry import (
     register_sae_training_class,
 )
 
+from hooked_models import HookedRecurrent
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.sae import (
     ARCHITECTURE,

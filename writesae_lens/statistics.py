@@ -57,11 +57,12 @@ def cliffs_delta(larger: ArrayLike, smaller: ArrayLike) -> float:
 
 
 def paired_wilcoxon(larger: ArrayLike, smaller: ArrayLike) -> float:
-    """p of the one-sided paired Wilcoxon test that ``larger`` exceeds ``smaller``; 1 if all pairs are equal."""
+    """p of the one-sided paired Wilcoxon test that ``larger`` exceeds ``smaller`` (1: all pairs equal)."""
     difference = np.asarray(larger, dtype=float) - np.asarray(smaller, dtype=float)
     if not difference.any():
         return 1.0
-    return float(stats.wilcoxon(difference, alternative="greater").pvalue)
+    test: Any = stats.wilcoxon(difference, alternative="greater")
+    return float(test.pvalue)
 
 
 def rate_by_quartile(wins: ArrayLike, size: ArrayLike) -> list[float]:

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def build_tiny_gdn(vocab_size: int, end_id: int) -> PreTrainedModel:
         eos_token_id=end_id,
         pad_token_id=end_id,
     )
-    model = Qwen3_5ForCausalLM(config)
+    model: Any = Qwen3_5ForCausalLM(config)
     for module in model.modules():
         if hasattr(module, "A_log"):
             start_with_long_memory(module.A_log, module.dt_bias)
@@ -114,7 +115,7 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
+def encode(tokenizer: Any, text: str) -> Tensor:
     """Token ids of documents, one `<|endoftext|>` between two."""
     documents = tokenizer.backend_tokenizer.encode_batch(text.split(SEPARATOR))
     ids = [np.array([*document.ids, tokenizer.eos_token_id]) for document in documents]
@@ -123,8 +124,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
 
 @torch.no_grad()
 def text_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: Any,
     text: str,
     *,
     context: int = 512,
@@ -175,7 +176,7 @@ def training_windows(
         yield windows[:, :-1], windows[:, 1:]
 
 
-def make_optimizer(model: PreTrainedModel) -> torch.optim.AdamW:
+def make_optimizer(model: Any) -> torch.optim.AdamW:
     """AdamW, with weight decay on matrices only."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
@@ -191,8 +192,8 @@ def learning_rate(fraction: float) -> float:
 
 
 def train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: Any,
     texts: dict[str, str],
     args: argparse.Namespace,
 ) -> dict[str, float]:
@@ -249,7 +250,7 @@ def train(
     }
 
 
-def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+def samples(model: Any, tokenizer: Any) -> dict[str, str]:
     """Two 60-token continuations of a fixed prompt, greedy and at temperature 0.7."""
     ids = tokenizer(tokenizer.bos_token + PROMPT, return_tensors="pt").input_ids
     texts = {}
@@ -288,8 +289,8 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    tokenizer = train_tokenizer(train_text)
-    model = ARCHITECTURES[args.name](len(tokenizer), tokenizer.eos_token_id).to(args.device)
+    tokenizer: Any = train_tokenizer(train_text)
+    model: Any = ARCHITECTURES[args.name](len(tokenizer), tokenizer.eos_token_id).to(args.device)
     metrics = train(model, tokenizer, texts, args)
 
     model.to(torch.bfloat16).save_pretrained(args.out)

@@ -6,12 +6,12 @@ import hashlib
 from typing import Any, NamedTuple
 
 import torch
-from hooked_models import HookedRecurrent
-from hooked_models.hooked_recurrent import Site
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Site
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.rank1 import Factors
 from writesae_lens.sae import WriteSAE, WriteTrainingSAE

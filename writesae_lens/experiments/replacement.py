@@ -7,12 +7,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from hooked_models import HookedRecurrent
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_models import HookedRecurrent
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import (
@@ -145,12 +145,12 @@ def _thin(
             "atom": torch.cat([f.atom for f in firings]).cpu().numpy(),
         }
     )
-    frame = frame[frame.position >= skip].sample(frac=1, random_state=seed)
+    frame = frame.loc[frame.position >= skip].sample(frac=1, random_state=seed)
     if per_atom is not None:
         frame = frame.groupby("atom").head(per_atom)
     if total is not None:
         frame = frame.head(total)
-    frame = frame.sort_values(["passage", "index"])
+    frame = pd.DataFrame(frame).sort_values(by=["passage", "index"])
     return [
         torch.as_tensor(frame.loc[frame.passage == n, "index"].to_numpy(copy=True))
         for n in range(len(firings))
