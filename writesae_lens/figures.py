@@ -70,7 +70,7 @@ def plot_replacement(result: ExperimentResult) -> Figure:
     density.spines["left"].set_visible(False)
     density.set_xlabel("log10 of the ratio of KLs (left of 0: nearer to native than deletion)")
     density.set_title("How much nearer", fontsize=11, loc="left")
-    density.legend(frameon=False, fontsize=9)
+    density.legend(frameon=False, fontsize=9, loc="upper left")
     return figure
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -69,6 +69,8 @@ def _settle(cfg: Any) -> None:
         )
 
 
+# SAELens fills configs from dictionaries, metadata last: run-time type checks would refuse that.
+@no_type_check
 @dataclass(kw_only=True)
 class WriteSAEConfig(SAEConfig):
     """A WriteSAE for inference.
@@ -100,12 +102,15 @@ class WriteSAEConfig(SAEConfig):
         _settle(self)
 
 
+@no_type_check
 @dataclass(kw_only=True)
 class WriteSAETrainingConfig(TrainingSAEConfig):
     """A WriteSAE in training; the first five arguments are those of `WriteSAEConfig`.
 
     Args:
         d_k, d_v, k, rank, d_in: as in `WriteSAEConfig`.
+        init_from_writes: start the atoms as writes of the first batches rather than at random; then few
+            die. Inputs that are not rank 1 (states) start at random all the same.
         decoder_bias: learn the matrix B that is added at decode. Atoms stand in for writes better without
             it: with a bias they learn differences from the mean write.
         aux_loss_coefficient: weight of the dead-atom loss, the squared error with which dead atoms
@@ -121,6 +126,7 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
     rank: int = 1
     d_in: int = 0
     apply_b_dec_to_input: bool = False
+    init_from_writes: bool = True
     decoder_bias: bool = False
     aux_loss_coefficient: float = 1e-2
     k_aux: int = 256
@@ -162,7 +168,8 @@ class _FactoredSAE(SAE[Any]):
         self,
     ) -> tuple[Float[Tensor, "d_sae rank d_k"], Float[Tensor, "d_sae rank d_v"]]:
         """Key and value factors of the atoms; each atom sum_r key_r value_r^T has Frobenius norm 1."""
-        return self.atoms()
+        key, value = self.atoms()
+        return key, value
 
     def atoms(self) -> Factors:
         """The decoder atoms, normalised."""
@@ -277,6 +284,12 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):  # type: ignore[misc]
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self.b_dec.requires_grad_(self.cfg.decoder_bias)
+        self._n_from_writes = 0 if self.cfg.init_from_writes else self.cfg.d_sae
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; loaded atoms are not started anew from writes."""
+        self._n_from_writes = self.cfg.d_sae
+        return super().load_state_dict(*args, **kwargs)
 
     # TrainingSAE overrides these in the base class; here they are the shared ones.
     encode = _FactoredSAE.encode
@@ -335,6 +348,8 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):  # type: ignore[misc]
                 )
             return super().training_forward_pass(step_input)
         rows = Factors(*(f.to(self.dtype) for f in rows))
+        if self._n_from_writes < self.cfg.d_sae:
+            self._start_from(rows)
         hidden = self.hook_sae_acts_pre(overlaps(rows, self._encoder) + self.b_enc)
         acts = self.hook_sae_acts_post(self.activation_fn(hidden))
         losses = self._factored_losses(rows, hidden, acts, step_input.dead_neuron_mask)
@@ -350,6 +365,20 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):  # type: ignore[misc]
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
         )
+
+    @torch.no_grad()
+    def _start_from(self, rows: Factors) -> None:
+        """Make the next atoms, decoder and encoder alike, the directions of this batch's nonzero writes."""
+        rows = rows[rows.norm() > 0][: self.cfg.d_sae - self._n_from_writes].normalized()
+        slots = slice(self._n_from_writes, self._n_from_writes + len(rows.key))
+        for parameters, factor in (
+            ((self.dec_key, self.enc_key), rows.key),
+            ((self.dec_value, self.enc_value), rows.value),
+        ):
+            for parameter in parameters:
+                parameter[slots] *= 0.1  # further ranks keep their random direction, at little weight
+                parameter[slots, :1] = factor
+        self._n_from_writes += len(rows.key)
 
     def _factored_losses(
         self, rows: Factors, hidden: Tensor, acts: Tensor, dead_mask: Tensor | None

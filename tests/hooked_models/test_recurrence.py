@@ -1,0 +1,581 @@
+"""The engine against float64 loops: every option, any length, strong and weak decay, gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import Run, loop
+from torch import Tensor
+
+from hooked_models.recurrence import Recurrence, Trajectory, respond, respond_states, scan, scan_sequential
+
+FIELDS = ("q", "g", "k", "v", "a", "b")
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+LENGTHS = (1, 2, 3, 7, 16, 17, 31, 63, 64, 65, 130)
+SIZES = ((1, 3), (3, 1), (4, 7), (5, 2), (8, 6), (6, 17))  # d_k, d_v: never square
+
+
+def random(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def log_decay(generator: torch.Generator, kind: str, *shape: int) -> Tensor:
+    """Log decays: none at all, a few per mille, e^-1 to e^-40, or all of these side by side."""
+    weak = -1e-3 * uniform(generator, *shape)
+    strong = -1 - 39 * uniform(generator, *shape) ** 3
+    if kind == "mixed":
+        choice = uniform(generator, *shape)
+        middling = -uniform(generator, *shape)
+        mixed = torch.where(choice < 0.4, weak, torch.where(choice < 0.7, middling, strong))
+        return mixed.masked_fill(choice > 0.95, -40.0)
+    return {"none": 0 * weak, "weak": weak, "strong": strong}[kind]
+
+
+@dataclasses.dataclass
+class Problem:
+    """A recurrence in the dtype under test; the loops see the same numbers in float64."""
+
+    recurrence: Recurrence
+    initial: Tensor | None
+    chunk_size: int
+    generator: torch.Generator
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        pairs = {name: getattr(self.recurrence, name) for name in FIELDS}
+        return {name: x for name, x in pairs.items() if x is not None}
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.recurrence.dtype]
+
+    def loop(self, writes: Tensor | None = None, set_states: tuple[Tensor, Tensor] | None = None) -> Run:
+        return loop(**self.inputs, initial=self.initial, writes=writes, set_states=set_states)
+
+    def random(self, *shape: int) -> Tensor:
+        return random(self.generator, *shape).to(self.recurrence.dtype)
+
+
+def make(
+    *,
+    seed: int = 0,
+    batch: int = 2,
+    length: int = 65,
+    heads: int = 3,
+    sizes: tuple[int, int] = (6, 9),
+    decay: str = "mixed",
+    per_channel: bool = False,
+    erase: str = "none",
+    keys: str = "random",
+    initial: bool = True,
+    chunk_size: int = 64,
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    d_k, d_v = sizes
+    shape = (batch, length, heads)
+    g = log_decay(generator, decay, *shape, *((d_k,) if per_channel else ()))
+    k = unit(random(generator, *shape, d_k))
+    if keys == "few":  # the same three directions again and again: the erase matters most
+        k = k[:, torch.randint(0, min(3, length), (length,), generator=generator)]
+    v = random(generator, *shape, d_v)
+    a = b = None
+    if erase == "multiple":  # the delta rule: -alpha beta k k^T
+        a = -uniform(generator, *shape) * (g if g.ndim == 3 else g.amax(-1)).exp()
+        b = k
+    elif erase == "multiple of another vector":
+        a, b = 0.3 * random(generator, *shape), unit(random(generator, *shape, d_k))
+    elif erase == "removal":  # RWKV-7: -(kappa * rate) kappa^T, beside the written key
+        b = -unit(random(generator, *shape, d_k))
+        a = -b * uniform(generator, *shape, d_k)
+    elif erase == "general":
+        a, b = 0.3 * random(generator, *shape, d_k), unit(random(generator, *shape, d_k))
+    recurrence = Recurrence(random(generator, *shape, d_k), g, k, v, a, b).map(lambda x: x.to(dtype))
+    state = random(generator, batch, heads, d_k, d_v).to(dtype) if initial else None
+    return Problem(recurrence, state, chunk_size, generator)
+
+
+@st.composite
+def problems(draw: st.DrawFn, **fixed: object) -> Problem:
+    options = {
+        "seed": st.integers(0, 2**31),
+        "batch": st.integers(1, 2),
+        "length": st.sampled_from(LENGTHS),
+        "heads": st.integers(1, 3),
+        "sizes": st.sampled_from(SIZES),
+        "decay": st.sampled_from(["none", "weak", "strong", "mixed"]),
+        "per_channel": st.booleans(),
+        "erase": st.sampled_from(["none", "multiple", "multiple of another vector", "removal", "general"]),
+        "keys": st.sampled_from(["random", "few"]),
+        "initial": st.booleans(),
+        "chunk_size": st.sampled_from([1, 2, 5, 16, 17, 48, 64, 200]),
+        "dtype": st.sampled_from([torch.float32, torch.float64]),
+    }
+    return make(**{name: fixed.get(name, draw(choice)) for name, choice in options.items()})
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float, scale: float | None = None) -> None:
+    """Largest difference at most ``tolerance`` of the largest expected number; NaN fails."""
+    assert found.shape == expected.shape
+    if not expected.numel():
+        return
+    scale = float(expected.detach().abs().max()) if scale is None else scale
+    error = float((found.detach().double() - expected.detach()).abs().max())
+    assert error <= tolerance * max(scale, 1e-12), f"off by {error:.2e} at scale {scale:.2e}"
+
+
+def test_uninitialised_memory_is_poisoned():
+    assert torch.empty(7).isnan().all()
+    assert torch.empty_like(torch.ones(3, dtype=torch.float64)).isnan().all()
+    assert torch.ones(2, dtype=torch.bfloat16).new_empty(5).isnan().all()
+
+
+# The scan.
+
+
+@given(problems())
+def test_scan_equals_the_loop(problem: Problem):
+    outputs, final_state = scan(problem.recurrence, problem.initial, problem.chunk_size)
+    truth = problem.loop()
+    assert outputs.dtype == final_state.dtype == problem.recurrence.dtype
+    assert_close(outputs, truth.outputs, problem.tolerance)
+    assert_close(final_state, truth.final_state, problem.tolerance)
+
+
+@given(problems())
+def test_sequential_scan_equals_the_loop(problem: Problem):
+    outputs, final_state = scan_sequential(problem.recurrence, problem.initial)
+    truth = problem.loop()
+    assert_close(outputs, truth.outputs, problem.tolerance)
+    assert_close(final_state, truth.final_state, problem.tolerance)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scan_at_the_size_of_real_heads(dtype: torch.dtype, erase: str, per_channel: bool):
+    problem = make(
+        batch=1, length=200, heads=2, sizes=(64, 48), erase=erase, per_channel=per_channel, dtype=dtype
+    )
+    outputs, final_state = scan(problem.recurrence, problem.initial)
+    truth = problem.loop()
+    assert_close(outputs, truth.outputs, problem.tolerance)
+    assert_close(final_state, truth.final_state, problem.tolerance)
+
+
+@given(problems(dtype=torch.float64), st.floats(0, 1))
+def test_a_scan_may_be_cut_anywhere(problem: Problem, where: float):
+    rec, length = problem.recurrence, problem.recurrence.k.shape[1]
+    cut = 1 + int(where * (length - 1))
+    first, state = scan(rec.positions(slice(cut)), problem.initial, problem.chunk_size)
+    parts = [first]
+    if cut < length:
+        second, state = scan(rec.positions(slice(cut, None)), state, problem.chunk_size)
+        parts.append(second)
+    truth = problem.loop()
+    assert_close(torch.cat(parts, 1), truth.outputs, 1e-9)
+    assert_close(state, truth.final_state, 1e-9)
+
+
+@given(problems(dtype=torch.float64, heads=3))
+def test_heads_are_independent(problem: Problem):
+    start = None if problem.initial is None else problem.initial[:, [2, 0]]
+    outputs, final_state = scan(problem.recurrence.heads(2, 0), start)
+    truth = problem.loop()
+    assert_close(outputs, truth.outputs[:, :, [2, 0]], 1e-9)
+    assert_close(final_state, truth.final_state[:, [2, 0]], 1e-9)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 17, 64])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_without_decay_and_erase_it_is_causal_linear_attention(chunk_size: int, per_channel: bool):
+    problem = make(decay="none", per_channel=per_channel, initial=False, length=70, chunk_size=chunk_size)
+    rec = problem.recurrence
+    scores = torch.einsum("bthk,bshk->bhts", rec.q, rec.k).tril()
+    outputs, final_state = scan(rec, chunk_size=chunk_size)
+    assert_close(outputs, torch.einsum("bhts,bshv->bthv", scores, rec.v), 1e-12)
+    assert_close(final_state, torch.einsum("bthk,bthv->bhkv", rec.k, rec.v), 1e-12)
+
+
+def test_a_full_erase_along_a_unit_key_stores_the_value_exactly():
+    problem = make(decay="none", length=100, chunk_size=16)
+    rec = problem.recurrence
+    stored = dataclasses.replace(rec, q=rec.k, a=-torch.ones_like(rec.g), b=rec.k)
+    outputs, _ = scan(stored, problem.initial, 16)
+    assert_close(outputs, rec.v, 1e-10)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("erase", ["none", "multiple", "general"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decay_of_zero_forgets_without_nan(dtype: torch.dtype, erase: str, per_channel: bool):
+    problem = make(length=70, erase=erase, per_channel=per_channel, dtype=dtype, chunk_size=32)
+    g = problem.recurrence.g.clone()
+    for position in (0, 1, 31, 32, 50, 69):
+        g[:, position, 0] = float("-inf")
+    g[:, 40] = -1e6
+    problem.recurrence = dataclasses.replace(problem.recurrence, g=g)
+    truth = problem.loop()
+    for run in (
+        scan(problem.recurrence, problem.initial, 32),
+        scan_sequential(problem.recurrence, problem.initial),
+    ):
+        assert_close(run[0], truth.outputs, problem.tolerance)
+        assert_close(run[1], truth.final_state, problem.tolerance)
+    states = Trajectory(problem.recurrence, problem.initial, chunk_size=32).states()
+    assert_close(states, truth.states, problem.tolerance)
+    difference = problem.random(*truth.writes.shape)
+    change, final = respond(problem.recurrence, difference, chunk_size=32)
+    edited = problem.loop(truth.writes + difference)
+    assert_close(change, edited.outputs - truth.outputs, problem.tolerance)
+    assert_close(final, edited.final_state - truth.final_state, problem.tolerance)
+
+
+@pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
+def test_no_tokens_leave_the_state_as_it_was(erase: str):
+    problem = make(length=3, erase=erase)
+    nothing = problem.recurrence.positions(slice(0, 0))
+    for run in (scan, scan_sequential):
+        outputs, final_state = run(nothing, problem.initial)
+        assert outputs.shape == (2, 0, 3, 9)
+        assert torch.equal(final_state, problem.initial)
+
+
+def test_one_erase_factor_alone_is_refused():
+    rec = make().recurrence
+    with pytest.raises(ValueError, match="both erase factors"):
+        Recurrence(rec.q, rec.g, rec.k, rec.v, a=rec.k)
+    with pytest.raises(ValueError, match="both erase factors"):
+        Recurrence(rec.q, rec.g, rec.k, rec.v, b=rec.k)
+
+
+# Known layers, each in its own words.
+
+
+def layer_inputs(per_channel: bool = False) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    shape, d_k, d_v = (2, 77, 2), 5, 9
+    q, k = random(generator, *shape, d_k), unit(random(generator, *shape, d_k))
+    v, rate = random(generator, *shape, d_v), uniform(generator, *shape)
+    g = log_decay(generator, "mixed", *shape, *((d_k,) if per_channel else ()))
+    return q, k, v, rate, g
+
+
+def test_gated_delta_net():
+    q, k, v, beta, g = layer_inputs()
+    alpha = g.exp()
+    state, expected = torch.zeros(2, 2, 5, 9, dtype=torch.float64), []
+    for t in range(77):  # decay, then write what the key does not hold yet
+        state = alpha[:, t, :, None, None] * state
+        held = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        news = beta[:, t, :, None] * (v[:, t] - held)
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], news)
+        expected.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    outputs, final = scan(Recurrence(q, g, k, beta[..., None] * v, a=-alpha * beta, b=k))
+    assert_close(outputs, torch.stack(expected, 1), 1e-10)
+    assert_close(final, state, 1e-10)
+
+
+def test_delta_net():
+    q, k, v, beta, g = layer_inputs()
+    state, expected = torch.zeros(2, 2, 5, 9, dtype=torch.float64), []
+    for t in range(77):
+        held = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state - torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * (held - v[:, t]))
+        expected.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    outputs, final = scan(Recurrence(q, torch.zeros_like(g), k, beta[..., None] * v, a=-beta, b=k))
+    assert_close(outputs, torch.stack(expected, 1), 1e-10)
+    assert_close(final, state, 1e-10)
+
+
+def test_mamba_2():
+    read, write, x, dt, _ = layer_inputs()
+    rate = -torch.tensor([0.5, 8.0], dtype=torch.float64)
+    h, expected = torch.zeros(2, 2, 9, 5, dtype=torch.float64), []  # the library's state is transposed
+    for t in range(77):
+        h = torch.exp(dt[:, t] * rate)[..., None, None] * h
+        h = h + torch.einsum("bh,bhv,bhk->bhvk", dt[:, t], x[:, t], write[:, t])
+        expected.append(torch.einsum("bhvk,bhk->bhv", h, read[:, t]))
+    outputs, final = scan(Recurrence(read, dt * rate, write, dt[..., None] * x))
+    assert_close(outputs, torch.stack(expected, 1), 1e-10)
+    assert_close(final, h.mT, 1e-10)
+
+
+def test_rwkv_7():
+    generator = torch.Generator().manual_seed(4)
+    r, kappa, v, _, _ = layer_inputs()
+    k = random(generator, *r.shape)
+    rate = uniform(generator, *r.shape)
+    w = 0.546 + 0.45 * uniform(generator, *r.shape)
+    state, expected = torch.zeros(2, 2, 9, 5, dtype=torch.float64), []  # value side first
+    for t in range(77):
+        erase = torch.einsum("bhi,bhj->bhij", -kappa[:, t], kappa[:, t] * rate[:, t])
+        state = state * w[:, t, :, None, :] + state @ erase
+        state = state + torch.einsum("bhv,bhk->bhvk", v[:, t], k[:, t])
+        expected.append(torch.einsum("bhvk,bhk->bhv", state, r[:, t]))
+    outputs, final = scan(Recurrence(r, w.log(), k, v, a=kappa * rate, b=-kappa))
+    assert_close(outputs, torch.stack(expected, 1), 1e-10)
+    assert_close(final, state.mT, 1e-10)
+
+
+def test_gated_linear_attention():
+    q, k, v, _, g = layer_inputs(per_channel=True)
+    state, expected = torch.zeros(2, 2, 5, 9, dtype=torch.float64), []
+    for t in range(77):
+        state = g[:, t].exp()[..., None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        expected.append((q[:, t, :, :, None] * state).sum(-2))
+    outputs, final = scan(Recurrence(q, g, k, v))
+    assert_close(outputs, torch.stack(expected, 1), 1e-10)
+    assert_close(final, state, 1e-10)
+
+
+# Gradients.
+
+
+@given(problems(batch=2))
+def test_gradients_equal_autograd_through_the_loop(problem: Problem):
+    leaves = {name: x.clone().requires_grad_() for name, x in problem.inputs.items()}
+    if problem.initial is not None:
+        leaves["initial"] = problem.initial.clone().requires_grad_()
+    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    truth = loop(**exact)
+    weights = random(problem.generator, *truth.outputs.shape)
+    final_weights = random(problem.generator, *truth.final_state.shape)
+    expected = torch.autograd.grad(
+        (truth.outputs * weights).sum() + (truth.final_state * final_weights).sum(), list(exact.values())
+    )
+    recurrence = Recurrence(**{name: leaves.get(name) for name in FIELDS})
+    outputs, final = scan(recurrence, leaves.get("initial"), problem.chunk_size)
+    found = torch.autograd.grad(
+        (outputs * weights.to(outputs)).sum() + (final * final_weights.to(final)).sum(),
+        list(leaves.values()),
+    )
+    scale = max(float(x.abs().max()) for x in expected)
+    for name, x, y in zip(leaves, found, expected):
+        assert x.dtype == leaves[name].dtype
+        assert_close(x, y, problem.tolerance, scale)
+
+
+def test_gradients_survive_a_decay_of_zero():
+    problem = make(erase="multiple", length=40)
+    g = problem.recurrence.g.clone()
+    g[:, ::7] = float("-inf")
+    leaves = {name: x.clone() for name, x in problem.inputs.items()} | {"g": g}
+    exact = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    expected = torch.autograd.grad(loop(**exact).outputs.square().sum(), list(exact.values()))
+    outputs, _ = scan(Recurrence(**leaves), chunk_size=16)
+    found = torch.autograd.grad(outputs.square().sum(), list(leaves.values()))
+    for x, y in zip(found, expected):
+        assert_close(x, y, 1e-9)
+
+
+# States and reads anywhere.
+
+
+@given(problems(), st.data())
+def test_states_at_chosen_positions(problem: Problem, data: st.DataObject):
+    length = problem.recurrence.k.shape[1]
+    positions = data.draw(st.lists(st.integers(0, length - 1), max_size=8))
+    trajectory = Trajectory(problem.recurrence, problem.initial, chunk_size=problem.chunk_size)
+    truth = problem.loop().states
+    assert_close(trajectory.states(), truth, problem.tolerance)
+    scale = float(truth.abs().max())
+    for chosen in (positions, torch.tensor(positions, dtype=torch.long)):
+        assert_close(trajectory.states(chosen), truth[:, positions], problem.tolerance, scale)
+
+
+def test_states_at_repeated_and_unordered_positions():
+    problem = make(length=70, erase="removal", per_channel=True, chunk_size=16)
+    positions = [69, 0, 33, 33, 1, 32, 69]
+    trajectory = Trajectory(problem.recurrence, problem.initial, chunk_size=16)
+    assert_close(trajectory.states(positions), problem.loop().states[:, positions], 1e-9)
+
+
+@pytest.mark.parametrize("position", [-1, 65, 1000])
+def test_states_outside_the_sequence_are_refused(position: int):
+    problem = make(length=65)
+    with pytest.raises(IndexError, match=r"0 \.\. 64"):
+        Trajectory(problem.recurrence).states([3, position])
+
+
+@given(problems())
+def test_reads_of_any_vector_after_and_before_a_token(problem: Problem):
+    trajectory = Trajectory(problem.recurrence, problem.initial, chunk_size=problem.chunk_size)
+    reads = problem.random(*problem.recurrence.q.shape)
+    truth = problem.loop()
+    first = torch.zeros_like(truth.states[:, :1])
+    if problem.initial is not None:
+        first = problem.initial.double()[:, None]
+    earlier = torch.cat([first, truth.states[:, :-1]], 1)
+    for before, states in ((False, truth.states), (True, earlier)):
+        expected = torch.einsum("bthkv,bthk->bthv", states, reads.double())
+        scale = float(states.abs().max())
+        assert_close(trajectory.read(reads, before=before), expected, problem.tolerance, scale)
+
+
+@given(problems(dtype=torch.float64))
+def test_pull_back_reads_the_state_before_through_the_transition(problem: Problem):
+    """S_t^T r = S_{t-1}^T (T_t^T r) + W_t^T r, whatever the read."""
+    rec, truth = problem.recurrence, problem.loop()
+    reads = problem.random(*rec.q.shape)
+    first = torch.zeros_like(truth.states[:, :1])
+    if problem.initial is not None:
+        first = problem.initial[:, None]
+    earlier = torch.cat([first, truth.states[:, :-1]], 1)
+    carried = torch.einsum("bthkv,bthk->bthv", earlier, rec.pull_back(reads))
+    written = torch.einsum("bthkv,bthk->bthv", truth.writes, reads)
+    expected = torch.einsum("bthkv,bthk->bthv", truth.states, reads)
+    assert_close(carried + written, expected, 1e-9)
+
+
+# Responses to edits.
+
+
+@given(problems(), st.floats(0, 1), st.booleans())
+def test_response_to_edited_writes(problem: Problem, share: float, low_rank: bool):
+    """Full-rank or rank-1 changes of a share of all (batch, position, head)."""
+    native = problem.loop()
+    shape = native.writes.shape
+    difference = problem.random(*shape)
+    if low_rank:
+        difference = problem.random(*shape[:-1], 1) * problem.random(*shape[:-2], 1, shape[-1])
+    edited_here = uniform(problem.generator, *shape[:3]) <= share
+    difference = difference * edited_here[..., None, None]
+    edited = problem.loop(native.writes + difference)
+    scale = float(torch.stack([edited.outputs, native.outputs]).abs().max())
+    state_scale = float(torch.stack([edited.states, native.states]).abs().max())
+    outputs, final = respond(problem.recurrence, difference, chunk_size=problem.chunk_size)
+    assert_close(outputs, edited.outputs - native.outputs, problem.tolerance, scale)
+    assert_close(final, edited.final_state - native.final_state, problem.tolerance, state_scale)
+    states = respond_states(problem.recurrence, difference)
+    assert_close(states, edited.states - native.states, problem.tolerance, state_scale)
+
+
+@given(problems(), st.floats(0, 1), st.floats(0, 1))
+def test_response_to_set_states(problem: Problem, share: float, writes_share: float):
+    """Some states set, some other writes edited: what was before a set state no longer matters."""
+    native = problem.loop()
+    shape = native.writes.shape
+    is_set = uniform(problem.generator, *shape[:3]) <= share
+    is_edited = uniform(problem.generator, *shape[:3]) <= writes_share
+    new_states = problem.random(*shape).double()
+    new_writes = torch.where(is_edited[..., None, None], problem.random(*shape).double(), native.writes)
+    edited = problem.loop(new_writes, (new_states, is_set))
+    difference = torch.where(
+        is_set[..., None, None], new_states - native.states, new_writes - native.writes
+    ).to(problem.recurrence.dtype)
+    scale = float(torch.stack([edited.outputs, native.outputs]).abs().max())
+    state_scale = float(torch.stack([edited.states, native.states]).abs().max())
+    outputs, final = respond(problem.recurrence, difference, is_set, problem.chunk_size)
+    assert_close(outputs, edited.outputs - native.outputs, problem.tolerance, scale)
+    assert_close(final, edited.final_state - native.final_state, problem.tolerance, state_scale)
+
+
+@pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
+def test_gradient_of_a_response(erase: str):
+    problem = make(length=40, erase=erase, chunk_size=16)
+    difference = problem.random(*problem.loop().writes.shape).requires_grad_()
+    outputs, final = respond(problem.recurrence, difference, chunk_size=16)
+    weights, final_weights = problem.random(*outputs.shape), problem.random(*final.shape)
+    (found,) = torch.autograd.grad((outputs * weights).sum() + (final * final_weights).sum(), difference)
+    writes = difference.detach().clone().requires_grad_()
+    truth = problem.loop(writes)
+    (expected,) = torch.autograd.grad(
+        (truth.outputs * weights).sum() + (truth.final_state * final_weights).sum(), writes
+    )
+    assert_close(found, expected, 1e-9)
+
+
+# Low precision outside, float32 inside.
+
+
+def engine(recurrence: Recurrence, initial: Tensor | None, what: str) -> tuple[Tensor, ...]:
+    """One of the engine's computations."""
+    if what == "scan":
+        return scan(recurrence, initial)
+    if what == "scan_sequential":
+        return scan_sequential(recurrence, initial)
+    if what == "pull_back":
+        return (recurrence.pull_back(recurrence.q),)
+    trajectory = Trajectory(recurrence, initial)
+    if what == "trajectory":
+        return trajectory.states([60, 3]), trajectory.read(recurrence.q, before=True)
+    halved = trajectory.states() / -2
+    return (*respond(recurrence, halved), respond_states(recurrence, halved))
+
+
+def expected_of_engine(recurrence: Recurrence, initial: Tensor, what: str) -> tuple[Tensor, ...]:
+    """The same from the loop, on the numbers that the engine got."""
+    pairs = {name: getattr(recurrence, name) for name in FIELDS}
+    exact = {name: x.double() for name, x in pairs.items() if x is not None}
+    native = loop(**exact, initial=initial)
+    if what.startswith("scan"):
+        return native.outputs, native.final_state
+    earlier = torch.cat([initial.double()[:, None], native.states[:, :-1]], 1)
+    if what == "trajectory":
+        return native.states[:, [60, 3]], torch.einsum("bthkv,bthk->bthv", earlier, exact["q"])
+    if what == "pull_back":  # from the transition itself: T^T q, one column of T at a time
+        g = exact["g"]
+        decay = (g if g.ndim == 4 else g[..., None].expand_as(exact["k"])).exp()
+        transition = torch.diag_embed(decay)
+        if "a" in exact:
+            a = exact["a"] if exact["a"].ndim == 4 else exact["a"][..., None] * exact["k"]
+            transition = transition + a[..., :, None] * exact["b"][..., None, :]
+        return (torch.einsum("bthij,bthi->bthj", transition, exact["q"]),)
+    edited = loop(**exact, initial=initial, writes=native.writes - native.states / 2)
+    return (
+        edited.outputs - native.outputs,
+        edited.final_state - native.final_state,
+        edited.states - native.states,
+    )
+
+
+ENGINE = pytest.mark.parametrize("what", ["scan", "scan_sequential", "trajectory", "pull_back", "respond"])
+
+
+@ENGINE
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
+def test_bfloat16_inputs_are_computed_in_float32(erase: str, per_channel: bool, what: str):
+    problem = make(erase=erase, per_channel=per_channel, dtype=torch.float32)
+    rounded = problem.recurrence.map(lambda x: x.bfloat16())
+    expected = expected_of_engine(rounded, problem.initial, what)
+    for x, y in zip(engine(rounded, problem.initial, what), expected, strict=True):
+        assert x.dtype == torch.float32
+        assert_close(x, y, 1e-4)
+
+
+@ENGINE
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
+def test_autocast_changes_nothing(erase: str, per_channel: bool, what: str):
+    problem = make(erase=erase, per_channel=per_channel, dtype=torch.float32)
+    expected = expected_of_engine(problem.recurrence, problem.initial, what)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16  # it is on
+        found = engine(problem.recurrence, problem.initial, what)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == torch.float32
+        assert_close(x, y, 1e-4)
+
+
+def test_float64_gates_among_float32_vectors():
+    """A float64 log decay is no reason to compute in float64, nor to lose it."""
+    problem = make(erase="multiple", dtype=torch.float32)
+    wide = dataclasses.replace(problem.recurrence, g=problem.recurrence.g.double())
+    outputs, _ = scan(wide, problem.initial)
+    assert outputs.dtype == torch.float32
+    assert_close(outputs, problem.loop().outputs, 1e-4)

@@ -1,0 +1,83 @@
+"""The command line as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hooked_models import zoo
+
+
+def run(*arguments, cwd=None):
+    command = [sys.executable, "-m", "writesae_lens.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    options = ("--training-tokens", 20_000, "--d-sae", 128)
+    return folder, run("demo", "--out", folder / "out", *options)
+
+
+def test_demo_leaves_everything_it_promises(demo):
+    folder, done = demo
+    assert done.returncode == 0, done.stderr
+    out = folder / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["n_firings"] >= 2000
+    assert done.stdout.strip().splitlines()[-1].startswith(f"win rate {summary['win_rate']:.1%}")
+    assert (out / "sae" / "sae_weights.safetensors").exists()
+    assert (out / "records.csv").read_text().count("\n") == summary["n_firings"] + 1
+    assert (out / "replacement.png").exists()
+    page = (out / "report.html").read_text()
+    assert f"{summary['win_rate']:.1%}" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page.split("<body>")[1]  # self-contained
+    assert "L0" in done.stderr
+    assert "dead" in done.stderr
+
+
+def test_replace_works_on_what_demo_wrote(demo, tmp_path):
+    folder, _ = demo
+    text = tmp_path / "text.txt"
+    text.write_text(zoo.held_out_text("tiny-gdn")[:6000])
+    done = run(
+        "replace", "--sae", folder / "out" / "sae", "--text", text, "--out", tmp_path / "r", "--resume"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].startswith("win rate")
+    assert (tmp_path / "r" / "report.html").exists()
+
+
+def test_models_lists_what_ships_and_its_cells():
+    assert run("models").stdout.split() == list(zoo.SHIPPED)
+    cells = run("models", "--model", "tiny-gdn").stdout
+    assert "1:0\t32 x 48\tgated_delta_net\tblocks.1.linear_attn.hook_write.0" in cells
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("models", "--model", "no-such-model"), "no model 'no-such-model'"),
+        (("demo", "--cell", "2:0"), "no cell at layer 2, head 0; this model has layer 0: heads 0-3"),
+        (("demo", "--cell", "x"), "a cell is written LAYER:HEAD"),
+        (("demo", "--model", "gpt2"), "the demo runs on shipped models"),
+        (("replace", "--sae", "nowhere"), "nowhere is no SAE folder"),
+    ],
+)
+def test_bad_input_gives_one_line_and_status_2(arguments, message, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("writesae-lens: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("replace",), ("models",)])
+def test_help(command):
+    done = run(*command, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
