@@ -227,7 +227,7 @@ def standing_in(
 
 
 def at(
-    position: int | slice, head: int | slice, new: Callable[[Tensor], Tensor] | Tensor
+    position: int | slice | list[int], head: int, new: Callable[[Tensor], Tensor] | Tensor
 ) -> Callable[[Tensor], Tensor]:
     """An edit of some positions and heads of [batch, pos, head, ...], out of place."""
 

@@ -225,18 +225,28 @@ def replace(position: int | slice, new: Tensor) -> Callable[..., Tensor]:
 @torch.no_grad()
 def test_an_edited_write_at_any_position_and_head(pair: Pair, layer: int, head: int):
     """A full-rank write in the place of the native one; the erase stays native, all later tokens follow."""
-    tokens = some_tokens(1, 67)
-    native = pair.reference(tokens, use_cache=False).logits
-    for position in (0, 7 + head, 63, 64, 66):
-        new = random(1, D_K, D_V, seed=position) / D_K
-        expected, trace = truth_of(pair, tokens, layer, Edits(writes=at(position, head, new.double())))
-        assert_close(expected[:, :position], native[:, :position])
-        assert (expected - native)[:, position].abs().max() > 100 * TOLERANCE
-        logits = pair.model.run_with_hooks(
-            tokens,
-            fwd_hooks=[(pair.model.write_hook_name(layer, head), replace(position, new))],
-        )
-        assert_close(logits, expected)
+    positions = [0, 7 + head, 63, 64, 66]  # one a row
+    rows = range(len(positions))
+    tokens = some_tokens(1, 67).expand(len(positions), -1)
+    new = random(len(positions), D_K, D_V) / D_K
+    native = pair.reference(tokens[:1], use_cache=False).logits
+
+    def change(writes: Tensor) -> Tensor:
+        writes = writes.clone()
+        writes[rows, positions, head] = new.double()
+        return writes
+
+    def edit(x: Tensor, hook: Any) -> Tensor:
+        x = x.clone()
+        x[rows, positions] = new.flatten(-2)
+        return x
+
+    expected, _ = truth_of(pair, tokens, layer, Edits(writes=change))
+    for row, position in enumerate(positions):
+        assert_close(expected[row, :position], native[0, :position])
+        assert (expected[row] - native[0])[position].abs().max() > 100 * TOLERANCE
+    hooks = [(pair.model.write_hook_name(layer, head), edit)]
+    assert_close(pair.model.run_with_hooks(tokens, fwd_hooks=hooks), expected)
 
 
 @torch.no_grad()
@@ -347,22 +357,25 @@ def test_an_equal_copy_leaves_the_logits(pair: Pair, layer: int):
 @pytest.mark.parametrize(("layer", "head"), CELLS[1::2])
 @torch.no_grad()
 def test_a_set_state_is_the_state_and_later_tokens_follow(pair: Pair, layer: int, head: int):
-    tokens = some_tokens(2, 67)
-    native = pair.reference(tokens, use_cache=False).logits
-    for positions in ([0], [5, 40], [63, 64], [66]):
-        new = random(2, len(positions), D_K, D_V, seed=positions[0]) / 10
-        states = torch.zeros(2, 67, HEADS, D_K, D_V, dtype=torch.float64)
-        states[:, positions, head] = new.double()
-        is_set = torch.zeros(2, 67, HEADS, dtype=torch.bool)
-        is_set[:, positions, head] = True
-        expected, _ = truth_of(pair, tokens, layer, Edits(states=(states, is_set)))
-        assert (expected - native)[:, positions].abs().max() > 100 * TOLERANCE
+    chosen = [[0], [5, 40], [63, 64], [66]]  # one list a row
+    tokens = some_tokens(1, 67).expand(len(chosen), -1)
+    native = pair.reference(tokens[:1], use_cache=False).logits
+    new = random(len(chosen), 67, D_K, D_V) / 10
+    states = torch.zeros(len(chosen), 67, HEADS, D_K, D_V, dtype=torch.float64)
+    is_set = torch.zeros(len(chosen), 67, HEADS, dtype=torch.bool)
+    states[:, :, head] = new.double()
+    for row, positions in enumerate(chosen):
+        is_set[row, positions, head] = True
+    expected, _ = truth_of(pair, tokens, layer, Edits(states=(states, is_set)))
 
-        def edit(x: Tensor, hook: Any, positions: Any = positions, new: Tensor = new) -> None:
-            x[:, positions] = new.flatten(-2)
+    def edit(x: Tensor, hook: Any) -> None:
+        for row, positions in enumerate(chosen):
+            x[row, positions] = new[row, positions].flatten(-2)
 
-        logits = pair.model.run_with_hooks(tokens, fwd_hooks=[(point(layer, f"state.{head}"), edit)])
-        assert_close(logits, expected)
+    for row, positions in enumerate(chosen):
+        assert (expected[row] - native[0])[positions].abs().max() > 100 * TOLERANCE
+    logits = pair.model.run_with_hooks(tokens, fwd_hooks=[(point(layer, f"state.{head}"), edit)])
+    assert_close(logits, expected)
 
 
 @torch.no_grad()
@@ -495,24 +508,24 @@ def decode(pair: Pair, tokens: Tensor, cuts: list[slice], hooks: Callable[[slice
     return torch.cat(parts, 1)
 
 
-CUTS = {"token by token": (), "prefill": (30,), "one, then many": (1, 20), "pieces": (10, 2, 3, 7, 1, 5)}
+CUTS = {"token by token": (), "prefill": (16,), "one, then many": (1, 14), "pieces": (8, 2, 3, 1, 5)}
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
 @torch.no_grad()
 def test_cached_decoding_equals_prefill(pair: Pair, cuts: tuple[int, ...]):
-    tokens = some_tokens(2, 36)
+    tokens = some_tokens(2, 22)
     expected = pair.reference(tokens, use_cache=False).logits
-    assert_close(decode(pair, tokens, pieces(36, *cuts), lambda cut: []), expected)
+    assert_close(decode(pair, tokens, pieces(22, *cuts), lambda cut: []), expected)
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
 @torch.no_grad()
 def test_cached_decoding_with_edits_at_absolute_positions(pair: Pair, cuts: tuple[int, ...]):
     """The cache carries an edit of the prefill into later tokens, and single tokens can be edited."""
-    tokens, layer, head = some_tokens(2, 36), 1, 2
-    edited = [0, 4, 12, 29, 30, 33, 35]
-    new = random(2, 36, D_K, D_V) / D_K
+    tokens, layer, head = some_tokens(2, 22), 1, 2
+    edited = [0, 4, 9, 15, 16, 19, 21]
+    new = random(2, 22, D_K, D_V) / D_K
     expected, trace = truth_of(
         pair, tokens, layer, Edits(writes=lambda w: at(edited, head, new[:, edited].double())(w))
     )
@@ -532,17 +545,17 @@ def test_cached_decoding_with_edits_at_absolute_positions(pair: Pair, cuts: tupl
             (point(layer, f"state.{head}"), lambda x, hook: states.append(x.clone())),
         ]
 
-    assert_close(decode(pair, tokens, pieces(36, *cuts), hooks), expected)
+    assert_close(decode(pair, tokens, pieces(22, *cuts), hooks), expected)
     assert_close(heads_of(torch.cat(states, 1)), trace.states[:, :, head])
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
 @torch.no_grad()
 def test_cached_decoding_with_set_states(pair: Pair, cuts: tuple[int, ...]):
-    tokens, layer, head = some_tokens(2, 36), 0, 3
-    chosen, new = [2, 29, 33], random(2, 36, D_K, D_V) / 10
-    states = torch.zeros(2, 36, HEADS, D_K, D_V, dtype=torch.float64)
-    is_set = torch.zeros(2, 36, HEADS, dtype=torch.bool)
+    tokens, layer, head = some_tokens(2, 22), 0, 3
+    chosen, new = [2, 15, 19], random(2, 22, D_K, D_V) / 10
+    states = torch.zeros(2, 22, HEADS, D_K, D_V, dtype=torch.float64)
+    is_set = torch.zeros(2, 22, HEADS, dtype=torch.bool)
     states[:, :, head], is_set[:, chosen, head] = new.double(), True
     expected, _ = truth_of(pair, tokens, layer, Edits(states=(states, is_set)))
 
@@ -554,7 +567,40 @@ def test_cached_decoding_with_set_states(pair: Pair, cuts: tuple[int, ...]):
 
         return [(point(layer, f"state.{head}"), edit)]
 
-    assert_close(decode(pair, tokens, pieces(36, *cuts), hooks), expected)
+    assert_close(decode(pair, tokens, pieces(22, *cuts), hooks), expected)
+
+
+@torch.no_grad()
+def test_cached_decoding_of_a_left_padded_batch_with_edits(pair: Pair):
+    """Rows of different lengths go on from one cache as each would alone."""
+    lengths, longest, prefill, layer, head = (14, 9), 14, 11, 1, 0
+    tokens, new = some_tokens(2, longest), random(2, longest, D_K, D_V) / D_K
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
+    edited = [7, 12]
+    cache, parts = DynamicCache(config=pair.reference.config), []
+    for cut in pieces(longest, prefill):
+
+        def edit(x: Tensor, hook: Any, cut: slice = cut) -> None:
+            for p in edited:
+                if cut.start <= p < cut.stop:
+                    x[:, p - cut.start] = new[:, p].flatten(-2)
+
+        parts.append(
+            pair.model.run_with_hooks(
+                tokens[:, cut],
+                fwd_hooks=[(point(layer, f"write.{head}"), edit)],
+                attention_mask=mask[:, : cut.stop],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        )
+    logits = torch.cat(parts, 1)
+    for row, n in enumerate(lengths):
+        skipped = longest - n
+        here = [p - skipped for p in edited]
+        edits = Edits(writes=at(here, head, new[row : row + 1, edited].double()))
+        expected, _ = truth_of(pair, tokens[row : row + 1, skipped:], layer, edits)
+        assert_close(logits[row : row + 1, skipped:], expected)
 
 
 @torch.no_grad()
@@ -741,6 +787,62 @@ def test_cached_gradients(pair: Pair):
     assert_close(loss, expected)
     (gradient,) = torch.autograd.grad(expected, shift)
     assert_same_gradient(heads_of(cache[f"{name}_grad"]), gradient[:, :, 0])
+
+
+def test_gradient_of_a_hooked_state_with_respect_to_a_hooked_write(qwen: Pair):
+    """Both only read: the state after a token moves with its own write one to one."""
+    seen: list[Tensor] = []
+    hooks = [(point(1, f"{kind}.1"), lambda x, hook: seen.append(x)) for kind in ("write", "state")]
+    with qwen.model.hooks(fwd_hooks=hooks):
+        qwen.model(some_tokens(1, 8))
+    write, state = seen
+    (found,) = torch.autograd.grad(state[:, -1].sum(), write, allow_unused=True)
+    assert found is not None
+    assert_close(found[:, -1], torch.ones(1, D_K * D_V))
+
+
+@pytest.fixture
+def forgetful(qwen: Pair) -> Iterator[Pair]:
+    """One head of each layer decays by more than a float32 can say: exp(g) is 0."""
+    nets = (qwen.model.original_model, qwen.reference)
+    layers = [net.model.layers[layer].linear_attn for net in nets for layer in LINEAR_LAYERS]
+    before = [(layer.A_log.detach().clone(), layer.dt_bias.detach().clone()) for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            layer.A_log[3], layer.dt_bias[3] = 5.0, 5.0
+    yield qwen
+    with torch.no_grad():
+        for layer, (rate, bias) in zip(layers, before):
+            layer.A_log.copy_(rate)
+            layer.dt_bias.copy_(bias)
+
+
+@pytest.mark.parametrize("factor", [None, 1.0, 0.0])
+def test_gradients_where_the_decay_is_zero(forgetful: Pair, factor: float | None):
+    """Read, scaled by 1, and set to 0 by a hook: exp(g) = 0 has no logarithm, but no gradient is NaN."""
+    tokens = some_tokens(1, 12)
+    decays: list[Tensor] = []
+
+    def hook(x: Tensor, hook: Any) -> Tensor | None:
+        decays.append(x.detach())
+        return None if factor is None else x * factor
+
+    forgetful.model.zero_grad()
+    logits = forgetful.model.run_with_hooks(tokens, fwd_hooks=[(point(1, "decay"), hook)])
+    assert (decays[0][..., 3] == 0).all()
+    if factor != 0:
+        assert_close(logits, forgetful.reference(tokens, use_cache=False).logits)
+    loss_of(forgetful.reference(tokens, use_cache=False).logits).backward()
+    assert all(x.grad.isfinite().all() for x in forgetful.reference.parameters())
+    forgetful.reference.zero_grad()
+    loss_of(logits).backward()
+    bad = [
+        name
+        for name, x in forgetful.model.original_model.named_parameters()
+        if x.grad is not None and not x.grad.isfinite().all()
+    ]
+    forgetful.model.zero_grad()
+    assert not bad
 
 
 READ_ALL = {
