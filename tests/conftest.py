@@ -61,7 +61,7 @@ HYBRID: dict[str, Any] = {
 
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty and its like are full of NaN (the largest number, for integers), so nothing can live off them."""
+    """torch.empty and its like are full of NaN (integers: the largest), so nothing lives off them."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

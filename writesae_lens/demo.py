@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from sae_lens import (
     SAE,
     LanguageModelSAERunnerConfig,
@@ -27,7 +27,7 @@ from writesae_lens.report import write_report
 from writesae_lens.sae import WriteSAETrainingConfig, WriteTrainingSAE
 
 CONTEXT_SIZE = 256
-BATCH_SIZE = 1024
+BATCH_SIZE = 512
 TEST_PASSAGES = 16
 DEFAULT_CELLS = {"tiny-gdn": (1, 0)}
 _RECORD_EVERY = 10
@@ -101,7 +101,7 @@ def run_demo(
     steps = training_tokens // BATCH_SIZE
     # SAELens's own switch for torch.compile replaces the method in the same way.
     sae_in_training.training_forward_pass = _recording(  # type: ignore[method-assign]
-        sae_in_training.training_forward_pass, history, steps
+        sae_in_training.training_forward_pass, history, steps, sae_in_training.cfg.write_alignment_coefficient
     )
     runner.run()
 
@@ -133,33 +133,32 @@ def run_demo(
     return result
 
 
-def _recording(step: Callable[..., Any], history: list[dict[str, float]], steps: int) -> Callable[..., Any]:
+def _recording(
+    step: Callable[..., Any], history: list[dict[str, float]], steps: int, alignment: float
+) -> Callable[..., Any]:
     """The training step, keeping losses, L0 and dead atoms now and then, and telling them now and again."""
+    tell = max(_RECORD_EVERY, steps // 10 // _RECORD_EVERY * _RECORD_EVERY)
     count = 0
 
     def recorded(step_input: Any) -> Any:
         nonlocal count
         output = step(step_input)
         if count % _RECORD_EVERY == 0 or count == steps - 1:
-            with torch.no_grad():
-                losses = {name: float(value) for name, value in output.losses.items()}
-                power = float(step_input.sae_in.square().sum(-1).mean())
-                weight = output.losses["write_alignment_loss"] / max(power, 1e-30)
-                history.append(
-                    {
-                        "step": count,
-                        "loss": float(output.loss),
-                        "unexplained": losses["mse_loss"] / max(power, 1e-30),
-                        "cosine": 1 - float(weight) / 2.0,
-                        "l0": float((output.feature_acts > 0).sum(-1).float().mean()),
-                        "dead": float(step_input.dead_neuron_mask.sum()),
-                    }
-                )
-            if count % max(_RECORD_EVERY, steps // 10 // _RECORD_EVERY * _RECORD_EVERY) == 0:
-                now = history[-1]
+            power = max(float(step_input.sae_in.square().sum(-1).mean()), 1e-30)
+            now = {
+                "step": count,
+                "loss": float(output.loss),
+                "unexplained": float(output.losses["mse_loss"]) / power,
+                "cosine": 1 - float(output.losses["write_alignment_loss"]) / power / alignment,
+                "l0": float((output.feature_acts > 0).sum(-1).float().mean()),
+                "dead": float(step_input.dead_neuron_mask.sum()),
+            }
+            history.append(now)
+            if count % tell == 0:
                 tqdm.write(
-                    f"step {count:>5}/{steps}  loss {now['loss']:.4f}  unexplained "
-                    f"{now['unexplained']:.1%}  L0 {now['l0']:.1f}  dead {now['dead']:.0f}"
+                    f"step {count:>5}/{steps}  loss {now['loss']:.4f}  unexplained {now['unexplained']:.1%}  "
+                    f"cosine {now['cosine']:.2f}  L0 {now['l0']:.1f}  dead {now['dead']:.0f}",
+                    file=sys.stderr,
                 )
         count += 1
         return output

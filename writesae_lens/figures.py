@@ -35,7 +35,7 @@ def plot_replacement(result: ExperimentResult) -> Figure:
     atom, delete, other = (
         records[f"kl_{n}"].to_numpy().clip(min=_FLOOR) for n in ("atom", "delete", "random")
     )
-    figure, (scatter, density) = _figure(10, 4.4, 2)
+    figure, (scatter, density) = _figure(10.0, 4.4, 2)
     wins = atom < delete
     for mask, color, label in ((wins, ATOM, "atom nearer"), (~wins, DELETE, "deletion nearer")):
         scatter.scatter(
@@ -78,7 +78,7 @@ def plot_log_ratio_by_effect(result: ExperimentResult) -> Figure:
     """Where the atom fails: win rate by quartile of the deletion's effect, and by cosine to the write."""
     records, summary = result.records, result.summary
     wins = (records.kl_atom < records.kl_delete).to_numpy()
-    figure, (effect, cosine) = _figure(10, 3.6, 2)
+    figure, (effect, cosine) = _figure(10.0, 3.6, 2)
     rates = summary["win_rate_by_effect_quartile"]
     effect.bar(range(4), rates, color=ATOM, width=0.7)
     for i, rate in enumerate(rates):
@@ -101,7 +101,7 @@ def plot_log_ratio_by_effect(result: ExperimentResult) -> Figure:
 
 def plot_training(history: pd.DataFrame) -> Figure:
     """Unexplained share, cosine of the dominant atom, L0 and dead atoms over the steps."""
-    figure, axes = _figure(10, 2.8, 4)
+    figure, axes = _figure(10.0, 2.8, 4)
     panels = (
         ("unexplained", "share of |X|² unexplained", (0, 1.05)),
         ("cosine", "cosine of dominant atom", (0, 1.02)),

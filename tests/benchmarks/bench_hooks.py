@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Callable
 
 import torch
-from tests.benchmarks.timing import Row, slowdown, take_turns
 from tokenizers import Tokenizer, models
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from hooked_models import HookedRecurrent
+from tests.benchmarks.timing import Row, slowdown, take_turns
 
 LENGTH, ROUNDS = 1024, 9
 

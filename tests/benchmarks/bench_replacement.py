@@ -3,9 +3,9 @@
 import time
 
 import torch
-from tests.benchmarks.timing import Row, speedup
 
 from hooked_models import HookedRecurrent, zoo
+from tests.benchmarks.timing import Row, speedup
 from writesae_lens import WriteSAE, WriteSAEConfig
 from writesae_lens.experiments import replacement_test
 

@@ -6,8 +6,8 @@ Dense is the paper's: matrices in, einsum encoder, atoms and reconstruction buil
 import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
-from tests.benchmarks.timing import Row, speedup, take_turns
 
+from tests.benchmarks.timing import Row, speedup, take_turns
 from writesae_lens import WriteSAETrainingConfig, WriteTrainingSAE
 
 D, D_SAE, K, BATCH, ROUNDS = 128, 2048, 32, 256, 7

@@ -49,6 +49,13 @@ def test_replace_works_on_what_demo_wrote(demo, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1].startswith("win rate")
     assert (tmp_path / "r" / "report.html").exists()
+    done = run("replace", "--sae", folder / "out" / "sae", "--text", text, "--scale", "huge")
+    assert done.returncode == 2
+    assert "scale='huge' is unknown: choose coefficient or matched_norm" in done.stderr
+    text.write_text("far too short")
+    done = run("replace", "--sae", folder / "out" / "sae", "--text", text)
+    assert done.returncode == 2
+    assert "the text is too short" in done.stderr
 
 
 def test_models_lists_what_ships_and_its_cells():

@@ -97,7 +97,7 @@ def test_run_with_saes_swaps_the_write_and_puts_everything_back(trained):
 
 
 def test_hooks_that_match_nothing_are_errors_in_the_runner_too(tmp_path):
-    with pytest.raises(HookedModelError, match="hook_write.9"):
+    with pytest.raises(HookedModelError, match=r"hook_write\.9"):
         LanguageModelSAETrainingRunner(runner_config(tmp_path, hook_name="blocks.1.linear_attn.hook_write.9"))
 
 
