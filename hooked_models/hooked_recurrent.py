@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hooked_models import adapters, zoo
 from hooked_models.errors import HookedModelError
 from hooked_models.mixers import Branches, HookedMixer, Swap
 
-_SITE = re.compile(r"^blocks\.(\d+)\.\w+\.hook_(write|state)\.(\d+)$")
+_SITE = re.compile(r"blocks\.(\d+)\.\w+\.hook_(write|state)\.(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +76,15 @@ class HookedRecurrent(SAETransformerBridge):
                 f"no model {model_name!r}: not a folder, not a hub id (owner/name), and not one that "
                 f"ships with the package: {', '.join(zoo.SHIPPED)}"
             )
-        if kwargs.get("hf_model") is None:
-            kwargs["hf_model"] = _text_model(source, kwargs)
-        with adapters.registered():
-            model = super().boot_transformers(source, **kwargs)
+        try:
+            with adapters.registered(), _complete_checkpoints():
+                if kwargs.get("hf_model") is None:
+                    kwargs["hf_model"] = _text_model(source, kwargs)
+                model = super().boot_transformers(source, **kwargs)
+        except HookedModelError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            raise HookedModelError(f"could not load {model_name}: {_first_line(error)}") from error
         assert isinstance(model, HookedRecurrent)
         if not model.mixers:
             known = ", ".join(adapters.ADAPTERS)
@@ -135,14 +141,15 @@ class HookedRecurrent(SAETransformerBridge):
         Raises:
             HookedModelError: it is no write or state hook, or its cell does not exist.
         """
-        match = _SITE.match(hook_name)
-        if match is None:
-            example = self._hook_name("write", self.cells[0].layer, 0)
-            raise HookedModelError(
-                f"{hook_name!r} is not the hook of a cell's write or state; one looks like {example!r}"
-            )
-        layer, kind, head = int(match[1]), match[2], int(match[3])
-        return Site(self.cell(layer, head), "write" if kind == "write" else "state")
+        match = _SITE.fullmatch(hook_name)
+        if match is not None:
+            layer, kind, head = int(match[1]), match[2], int(match[3])
+            if self._hook_name(kind, layer, head) == hook_name:
+                return Site(self.cell(layer, head), "write" if kind == "write" else "state")
+        example = self._hook_name("write", self.cells[0].layer, 0)
+        raise HookedModelError(
+            f"{hook_name!r} is not the hook of a cell's write or state; one looks like {example!r}"
+        )
 
     @torch.no_grad()
     def run_with_swapped_writes(
@@ -170,12 +177,22 @@ class HookedRecurrent(SAETransformerBridge):
             native logits ``[pos, d_vocab]`` and branch logits ``[branch, d_vocab]``.
 
         Raises:
-            HookedModelError: no such cell, or hooks on recurrent layers are in the way.
+            HookedModelError: no such cell, shapes or positions that do not fit, or hooks on recurrent
+                layers are in the way.
         """
-        self.cell(layer, head)
-        length = len(tokens)
-        device = tokens.device
+        cell, length, device = self.cell(layer, head), len(tokens), tokens.device
         positions = positions.to(device)
+        if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < length:
+            raise HookedModelError(
+                f"positions must lie in 0 .. {length - 1}, the passage's tokens; got "
+                f"{int(positions.min())} .. {int(positions.max())}"
+            )
+        expected = (len(positions), keys.shape[1], cell.d_k), (len(positions), keys.shape[1], cell.d_v)
+        if (tuple(keys.shape), tuple(values.shape)) != expected:
+            raise HookedModelError(
+                f"keys and values must have shapes {expected[0]} and {expected[1]} here, got "
+                f"{tuple(keys.shape)} and {tuple(values.shape)}"
+            )
         branches = Branches(length, positions)
         at = torch.cat([torch.arange(length, device=device), positions])
         # A native token sees what came before it, a branch the native tokens before it; both themselves.
@@ -201,6 +218,13 @@ class HookedRecurrent(SAETransformerBridge):
         return logits[:length], logits[length:]
 
     # TransformerLens passes over names that match nothing; here they are errors.
+
+    @property
+    def hook_dict(self) -> dict[str, Any]:
+        """All hook points by name, TransformerLens's aliases included (SAELens's bridge leaves them out)."""
+        hooks = super().hook_dict
+        self._add_aliases_to_hooks(hooks)
+        return hooks
 
     def run_with_cache(self, *args: Any, names_filter: Any = None, **kwargs: Any) -> Any:
         self._check_hook_names([names_filter] if isinstance(names_filter, str) else names_filter)
@@ -247,6 +271,34 @@ class HookedRecurrent(SAETransformerBridge):
                 raise HookedModelError(f"no hook point is named {name!r}{hint}")
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+@contextmanager
+def _complete_checkpoints() -> Iterator[None]:
+    """While open, transformers refuses a checkpoint that lacks tensors instead of making them up."""
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.pop("output_loading_info", False):
+            return load(cls, *args, output_loading_info=True, **kwargs)
+        model, info = load(cls, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise HookedModelError(
+                f"the checkpoint lacks {len(missing)} tensor(s) of {cls.__name__}: {', '.join(missing[:3])}{more}"
+            )
+        return model
+
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = classmethod(load)  # type: ignore[assignment]
+
+
 def _text_model(source: str, kwargs: dict[str, Any]) -> Any:
     """The text part of a checkpoint that was published with a vision tower, or None for any other.
 
@@ -255,11 +307,9 @@ def _text_model(source: str, kwargs: dict[str, Any]) -> Any:
     options = {name: kwargs[name] for name in ("revision",) if kwargs.get(name) is not None}
     try:
         config = AutoConfig.from_pretrained(source, **options)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError) as error:
+        reason = _first_line(error)
         raise HookedModelError(f"could not read the configuration of {source}: {reason}") from error
-    except (ValueError, KeyError):
-        return None  # a model type that transformers lacks: TransformerLens says so itself
     text_config: Any = getattr(config, "text_config", None)
     if getattr(text_config, "model_type", None) != "qwen3_5_text":
         return None

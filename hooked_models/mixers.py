@@ -70,7 +70,7 @@ class Branches:
         first = (counts.cumsum(0) - counts)[self.positions[order]]
         slot = torch.empty_like(order)
         slot[order] = torch.arange(len(order), device=order.device) - first
-        return int(counts.max()), slot
+        return max(1, int(counts.max())), slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +185,15 @@ class HookedMixer(GeneralizedComponent):
             mask = attention_mask[:, -hidden.shape[1] :, None]
             hidden = hidden * mask.to(hidden.dtype)
         recurrence, kept = self.inputs(hidden, cache_params)
-        if is_listened_to(self.hook_write_key):  # an edited key must not move the erase
-            recurrence = recurrence.with_erase_vector()
+        keys = recurrence.k
+        if is_listened_to(self.hook_write_key):
+            keys, touched = _show(self.hook_write_key, keys)
+            if touched or keys.requires_grad:  # an edited key must not move the erase
+                recurrence = recurrence.with_erase_vector()
         recurrence = dataclasses.replace(
             recurrence,
             q=self.hook_read(recurrence.q),
-            k=self.hook_write_key(recurrence.k),
+            k=keys,
             v=self.hook_write_value(recurrence.v),
         )
         state = cached_state(cache_params, self.layer_index)
@@ -213,12 +216,12 @@ class HookedMixer(GeneralizedComponent):
         """Show exp(g) to ``hook_decay`` and return the log of what comes back."""
         if not is_listened_to(self.hook_decay):
             return g
-        decay = g.exp()
-        version = _version(decay)
-        edited = self.hook_decay(decay)
-        if edited is decay and version == _version(decay) and not edited.requires_grad:
+        decay, touched = _show(self.hook_decay, g.exp())
+        if not (touched or decay.requires_grad):
             return g
-        return edited.clamp(min=0).log().clamp(min=LOG_ZERO)
+        tiny = torch.finfo(decay.dtype).tiny
+        log = decay.clamp(min=tiny).log().masked_fill(decay <= tiny, LOG_ZERO)
+        return log if touched else g.detach() + (log - log.detach())
 
     def _head_change(
         self, head: int, recurrence: Recurrence, start: Tensor | None
@@ -230,8 +233,8 @@ class HookedMixer(GeneralizedComponent):
         if is_listened_to(self.hook_write[head]):
             write = rec.k[..., None] * rec.v[..., None, :]
             edited, touched = _fire(self.hook_write[head], write)
-            if touched:
-                difference = torch.addcmul(edited, rec.k[..., None], rec.v[..., None, :], value=-1)
+            if touched or (edited.requires_grad and is_listened_to(self.hook_state[head])):
+                difference = edited - rec.k[..., None] * rec.v[..., None, :]
                 change = respond(rec, difference)
             elif edited.requires_grad:
                 out = _UnchangedWrite.apply(edited, *(getattr(rec, f) for f in "kvqgab"))
@@ -279,6 +282,13 @@ class HookedMixer(GeneralizedComponent):
 def _version(x: Tensor) -> int:
     """How often ``x`` was written to in place; tensors of inference mode do not count that."""
     return -1 if x.is_inference() else x._version
+
+
+def _show(point: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
+    """Show a copy of a small tensor to a hook point; what came back, and whether it differs."""
+    shown = x.clone()
+    edited = point(shown)
+    return edited, edited is not shown or not torch.equal(edited, x)
 
 
 def _fire(point: nn.Module, matrices: Tensor) -> tuple[Tensor, bool]:

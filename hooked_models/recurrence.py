@@ -104,8 +104,11 @@ class Recurrence:
 
     def pull_back(self, reads: Float[Tensor, "batch pos head d_k"]) -> Float[Tensor, "batch pos head d_k"]:
         """T_t^T r_t: what to read from S_{t-1} to learn what ``reads`` see of it in S_t."""
-        a, b = self.with_erase_vector().a, self.b
-        pulled = _per_channel(self.g).exp() * reads
+        dtype = torch.promote_types(self.dtype, reads.dtype)
+        wide = self.map(lambda x: x.to(dtype))
+        a, b = wide.with_erase_vector().a, wide.b
+        reads = reads.to(dtype)
+        pulled = _per_channel(wide.g).exp() * reads
         return pulled if a is None or b is None else pulled + b * (a * reads).sum(-1, keepdim=True)
 
 
@@ -129,12 +132,13 @@ def scan(
     return trajectory.read(recurrence.q), trajectory.final_state
 
 
+@_full_precision
 def scan_sequential(
     recurrence: Recurrence, initial_state: Float[Tensor, "batch head d_k d_v"] | None = None
 ) -> tuple[Float[Tensor, "batch pos head d_v"], Float[Tensor, "batch head d_k d_v"]]:
     """The recurrence token by token, as written in the module's first equation: the oracle of `scan`."""
     dtype = recurrence.dtype
-    rec = recurrence.with_erase_vector().map(lambda x: x.to(dtype))
+    rec = recurrence.map(lambda x: x.to(dtype)).with_erase_vector()
     batch, length, heads, d_k = rec.k.shape
     state = (
         rec.k.new_zeros(batch, heads, d_k, rec.v.shape[-1])
@@ -380,7 +384,8 @@ def _respond(
 ) -> tuple[Tensor, Trajectory]:
     """The response inside each chunk (as reads, or as states) and what the chunks hand on."""
     dtype = torch.promote_types(recurrence.dtype, difference.dtype)
-    g, a, b = _per_channel(recurrence.g).to(dtype), recurrence.with_erase_vector().a, recurrence.b
+    recurrence = recurrence.map(lambda x: x.to(dtype))
+    g, a, b = _per_channel(recurrence.g), recurrence.with_erase_vector().a, recurrence.b
     if state_is_set is not None:
         g = g.masked_fill(state_is_set[..., None], LOG_ZERO)
         a = None if a is None else a.masked_fill(state_is_set[..., None], 0)

@@ -121,7 +121,7 @@ class GatedDeltaNetLayer:
         assert self.weights, f"no {prefix}* in {sorted(held)}"
 
     def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """q, k [b, t, key head, d_k], v, z [b, t, head, d_v], and b, a [b, t, head], before the convolution."""
+        """Unconvolved q, k [b, t, key head, d_k], v, z [b, t, head, d_v] and b, a [b, t, head]."""
         config, w = self.config, self.weights
         key_heads, heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
         d_k, d_v, n = config["linear_key_head_dim"], config["linear_value_head_dim"], heads // key_heads

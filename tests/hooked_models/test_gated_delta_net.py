@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -342,7 +343,11 @@ def test_a_hook_that_changes_nothing_leaves_the_logits_bit_by_bit(
         native = qwen.model(tokens)
         for idle in (lambda x, hook: None, lambda x, hook: x):
             logits = qwen.model.run_with_hooks(tokens, fwd_hooks=[(point(1, name), idle)])
-            assert torch.equal(logits, native)
+            if (name, context) == ("write_key", torch.enable_grad):
+                # The gradient of the key must leave out the erase, which takes another way to the same sum.
+                assert_close(logits, native, 1e-5)
+            else:
+                assert torch.equal(logits, native)
 
 
 @pytest.mark.parametrize("layer", LINEAR_LAYERS)
@@ -495,7 +500,7 @@ def pieces(length: int, *sizes: int) -> list[slice]:
     for size in sizes:
         edges.append(edges[-1] + size)
     edges += range(edges[-1] + 1, length + 1)
-    return [slice(a, b) for a, b in zip(edges, edges[1:])]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def decode(pair: Pair, tokens: Tensor, cuts: list[slice], hooks: Callable[[slice], list[Any]]) -> Tensor:
