@@ -288,7 +288,8 @@ def _complete_checkpoints() -> Iterator[None]:
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise HookedModelError(
-                f"the checkpoint lacks {len(missing)} tensor(s) of {cls.__name__}: {', '.join(missing[:3])}{more}"
+                f"the checkpoint lacks {len(missing)} tensor(s) of {cls.__name__}: "
+                f"{', '.join(missing[:3])}{more}"
             )
         return model
 
