@@ -28,10 +28,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the SAE, records, figures and report.")] = Path(
         "writesae-demo"
     ),
-    cell: Annotated[str | None, typer.Option(help="LAYER:HEAD; default: one that works well.")] = None,
+    cell: Annotated[str | None, typer.Option(help="LAYER:HEAD; default: the shipped model's best.")] = None,
     d_sae: Annotated[int, typer.Option(help="Atoms in the dictionary.")] = 2048,
     k: Annotated[int, typer.Option(help="Atoms active per write.")] = 4,
-    training_tokens: Annotated[int, typer.Option(help="Writes to train on.")] = 1_000_000,
+    training_tokens: Annotated[int, typer.Option(help="Writes to train on.")] = 600_000,
     seed: Seed = 0,
 ) -> None:
     """Train a WriteSAE on a shipped model, put it through the replacement test, write a report."""

@@ -29,7 +29,7 @@ from writesae_lens.sae import WriteSAETrainingConfig, WriteTrainingSAE
 CONTEXT_SIZE = 256
 BATCH_SIZE = 512
 TEST_PASSAGES = 16
-DEFAULT_CELLS = {"tiny-gdn": (1, 0)}
+DEFAULT_CELLS = {"tiny-gdn": (1, 3)}
 _RECORD_EVERY = 10
 
 
@@ -39,7 +39,7 @@ def run_demo(
     cell: tuple[int, int] | None = None,
     d_sae: int = 2048,
     k: int = 4,
-    training_tokens: int = 1_000_000,
+    training_tokens: int = 600_000,
     seed: int = 0,
 ) -> ExperimentResult:
     """Train a WriteSAE on a shipped model's held-out text, put it through the replacement test, report.
