@@ -70,6 +70,8 @@ def plot_replacement(result: ExperimentResult) -> Figure:
     density.spines["left"].set_visible(False)
     density.set_xlabel("log10 of the ratio of KLs (left of 0: nearer to native than deletion)")
     density.set_title("How much nearer", fontsize=11, loc="left")
+    low, high = density.get_ylim()
+    density.set_ylim(low, high * 1.22)  # room for the legend above the curves
     density.legend(frameon=False, fontsize=9, loc="upper left")
     return figure
 

@@ -170,13 +170,17 @@ def _table(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{summary['cliffs_delta']:.3f}",
             "deleted against atom; 1 is total separation",
         ),
-        ("Wilcoxon p", f"{summary['wilcoxon_p']:.2g}", "paired, one-sided"),
+        ("Wilcoxon p", _p_value(summary["wilcoxon_p"]), "paired, one-sided"),
         (
             "never dominant",
             f"{summary['n_atoms_never_dominant']:,}",
             "atoms that lead at no tested firing",
         ),
     ]
+
+
+def _p_value(p: float) -> str:
+    return f"{p:.2g}" if p > 1e-300 else "below 1e-300"
 
 
 def _images(figures: dict[str, Figure]) -> list[dict[str, str]]:
