@@ -47,5 +47,6 @@ def test_medians_quartiles_and_wilcoxon():
     rates = statistics.rate_by_quartile([0, 0, 0, 1, 1, 0, 1, 1], [1, 2, 3, 4, 5, 6, 7, 8])
     assert rates == [0, 0.5, 0.5, 1]
     x = np.linspace(1, 2, 20)
-    assert statistics.paired_wilcoxon(x + 0.1, x) == pytest.approx(0.5**20)
+    # All 20 differences positive and distinct: one of 2^20 equally likely sign patterns.
+    assert statistics.paired_wilcoxon(x + np.arange(1, 21), x) == pytest.approx(0.5**20)
     assert statistics.paired_wilcoxon(x, x) == 1
