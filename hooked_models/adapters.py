@@ -13,28 +13,37 @@ from typing import Any
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge.supported_architectures import (
     Qwen3_5ArchitectureAdapter,
+    Qwen3_5MoeArchitectureAdapter,
     Qwen3NextArchitectureAdapter,
 )
 
 from hooked_models.gated_delta_net import HookedGatedDeltaNet
 
 
-class HookedQwen3_5Adapter(Qwen3_5ArchitectureAdapter):
+class _HookedLinearAttention:
+    """Builds Gated DeltaNet layers as hooked mixers; goes before the adapter in the bases."""
+
+    cfg: Any
+
+    def _build_linear_attn_bridge(self, optional: bool = False) -> Any:
+        return HookedGatedDeltaNet(name="linear_attn", config=self.cfg, optional=optional)
+
+
+class HookedQwen3_5Adapter(_HookedLinearAttention, Qwen3_5ArchitectureAdapter):
     """Qwen3.5, text only: also for checkpoints published with a vision tower, which is left out."""
 
-    def _build_linear_attn_bridge(self, optional: bool = False) -> Any:
-        return HookedGatedDeltaNet(name="linear_attn", config=self.cfg, optional=optional)
+
+class HookedQwen3_5MoeAdapter(_HookedLinearAttention, Qwen3_5MoeArchitectureAdapter):
+    """Qwen3.5 with a mixture of experts, text only."""
 
 
-class HookedQwen3NextAdapter(Qwen3NextArchitectureAdapter):
+class HookedQwen3NextAdapter(_HookedLinearAttention, Qwen3NextArchitectureAdapter):
     """Qwen3-Next."""
-
-    def _build_linear_attn_bridge(self, optional: bool = False) -> Any:
-        return HookedGatedDeltaNet(name="linear_attn", config=self.cfg, optional=optional)
 
 
 ADAPTERS: dict[str, type] = {
     "Qwen3_5ForCausalLM": HookedQwen3_5Adapter,
+    "Qwen3_5MoeForCausalLM": HookedQwen3_5MoeAdapter,
     "Qwen3NextForCausalLM": HookedQwen3NextAdapter,
 }
 

@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hooked_models import adapters, zoo
 from hooked_models.errors import HookedModelError
-from hooked_models.mixers import Branches, HookedMixer, Swap
+from hooked_models.mixers import Branches, HookedMixer, Swap, is_listened_to
 
 _SITE = re.compile(r"blocks\.(\d+)\.\w+\.hook_(write|state)\.(\d+)")
 
@@ -32,6 +33,13 @@ class Cell:
     d_k: int
     d_v: int
     architecture: str
+
+
+# The text parts of checkpoints that are published with a vision tower, by model type.
+_TEXT_MODELS: dict[str | None, str] = {
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+}
 
 
 class Site(NamedTuple):
@@ -58,7 +66,8 @@ class HookedRecurrent(SAETransformerBridge):
 
         Args:
             model_name: hub id, folder in Hugging Face form, or a name in `hooked_models.zoo.SHIPPED`.
-            **kwargs: as for ``TransformerBridge.boot_transformers`` (device, dtype, revision, ...).
+            **kwargs: as for ``TransformerBridge.boot_transformers`` (device, dtype, revision, ...); a dtype
+                may also be given by name, ``"bfloat16"``, as JSON configs must.
 
         Raises:
             HookedModelError: the folder holds no model, or the model has no recurrent layer that this
@@ -76,6 +85,8 @@ class HookedRecurrent(SAETransformerBridge):
                 f"no model {model_name!r}: not a folder, not a hub id (owner/name), and not one that "
                 f"ships with the package: {', '.join(zoo.SHIPPED)}"
             )
+        if isinstance(kwargs.get("dtype"), str):
+            kwargs["dtype"] = _dtype(kwargs["dtype"])
         try:
             with adapters.registered(), _complete_checkpoints():
                 if kwargs.get("hf_model") is None:
@@ -83,14 +94,14 @@ class HookedRecurrent(SAETransformerBridge):
                 model = super().boot_transformers(source, **kwargs)
         except HookedModelError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
             raise HookedModelError(f"could not load {model_name}: {_first_line(error)}") from error
         assert isinstance(model, HookedRecurrent)
         if not model.mixers:
             known = ", ".join(adapters.ADAPTERS)
             raise HookedModelError(
-                f"{model_name} has no recurrent layers ({model.cfg.architecture}): this package hooks "
-                f"{known}; for other models use TransformerLens itself"
+                f"{model_name} ({model.cfg.architecture}) has no recurrent layers that this package knows: "
+                f"it hooks {known}; for other models use TransformerLens itself"
             )
         model.cfg.model_name = model_name
         return model
@@ -177,8 +188,7 @@ class HookedRecurrent(SAETransformerBridge):
             native logits ``[pos, d_vocab]`` and branch logits ``[branch, d_vocab]``.
 
         Raises:
-            HookedModelError: no such cell, shapes or positions that do not fit, or hooks on recurrent
-                layers are in the way.
+            HookedModelError: no such cell, shapes or positions that do not fit, or anything is hooked.
         """
         cell, length, device = self.cell(layer, head), len(tokens), tokens.device
         positions = positions.to(device)
@@ -201,6 +211,13 @@ class HookedRecurrent(SAETransformerBridge):
         dtype = next(self.original_model.parameters()).dtype
         mask = torch.zeros(sees.shape, dtype=dtype, device=device)
         mask = mask.masked_fill(~sees, torch.finfo(dtype).min)[None, None]
+        busy = [name for name, point in self._hook_registry.items() if is_listened_to(point)]
+        if busy:
+            # They would see the native tokens and the branches in one row.
+            raise HookedModelError(
+                f"a run with swapped writes cannot honour the hooks on {', '.join(busy[:3])}: remove them "
+                "first (model.reset_hooks(), model.reset_saes())"
+            )
         mixers = self.mixers
         try:
             for mixer in mixers.values():
@@ -226,22 +243,48 @@ class HookedRecurrent(SAETransformerBridge):
         self._add_aliases_to_hooks(hooks)
         return hooks
 
-    def run_with_cache(self, *args: Any, names_filter: Any = None, **kwargs: Any) -> Any:
+    def run_with_cache(
+        self,
+        input: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        names_filter: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         self._check_hook_names([names_filter] if isinstance(names_filter, str) else names_filter)
-        return super().run_with_cache(*args, names_filter=names_filter, **kwargs)
+        return super().run_with_cache(
+            input, return_cache_object, remove_batch_dim, names_filter, *args, **kwargs
+        )
 
-    def run_with_hooks(self, *args: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any) -> Any:
-        self._check_hook_names(name for name, _ in [*fwd_hooks, *bwd_hooks])
-        return super().run_with_hooks(*args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
+    def run_with_hooks(
+        self, input: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
+    ) -> Any:
+        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
+        self._check_hook_names(name for name, _ in fwd_hooks + bwd_hooks)
+        return super().run_with_hooks(input, fwd_hooks, bwd_hooks, *args, **kwargs)
 
     def hooks(  # type: ignore[override]
-        self, fwd_hooks: Any = (), bwd_hooks: Any = (), **kwargs: Any
+        self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
     ) -> Any:
-        self._check_hook_names(name for name, _ in [*fwd_hooks, *bwd_hooks])
-        return super().hooks(fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
+        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
+        self._check_hook_names(name for name, _ in fwd_hooks + bwd_hooks)
+        return super().hooks(fwd_hooks, bwd_hooks, *args, **kwargs)
+
+    def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check_hook_names([name])
+        return super().add_hook(name, *args, **kwargs)
 
     def add_sae(self, sae: Any, use_error_term: bool | None = None) -> None:
-        self._check_hook_names([self._resolve_hook_name(sae.cfg.metadata.hook_name)])
+        name = self._resolve_hook_name(sae.cfg.metadata.hook_name)
+        self._check_hook_names([name])
+        if _SITE.fullmatch(name):
+            cell = self.site(name).cell
+            if sae.cfg.d_in != cell.d_k * cell.d_v:
+                raise HookedModelError(
+                    f"the SAE takes {sae.cfg.d_in} numbers, but {name} gives {cell.d_k} x {cell.d_v} = "
+                    f"{cell.d_k * cell.d_v}"
+                )
         super().add_sae(sae, use_error_term=use_error_term)
 
     def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
@@ -271,26 +314,36 @@ class HookedRecurrent(SAETransformerBridge):
                 raise HookedModelError(f"no hook point is named {name!r}{hint}")
 
 
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise HookedModelError(f"dtype {name!r} is unknown: give float32, bfloat16, float16 or float64")
+    return dtype
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
 @contextmanager
 def _complete_checkpoints() -> Iterator[None]:
-    """While open, transformers refuses a checkpoint that lacks tensors instead of making them up."""
+    """While open, transformers refuses a checkpoint whose tensors do not fit instead of making them up."""
     load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.pop("output_loading_info", False):
             return load(cls, *args, output_loading_info=True, **kwargs)
+        kwargs.setdefault("ignore_mismatched_sizes", True)
         model, info = load(cls, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise HookedModelError(
-                f"the checkpoint lacks {len(missing)} tensor(s) of {cls.__name__}: "
-                f"{', '.join(missing[:3])}{more}"
-            )
+        mismatched = sorted(str(key) for key in info["mismatched_keys"])
+        for what, names in (("lacks", missing), ("has the wrong shape for", mismatched)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise HookedModelError(
+                    f"the checkpoint {what} {len(names)} tensor(s) of {cls.__name__}: "
+                    f"{', '.join(names[:3])}{more}"
+                )
         return model
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
@@ -312,9 +365,10 @@ def _text_model(source: str, kwargs: dict[str, Any]) -> Any:
         reason = _first_line(error)
         raise HookedModelError(f"could not read the configuration of {source}: {reason}") from error
     text_config: Any = getattr(config, "text_config", None)
-    if getattr(text_config, "model_type", None) != "qwen3_5_text":
+    architecture = _TEXT_MODELS.get(getattr(text_config, "model_type", None))
+    if architecture is None:
         return None
-    text_config.architectures = ["Qwen3_5ForCausalLM"]
+    text_config.architectures = [architecture]
     dtype = kwargs.get("dtype", torch.float32)
     model: Any = AutoModelForCausalLM.from_pretrained(
         source, config=text_config, dtype=dtype, attn_implementation="eager", **options

@@ -101,6 +101,7 @@ class HookedMixer(GeneralizedComponent):
     hook_recurrence_out     [batch, pos, head, d_v]        S_t^T q_t before norm and gate; propagates
     ======================  =============================  ===========================================
 
+    A hook may return a new tensor or edit in place (not through ``.data`` or numpy, which torch cannot see).
     They fire in this order: factors, read and decay, then per head write and state, then outputs; in
     prefill and in cached decoding, where ``pos`` counts the new tokens. Activations of the recurrence come
     in float32 at least. No write or state matrix is built for a hook point that nobody listens to. In a
@@ -192,9 +193,9 @@ class HookedMixer(GeneralizedComponent):
                 recurrence = recurrence.with_erase_vector()
         recurrence = dataclasses.replace(
             recurrence,
-            q=self.hook_read(recurrence.q),
+            q=_call(self.hook_read, recurrence.q),
             k=keys,
-            v=self.hook_write_value(recurrence.v),
+            v=_call(self.hook_write_value, recurrence.v),
         )
         state = cached_state(cache_params, self.layer_index)
         outputs, final_state = scan(recurrence, state)
@@ -209,7 +210,7 @@ class HookedMixer(GeneralizedComponent):
                     )
         if cache_params is not None:
             cache_params.update_recurrent_state(final_state, self.layer_index)
-        outputs = self.hook_recurrence_out(outputs)
+        outputs = _call(self.hook_recurrence_out, outputs)
         return self.hook_out(self.finish(outputs, kept))
 
     def fire_decay(self, g: Tensor) -> Tensor:
@@ -253,12 +254,6 @@ class HookedMixer(GeneralizedComponent):
         return change
 
     def _forward_branches(self, hidden: Tensor, branches: Branches) -> Tensor:
-        listened = [name for name, point in self.get_hooks().items() if is_listened_to(point)]
-        if any(name not in ("hook_in", "hook_out") for name in listened):
-            raise HookedModelError(
-                f"layer {self.layer_index} has hooks on {listened}, which a run with swapped writes "
-                "cannot honour; remove them first (model.reset_hooks(), model.reset_saes())"
-            )
         recurrence, kept = self.inputs(hidden, None)
         length = branches.n_native
         native, branch = recurrence.positions(slice(length)), recurrence.positions(slice(length, None))
@@ -284,27 +279,33 @@ def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
+def _call(point: nn.Module, x: Tensor) -> Tensor:
+    """Fire a hook point.
+
+    Raises:
+        HookedModelError: a hook returned another shape, which could broadcast unseen.
+    """
+    edited = point(x)
+    if edited.shape != x.shape:
+        name = getattr(point, "name", type(point).__name__)
+        raise HookedModelError(
+            f"a hook at {name} returned shape {tuple(edited.shape)}, expected {tuple(x.shape)}"
+        )
+    return edited
+
+
 def _show(point: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
     """Show a copy of a small tensor to a hook point; what came back, and whether it differs."""
     shown = x.clone()
-    edited = point(shown)
+    edited = _call(point, shown)
     return edited, edited is not shown or not torch.equal(edited, x)
 
 
 def _fire(point: nn.Module, matrices: Tensor) -> tuple[Tensor, bool]:
-    """Show [B, T, 1, K, V] matrices to a hook point as [B, T, K * V]; what came back, and whether it differs.
-
-    Raises:
-        HookedModelError: the hook returned another shape.
-    """
+    """Show [B, T, 1, K, V] to a hook point as [B, T, K * V]; what came back, and whether it differs."""
     flat = matrices.flatten(-2).squeeze(2)
     version = _version(flat)
-    edited = point(flat)
-    if edited.shape != flat.shape:
-        name = getattr(point, "name", type(point).__name__)
-        raise HookedModelError(
-            f"a hook at {name} returned shape {tuple(edited.shape)}, expected {tuple(flat.shape)}"
-        )
+    edited = _call(point, flat)
     touched = edited is not flat or version == -1 or version != _version(flat)
     return edited.to(matrices.dtype).view_as(matrices), touched
 

@@ -19,7 +19,7 @@ app = typer.Typer(
     help="Sparse autoencoders on the cache writes of recurrent language models.",
 )
 
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 
 
 @app.command()
@@ -29,9 +29,9 @@ def demo(
         "writesae-demo"
     ),
     cell: Annotated[str | None, typer.Option(help="LAYER:HEAD; default: the shipped model's best.")] = None,
-    d_sae: Annotated[int, typer.Option(help="Atoms in the dictionary.")] = 2048,
-    k: Annotated[int, typer.Option(help="Atoms active per write.")] = 4,
-    training_tokens: Annotated[int, typer.Option(help="Writes to train on.")] = 600_000,
+    d_sae: Annotated[int, typer.Option(min=1, help="Atoms in the dictionary.")] = 2048,
+    k: Annotated[int, typer.Option(min=1, help="Atoms active per write.")] = 4,
+    training_tokens: Annotated[int, typer.Option(min=10_000, help="Writes to train on.")] = 600_000,
     seed: Seed = 0,
 ) -> None:
     """Train a WriteSAE on a shipped model, put it through the replacement test, write a report."""
@@ -53,9 +53,9 @@ def replace(
     scale: Annotated[
         str, typer.Option(help="Size of the atom: coefficient or matched_norm.")
     ] = "coefficient",
-    max_firings: Annotated[int, typer.Option(help="Firings to test, at most.")] = 5000,
-    max_passages: Annotated[int, typer.Option(help="Passages to read, at most.")] = 32,
-    context_size: Annotated[int | None, typer.Option(help="Tokens of a passage.")] = None,
+    max_firings: Annotated[int, typer.Option(min=1, help="Firings to test, at most.")] = 5000,
+    max_passages: Annotated[int, typer.Option(min=1, help="Passages to read, at most.")] = 32,
+    context_size: Annotated[int | None, typer.Option(min=1, help="Tokens of a passage.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     resume: Annotated[bool, typer.Option(help="Keep finished passages in OUT, and go on from them.")] = False,
     seed: Seed = 0,
@@ -75,7 +75,8 @@ def replace(
     content = zoo.held_out_text(name) if text is None else _read(text)
     booted = HookedRecurrent.boot_transformers(name, device=device)
     size = context_size or loaded.cfg.metadata.context_size
-    passages = as_passages(booted, content, size)[-max_passages:]
+    bos = bool(loaded.cfg.metadata.prepend_bos)
+    passages = as_passages(booted, content, size, bos)[-max_passages:]
     result = replacement_test(
         booted,
         loaded,
@@ -126,6 +127,7 @@ def _read(path: Path) -> str:
 
 def _load_sae(folder: Path, device: str) -> Any:
     from sae_lens import SAE
+    from safetensors import SafetensorError
 
     import writesae_lens  # noqa: F401  (registers the architecture)
 
@@ -135,7 +137,13 @@ def _load_sae(folder: Path, device: str) -> Any:
             f"{folder} is no SAE folder: {' and '.join(missing)} not found in it; give the folder that "
             "SAELens wrote (in a demo's output: sae/)"
         )
-    return SAE.load_from_disk(folder, device=device)
+    try:
+        return SAE.load_from_disk(folder, device=device)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise WriteSAEError(
+            f"could not load the SAE in {folder}: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _headline(summary: dict[str, Any]) -> None:
@@ -146,10 +154,10 @@ def _headline(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point: the packages' own errors become one line on stderr and exit status 2."""
+    """Entry point: the packages' own errors, and the system's, are one line on stderr and status 2."""
     try:
         app()
-    except HookedModelError as error:
+    except (HookedModelError, OSError) as error:
         typer.echo(f"writesae-lens: {error}", err=True)
         sys.exit(2)
 

@@ -81,7 +81,7 @@ def plot_log_ratio_by_effect(result: ExperimentResult) -> Figure:
     records, summary = result.records, result.summary
     wins = (records.kl_atom < records.kl_delete).to_numpy()
     figure, (effect, cosine) = _figure(10.0, 3.6, 2)
-    rates = summary["win_rate_by_effect_quartile"]
+    rates = [rate or 0 for rate in summary["win_rate_by_effect_quartile"]]
     effect.bar(range(4), rates, color=ATOM, width=0.7)
     for i, rate in enumerate(rates):
         effect.text(i, rate + 0.015, f"{rate:.0%}", ha="center", fontsize=9, color=INK)

@@ -66,7 +66,9 @@ def factor_rank1(rows: Float[Tensor, "row d_k_d_v"], d_k: int, d_v: int) -> Fact
     Returns:
         factors of rank 1 with unit values (the norm is the key's), in float32 at least.
     """
-    with torch.no_grad():
+    if not len(rows):
+        return Factors(rows.new_zeros(0, 1, d_k), rows.new_zeros(0, 1, d_v))
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         matrices = rows.detach().unflatten(-1, (d_k, d_v))
         matrices = matrices.to(torch.promote_types(rows.dtype, torch.float32))
         generator = torch.Generator().manual_seed(0)

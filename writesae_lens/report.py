@@ -61,8 +61,8 @@ def write_report(
         "they stay. The marked token is where the atom fires, the text around it is the passage.",
         atoms=[_atom(model, result.records, passages, atom) for atom in atoms],
         code=code,
-        footer="KL divergences are in nats, between next-token distributions at the edited position. All "
-        "numbers on this page come from records.csv beside it.",
+        footer="KL divergences are in nats, between next-token distributions at the edited position. The "
+        "numbers of the test come from records.csv beside this page.",
     )
     path = Path(path)
     write_whole(path, lambda p: p.write_text(html, encoding="utf-8"))
@@ -136,10 +136,12 @@ def _cards(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _method(summary: dict[str, Any]) -> list[str]:
     size = "its coefficient" if summary["scale"] == "coefficient" else "the native write's norm"
+    other = "a random rank-1 matrix" if summary["random"] == "gaussian" else "another atom"
+    direction = "KL(patched || native)" if summary["kl"] == "patched_base" else "KL(native || patched)"
     return [
         "At every position the SAE names one dominant atom. The native write of that cell at that token is "
-        f"replaced by the atom at {size}, by nothing, and by a random rank-1 matrix of the atom's norm; the "
-        "rest of the model runs on. The score is how far the next-token distribution moves.",
+        f"replaced by the atom at {size}, by nothing, and by {other} of the atom's norm; the rest of the "
+        f"model runs on. The score is how far the next-token distribution moves, {direction}.",
         "Points under the dashed line are firings where the atom is the better stand-in.",
     ]
 
@@ -158,7 +160,8 @@ def _table(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         for name, label in (("atom", "atom"), ("delete", "deleted"), ("random", "random"))
     ]
     ratio = " : ".join(f"{x:.2f}" for x in summary["kl_ratio_atom_delete_random"])
-    quarters = ", ".join(f"{x:.0%}" for x in summary["win_rate_by_effect_quartile"])
+    rates = summary["win_rate_by_effect_quartile"]
+    quarters = ", ".join("-" if x is None else f"{x:.0%}" for x in rates)
     return [
         ("win rate, by atom", interval("win_rate_ci_by_atom"), "bootstrap over atoms"),
         ("win rate, by passage", interval("win_rate_ci_by_passage"), "bootstrap over passages"),

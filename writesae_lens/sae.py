@@ -98,8 +98,8 @@ class WriteSAEConfig(SAEConfig):
         return ARCHITECTURE
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _settle(self)
+        super().__post_init__()
 
 
 @no_type_check
@@ -138,7 +138,19 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
 
     def __post_init__(self) -> None:
         _settle(self)
+        negative = [
+            name
+            for name in ("aux_loss_coefficient", "k_aux", "write_alignment_coefficient")
+            if getattr(self, name) < 0
+        ]
+        if negative:
+            raise WriteSAEError(f"{' and '.join(negative)} must not be negative")
         super().__post_init__()
+
+
+# SAELens's command line reads the annotations of configs, which the mark would hide.
+for _config in (WriteSAEConfig, WriteSAETrainingConfig):
+    delattr(_config, "__no_type_check__")
 
 
 class _FactoredSAE(SAE[Any]):
@@ -235,7 +247,7 @@ class _FactoredSAE(SAE[Any]):
             hidden = overlaps_dense(flat.unflatten(-1, (self.cfg.d_k, -1)), self._encoder)
         else:
             hidden = overlaps(Factors(*(f.to(self.dtype) for f in rows)), self._encoder)
-        return (hidden + self.b_enc).view(*x.shape[:-1], -1)
+        return (hidden + self.b_enc).view(*x.shape[:-1], self.cfg.d_sae)
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction sum_i a_i A_i + B, flattened."""
@@ -247,7 +259,7 @@ class _FactoredSAE(SAE[Any]):
             active = int((flat != 0).sum(-1).max()) if len(flat) else 0
             values, indices = _largest(flat, active)
             out = combine(self.atoms(), indices, values).flatten(-2)
-        out = self.hook_sae_recons((out + self.b_dec).view(*feature_acts.shape[:-1], -1))
+        out = self.hook_sae_recons((out + self.b_dec).view(*feature_acts.shape[:-1], self.cfg.d_in))
         out = self.run_time_activation_norm_fn_out(out)
         return self.reshape_fn_out(out, self.d_head)
 
@@ -347,12 +359,14 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):  # type: ignore[misc]
                     "the activations of this batch are not finite: check the model's dtype and the hook"
                 )
             return super().training_forward_pass(step_input)
-        rows = Factors(*(f.to(self.dtype) for f in rows))
-        if self._n_from_writes < self.cfg.d_sae:
-            self._start_from(rows)
-        hidden = self.hook_sae_acts_pre(overlaps(rows, self._encoder) + self.b_enc)
-        acts = self.hook_sae_acts_post(self.activation_fn(hidden))
-        losses = self._factored_losses(rows, hidden, acts, step_input.dead_neuron_mask)
+        # Sums of products of inner products: not for half precision, nor slow at single.
+        with torch.autocast(x.device.type, enabled=False):
+            rows = Factors(*(f.to(self.dtype) for f in rows))
+            if self._n_from_writes < self.cfg.d_sae:
+                self._start_from(rows)
+            hidden = self.hook_sae_acts_pre(overlaps(rows, self._encoder) + self.b_enc)
+            acts = self.hook_sae_acts_post(self.activation_fn(hidden))
+            losses = self._factored_losses(rows, hidden, acts, step_input.dead_neuron_mask)
         with torch.no_grad():
             built = step_input.is_logging_step
             nothing = x.new_full((1, 1), float("nan")).expand_as(x)

@@ -65,8 +65,8 @@ def paired_wilcoxon(larger: ArrayLike, smaller: ArrayLike) -> float:
     return float(test.pvalue)
 
 
-def rate_by_quartile(wins: ArrayLike, size: ArrayLike) -> list[float]:
-    """Win rate in each quarter of the firings, from the smallest ``size`` to the largest."""
+def rate_by_quartile(wins: ArrayLike, size: ArrayLike) -> list[float | None]:
+    """Win rate in each quarter of the firings, from the smallest ``size`` to the largest; None if empty."""
     won = np.asarray(wins, dtype=float)
     quarters: list[NDArray[Any]] = np.array_split(np.argsort(size, kind="stable"), 4)
-    return [float(won[q].mean()) if q.size else float("nan") for q in quarters]
+    return [float(won[q].mean()) if q.size else None for q in quarters]

@@ -83,6 +83,21 @@ def test_bad_input_gives_one_line_and_status_2(arguments, message, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_damaged_saes_and_impossible_numbers(demo, tmp_path):
+    folder, _ = demo
+    broken = tmp_path / "sae"
+    broken.mkdir()
+    (broken / "cfg.json").write_text("{")
+    (broken / "sae_weights.safetensors").write_bytes(b"x")
+    done = run("replace", "--sae", broken)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("writesae-lens: could not load the SAE")
+    for option in ("--seed=-1", "--max-passages=0", "--max-firings=0", "--context-size=0"):
+        done = run("replace", "--sae", folder / "out" / "sae", option)
+        assert done.returncode == 2, option
+        assert option.split("=")[0] in done.stderr
+
+
 @pytest.mark.parametrize("command", [(), ("demo",), ("replace",), ("models",)])
 def test_help(command):
     done = run(*command, "--help")

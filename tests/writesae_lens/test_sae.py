@@ -219,3 +219,38 @@ def test_bad_activations_are_named(make_sae, writes):
     writes[3, 3] = float("inf")
     with pytest.raises(WriteSAEError, match="not finite"):
         make_sae().training_forward_pass(step_input(writes))
+
+
+def test_autocast_keeps_the_factored_path_and_its_precision(writes):
+    torch.manual_seed(0)
+    sae = WriteTrainingSAE(WriteSAETrainingConfig(d_k=6, d_v=9, d_sae=16, k=4))
+    x = writes.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = sae.training_forward_pass(step_input(x))
+    output.loss.backward()
+    assert output.sae_out.isnan().all()  # the factored path builds none
+    torch.testing.assert_close(sae.W_dec, torch.nn.functional.normalize(x[:16], dim=1) * torch.sign(
+        (sae.W_dec * x[:16]).sum(1, keepdim=True)), atol=1e-5, rtol=1e-4)  # fmt: skip
+    torch.testing.assert_close(output.losses["mse_loss"], dense_losses(sae, x, torch.zeros(16))["mse_loss"])
+
+
+def test_empty_batches(make_sae):
+    sae = make_sae()
+    empty = torch.zeros(0, 54, dtype=torch.float64)
+    assert sae.encode(empty).shape == (0, 40)
+    assert sae.decode(sae.encode(empty)).shape == (0, 54)
+
+
+def test_saelens_command_line_builds_our_config_and_still_the_others():
+    from sae_lens.llm_sae_training_runner import _parse_cfg_args
+
+    arguments = ["--architecture", "writesae", "--d_k", "32", "--d_v", "48", "--d_sae", "256", "--k", "4"]
+    sae = _parse_cfg_args(arguments).sae
+    assert isinstance(sae, WriteSAETrainingConfig)
+    assert (sae.d_in, sae.d_sae, sae.k) == (32 * 48, 256, 4)
+    assert _parse_cfg_args(["--architecture", "topk", "--k", "7"]).sae.k == 7
+
+
+def test_negative_coefficients_are_refused():
+    with pytest.raises(WriteSAEError, match="k_aux must not be negative"):
+        WriteSAETrainingConfig(d_k=6, d_v=9, d_sae=40, k=4, k_aux=-1)

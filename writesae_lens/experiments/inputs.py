@@ -59,30 +59,50 @@ def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
 
 
 def as_passages(
-    model: HookedRecurrent, tokens: Int[Tensor, "passage pos"] | str, context_size: int | None
+    model: HookedRecurrent,
+    tokens: Int[Tensor, "passage pos"] | str,
+    context_size: int | None = None,
+    prepend_bos: bool = False,
 ) -> Int[Tensor, "passage pos"]:
     """Passages of equal length, from a token tensor or from text.
 
     Args:
         tokens: ``[passage, pos]``, or one text to cut into passages; a last, shorter piece is left out.
         context_size: tokens of a passage of text (None: 256).
+        prepend_bos: start every passage of text with the BOS token, which counts as one of its tokens.
 
     Raises:
-        WriteSAEError: the text is shorter than one passage, or tokens have another shape or dtype.
+        WriteSAEError: the text is shorter than one passage, the model has no tokenizer, or tokens are not
+            ids of the model's vocabulary in the shape of passages.
     """
     if isinstance(tokens, str):
-        size = context_size or DEFAULT_CONTEXT
+        size = DEFAULT_CONTEXT if context_size is None else context_size
+        if size < 1 + prepend_bos:
+            raise WriteSAEError(f"a passage of {size} tokens is too short: give a larger context_size")
         ids = model.to_tokens(tokens, prepend_bos=False, truncate=False)[0]
-        if len(ids) < size:
+        if tokens and not len(ids):
+            raise WriteSAEError("the model has no tokenizer to read text with: give token ids instead")
+        step = size - prepend_bos
+        if len(ids) < step:
             raise WriteSAEError(
                 f"the text is too short: {len(ids)} tokens, while one passage has {size}; give more "
                 "text or a smaller context_size"
             )
-        tokens = ids[: len(ids) // size * size].view(-1, size)
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        tokens = ids[: len(ids) // step * step].view(-1, step)
+        if prepend_bos:
+            bos = torch.full_like(tokens[:, :1], model.tokenizer.bos_token_id)
+            tokens = torch.cat([bos, tokens], dim=1)
+    elif context_size is not None:
+        raise WriteSAEError("context_size cuts text; these tokens are cut into passages already")
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32) or tokens.numel() == 0:
         raise WriteSAEError(
             f"tokens must be a LongTensor [passage, pos] or a text, got {tokens.dtype} of shape "
             f"{tuple(tokens.shape)}"
+        )
+    if int(tokens.min()) < 0 or int(tokens.max()) >= model.cfg.d_vocab:
+        raise WriteSAEError(
+            f"token ids run from {int(tokens.min())} to {int(tokens.max())}, but the model has "
+            f"{model.cfg.d_vocab} tokens: were they made with another tokenizer?"
         )
     return tokens.to(next(model.original_model.parameters()).device)
 

@@ -52,7 +52,8 @@ def replacement_test(
     Each condition changes one write of one cell at one position; its score is the KL divergence between the
     next-token distributions at that position with and without the change. The atom *wins* when its KL
     is below the deletion's; the *strict chain* is atom < delete < random. Every condition equals a
-    full forward pass with a hook on ``hook_write`` (`HookedRecurrent.run_with_swapped_writes`).
+    full forward pass with a hook on ``hook_write`` (`HookedRecurrent.run_with_swapped_writes`). In
+    float32, that is: in bfloat16 the logits' rounding alone makes KLs of up to some 1e-4.
 
     Args:
         model: the model that the SAE was trained on.
@@ -84,8 +85,19 @@ def replacement_test(
     ):
         if given not in allowed:
             raise WriteSAEError(f"{name}={given!r} is unknown: choose {' or '.join(allowed)}")
+    for name, value, least in (
+        ("max_firings", max_firings, 1),
+        ("max_firings_per_atom", max_firings_per_atom, 1),
+        ("skip_positions", skip_positions, 0),
+        ("context_size", context_size, 1),
+        ("seed", seed, 0),
+    ):
+        if value is not None and value < least:
+            raise WriteSAEError(f"{name}={value} makes no sense: give {least} or more")
     site = find_site(model, sae)
-    passages = as_passages(model, tokens, context_size or sae.cfg.metadata.context_size)
+    if isinstance(tokens, str) and context_size is None:
+        context_size = sae.cfg.metadata.context_size
+    passages = as_passages(model, tokens, context_size, bool(sae.cfg.metadata.prepend_bos))
     firings = [
         find_firings(model, sae, site, passage)
         for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)
@@ -103,10 +115,8 @@ def replacement_test(
         "skip_positions": skip_positions,
         "seed": seed,
     }
-    progress = Progress(
-        progress_folder,
-        settings | {"inputs": fingerprint(passages, *(p.data for p in sae.parameters()))},
-    )
+    inputs = "" if progress_folder is None else _fingerprint(model, sae, passages)
+    progress = Progress(progress_folder, settings | {"inputs": inputs})
     parts = []
     for number in tqdm(range(len(passages)), desc="Replacing", unit="passage", disable=not verbose):
         chosen = Firings(*(x[kept[number]] for x in firings[number]))
@@ -117,6 +127,8 @@ def replacement_test(
                 return _test_passage(model, sae, site.cell, passages[n], f, n, scale, random, kl, rng)
 
             parts.append(progress.part(number, compute))
+    if not parts and any(len(f.position) for f in firings):
+        raise WriteSAEError("atoms fire, but skip_positions left none of the firings to test")
     if not parts:
         raise WriteSAEError(
             f"no atom fires in {len(passages)} passages of {passages.shape[1]} tokens: is this the model "
@@ -126,6 +138,13 @@ def replacement_test(
     summary = {**_summarize(records, sae.cfg.d_sae, seed), **settings}
     figures = {"replacement": plot_replacement, "replacement_by_effect": plot_log_ratio_by_effect}
     return ExperimentResult("replacement", records, summary, figures)
+
+
+@torch.no_grad()
+def _fingerprint(model: HookedRecurrent, sae: SAE[Any], passages: Tensor) -> str:
+    """What the records depend on beside the settings: tokens, SAE, and what the model makes of a passage."""
+    logits = model(passages[:1], return_type="logits")[0, -1]
+    return fingerprint(passages, logits, *(p.data for p in sae.parameters()))
 
 
 def _mix(seed: int, number: int) -> int:
@@ -197,6 +216,10 @@ def _test_passage(
         at = base[positions]
         kls.append(torch.stack([_divergence(p, at, kl) for p in patched.split(len(positions))], dim=-1))
     table = torch.cat(kls).cpu().numpy()
+    if not np.isfinite(table).all():
+        raise WriteSAEError(
+            f"passage {number} gave KLs that are not finite: the model's logits overflow; try another dtype"
+        )
     columns: dict[str, Any] = {
         "passage": number,
         "position": firings.position.cpu().numpy(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -45,7 +46,7 @@ class ExperimentResult:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / RECORDS, lambda path: self.records.to_csv(path, index=False))
-        text = json.dumps(self.summary, indent=2)
+        text = json.dumps(self.summary, indent=2, allow_nan=False)
         write_whole(folder / SUMMARY, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         for stem, draw in self.figures.items():
             figure = draw(self)
@@ -90,7 +91,9 @@ class Progress:
             return compute()
         path = self.folder / f"part_{number:06d}.csv"
         if path.exists():
-            return pd.read_csv(path, float_precision="round_trip", keep_default_na=False)
+            # A part that does not read back is computed again.
+            with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError):
+                return pd.read_csv(path, float_precision="round_trip")
         frame = compute()
         write_whole(path, lambda p: frame.to_csv(p, index=False))
         return frame

@@ -206,6 +206,12 @@ def test_bad_input_is_answered_in_one_line(model, tokens):
     small = WriteSAE(WriteSAEConfig(d_k=4, d_v=5, d_sae=8, k=2))
     small.cfg.metadata.hook_name = sae.cfg.metadata.hook_name
     cases.append((lambda: replacement_test(model, small, tokens), "made for 4 x 5 matrices"))
+    cases += [
+        (lambda: replacement_test(model, sae, tokens + 5000, verbose=False), "another tokenizer"),
+        (lambda: replacement_test(model, sae, tokens, max_firings=0), "max_firings=0 makes no sense"),
+        (lambda: replacement_test(model, sae, tokens, context_size=8), "cut into passages already"),
+        (lambda: replacement_test(model, sae, tokens, skip_positions=99, verbose=False), "left none"),
+    ]
     silent = make_sae(model)
     with torch.no_grad():
         silent.b_enc.fill_(-1e6)
@@ -214,3 +220,27 @@ def test_bad_input_is_answered_in_one_line(model, tokens):
         with pytest.raises(HookedModelError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_text_is_cut_as_the_sae_was_trained(model):
+    sae = make_sae(model)
+    sae.cfg.metadata.prepend_bos, sae.cfg.metadata.context_size = True, 20
+    text = zoo.held_out_text("tiny-gdn")[:400]
+    records = replacement_test(model, sae, text, verbose=False).records
+    assert set(records[records.position == 0].token) == {model.tokenizer.bos_token_id}
+    ids = model.to_tokens(text, prepend_bos=False)[0]
+    first = records[records.passage == 0]
+    assert first.position.max() <= 19
+    later = first[first.position > 0]
+    assert ids[torch.tensor(later.position.to_numpy()) - 1].tolist() == list(later.token)
+
+
+def test_a_damaged_part_is_computed_again_and_another_model_is_refused(model, tokens, tmp_path):
+    sae = make_sae(model)
+    whole = replacement_test(model, sae, tokens, verbose=False, progress_folder=str(tmp_path)).records
+    (tmp_path / "part_000001.csv").write_text("")
+    again = replacement_test(model, sae, tokens, verbose=False, progress_folder=str(tmp_path)).records
+    pd.testing.assert_frame_equal(again, whole, check_dtype=False)
+    other = HookedRecurrent.boot_transformers("tiny-gdn", device="cpu", dtype=torch.bfloat16)
+    with pytest.raises(WriteSAEError, match="other settings"):
+        replacement_test(other, sae, tokens, verbose=False, progress_folder=str(tmp_path))
