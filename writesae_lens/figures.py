@@ -76,7 +76,7 @@ def plot_replacement(result: ExperimentResult) -> Figure:
     return figure
 
 
-def plot_log_ratio_by_effect(result: ExperimentResult) -> Figure:
+def plot_win_rate_by_effect(result: ExperimentResult) -> Figure:
     """Where the atom fails: win rate by quartile of the deletion's effect, and by cosine to the write."""
     records, summary = result.records, result.summary
     wins = (records.kl_atom < records.kl_delete).to_numpy()

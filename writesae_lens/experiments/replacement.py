@@ -24,7 +24,7 @@ from writesae_lens.experiments.inputs import (
     fingerprint,
 )
 from writesae_lens.experiments.result import ExperimentResult, Progress
-from writesae_lens.figures import plot_log_ratio_by_effect, plot_replacement
+from writesae_lens.figures import plot_replacement, plot_win_rate_by_effect
 from writesae_lens.rank1 import Factors
 
 CONDITIONS = ("atom", "delete", "random")
@@ -136,7 +136,7 @@ def replacement_test(
         )
     records = pd.concat(parts, ignore_index=True)
     summary = {**_summarize(records, sae.cfg.d_sae, seed), **settings}
-    figures = {"replacement": plot_replacement, "replacement_by_effect": plot_log_ratio_by_effect}
+    figures = {"replacement": plot_replacement, "replacement_by_effect": plot_win_rate_by_effect}
     return ExperimentResult("replacement", records, summary, figures)
 
 
