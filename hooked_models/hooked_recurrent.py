@@ -358,7 +358,8 @@ def _text_model(source: str, kwargs: dict[str, Any]) -> Any:
 
     TransformerLens would load the whole of it, through an adapter of its own.
     """
-    options = {name: kwargs[name] for name in ("revision",) if kwargs.get(name) is not None}
+    shared = ("revision", "trust_remote_code")
+    options = {name: kwargs[name] for name in shared if kwargs.get(name) is not None}
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -370,9 +371,13 @@ def _text_model(source: str, kwargs: dict[str, Any]) -> Any:
         return None
     text_config.architectures = [architecture]
     dtype = kwargs.get("dtype", torch.float32)
+    # TransformerLens takes no placement along with a loaded model: it reads the model's own.
+    placement = {name: kwargs.pop(name) for name in ("device_map", "max_memory") if name in kwargs}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        source, config=text_config, dtype=dtype, attn_implementation="eager", **options
+        source, config=text_config, dtype=dtype, attn_implementation="eager", **options, **placement
     )
+    if placement.get("device_map") is not None:
+        return model
     device = kwargs.get("device")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

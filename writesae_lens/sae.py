@@ -43,6 +43,8 @@ from writesae_lens.rank1 import (
 )
 
 ARCHITECTURE = "writesae"
+# Settings of normalize_activations that leave the matrices as they come to the SAE.
+PLAIN_INPUTS = ("none", "expected_average_only_in")
 
 
 def _settle(cfg: Any) -> None:
@@ -145,6 +147,12 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
         ]
         if negative:
             raise WriteSAEError(f"{' and '.join(negative)} must not be negative")
+        if self.aux_loss_coefficient and self.normalize_activations not in PLAIN_INPUTS:
+            raise WriteSAEError(
+                f"the dead-atom loss compares coefficients with what is left of the raw input, which "
+                f"normalize_activations={self.normalize_activations!r} puts in other units: set "
+                "aux_loss_coefficient=0 or normalize_activations='none'"
+            )
         super().__post_init__()
 
 
@@ -223,19 +231,22 @@ class _FactoredSAE(SAE[Any]):
         Raises:
             WriteSAEError: the SAE normalises its inputs at run time, which needs the matrices.
         """
-        if self.cfg.normalize_activations not in ("none", "expected_average_only_in"):
+        if self.cfg.normalize_activations not in PLAIN_INPUTS:
             raise WriteSAEError(
                 f"normalize_activations={self.cfg.normalize_activations!r} needs whole matrices: use encode"
             )
         rows = Factors(key[:, None].to(self.dtype), value[:, None].to(self.dtype))
         return self.activation_fn(overlaps(rows, self._encoder) + self.b_enc)
 
-    def process_sae_in(self, sae_in: Tensor) -> Tensor:
-        if sae_in.shape[-1] != self.cfg.d_in:
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.cfg.d_in:
             raise WriteSAEError(
                 f"expected flattened {self.cfg.d_k} x {self.cfg.d_v} matrices, last axis {self.cfg.d_in}, "
-                f"got shape {tuple(sae_in.shape)}: is this the SAE's own cell?"
+                f"got shape {tuple(x.shape)}: is this the SAE's own cell?"
             )
+
+    def process_sae_in(self, sae_in: Tensor) -> Tensor:
+        self._check_width(sae_in)
         # The base class subtracts a bias here, which a WriteSAE never does: that would cost a copy.
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
         return self.run_time_activation_norm_fn_in(x)
@@ -347,11 +358,12 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):  # type: ignore[misc]
         """One step's losses. On rank-1 inputs ``sae_out`` is built for logging steps only, else it is NaN.
 
         Raises:
-            WriteSAEError: the batch holds infinite or undefined numbers.
+            WriteSAEError: the batch has another width, or holds infinite or undefined numbers.
         """
         x = step_input.sae_in
+        self._check_width(x)
         rows = None
-        if self.cfg.normalize_activations in ("none", "expected_average_only_in"):
+        if self.cfg.normalize_activations in PLAIN_INPUTS:
             rows = factor_rank1(x, self.cfg.d_k, self.cfg.d_v)
         if rows is None:
             if not bool(torch.isfinite(x).all()):
@@ -435,7 +447,7 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):  # type: ignore[misc]
         The weights are the pre-activations of the k_aux strongest, elsewhere zero.
         """
         n_dead = 0 if mask is None else int(mask.sum())
-        if mask is None or n_dead == 0 or not self.cfg.aux_loss_coefficient:
+        if mask is None or n_dead == 0 or not (self.cfg.aux_loss_coefficient and self.cfg.k_aux):
             return None
         pool = mask.nonzero().squeeze(-1)
         weights = hidden[:, pool]

@@ -668,3 +668,11 @@ def test_qwen3_5_with_experts_is_hooked_too(build_folder):
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), reference(tokens).logits, atol=1e-4, rtol=1e-4)
     assert len(model.cells) == 4
+
+
+def test_a_vision_checkpoint_takes_a_device_map(vision_folder):
+    tokens = torch.arange(8)[None]
+    placed = HookedRecurrent.boot_transformers(str(vision_folder), device_map="cpu")
+    plain = HookedRecurrent.boot_transformers(str(vision_folder), device="cpu")
+    with torch.no_grad():
+        assert torch.equal(placed(tokens), plain(tokens))

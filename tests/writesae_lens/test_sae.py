@@ -145,7 +145,8 @@ def test_logging_steps_get_the_reconstruction_and_others_say_that_they_have_none
 
 
 def test_normalised_inputs_take_the_stock_path(make_sae, writes):
-    sae = make_sae(normalize_activations="constant_norm_rescale", write_alignment_coefficient=0.0)
+    options = {"write_alignment_coefficient": 0.0, "aux_loss_coefficient": 0.0}
+    sae = make_sae(normalize_activations="constant_norm_rescale", **options)
     output = sae.training_forward_pass(step_input(writes))
     factor = 54**0.5 / writes.norm(dim=1, keepdim=True)
     acts, _ = dense_encode(sae, writes * factor)
@@ -249,6 +250,13 @@ def test_saelens_command_line_builds_our_config_and_still_the_others():
     assert isinstance(sae, WriteSAETrainingConfig)
     assert (sae.d_in, sae.d_sae, sae.k) == (32 * 48, 256, 4)
     assert _parse_cfg_args(["--architecture", "topk", "--k", "7"]).sae.k == 7
+
+
+def test_losses_that_make_no_sense_are_refused_or_left_out(make_sae, writes):
+    with pytest.raises(WriteSAEError, match="set aux_loss_coefficient=0"):
+        WriteSAETrainingConfig(d_k=6, d_v=9, d_sae=40, k=4, normalize_activations="layer_norm")
+    output = make_sae(k_aux=0).training_forward_pass(step_input(writes, torch.ones(40, dtype=torch.bool)))
+    assert output.losses["auxiliary_reconstruction_loss"] == 0
 
 
 def test_negative_coefficients_are_refused():
