@@ -12,7 +12,7 @@ erase reads, the recurrence unrolls to
 so the w of a chunk solve one unit-triangular system whose right-hand side is affine in S_0, and every
 read or state of the chunk is a few matrix products. Only the chunk-to-chunk carry is sequential.
 Everything is computed in float32 at least, and exponents are differences of float64 sums: no
-factor ever exceeds 1, however strong the decay.
+factor overflows, however strong the decay.
 
 Axis letters: B batch, T position, H head, N chunk, C position in a chunk, K = d_k, V = d_v.
 This module knows tensors only.
@@ -30,8 +30,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 CHUNK_SIZE = 64
-# Tokens that share one reference point of the exponents when the decay is per channel.
+# Tokens that share one reference point of the exponents when the decay is per channel and strong.
 SUB_CHUNK_SIZE = 16
+# Log decay that a chunk may lose in any channel to have a single reference point: exp(+-MILD / 2)
+# leaves the factors half the exponents of float32.
+MILD = 60.0
 # Stands in for log 0: exp(-1e4) is exactly 0, and float64 sums of it lose no other digit that matters.
 LOG_ZERO = -1e4
 
@@ -185,7 +188,9 @@ class Trajectory:
         self.n_chunks = -(-self.length // self.chunk_size)
 
         self.log_decay = _running_sum(self._chunked(_per_channel(recurrence.g), keep_dtype=True))
-        self._kept = self._decay_matrix() if self.log_decay.shape[-1] == 1 else None
+        scalar = self.log_decay.shape[-1] == 1
+        self._kept = self._decay_matrix() if scalar else None
+        self._mild = None if scalar else self._mild_decay()
         last = self.log_decay[..., -1:, :]
         to_end = (last - self.log_decay).to(self.dtype).exp()
         decay = last.to(self.dtype).exp().mT
@@ -311,6 +316,20 @@ class Trajectory:
         future = torch.ones(since.shape[-2:], dtype=torch.bool, device=since.device).triu(1)
         return since.masked_fill_(future, float("-inf")).exp_()
 
+    def _mild_decay(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """exp(G_t - R), exp(G_{t-1} - R) and exp(R - G_s) about the chunk's middle R, if none overflows."""
+        if not self.length:
+            return None
+        first, last = self.log_decay[..., :1, :], self.log_decay[..., -1:, :]
+        if not bool((first - last < MILD).all()):
+            return None
+        middle = ((first + last) / 2).detach()
+        # What comes before the chunk's first token reads nothing inside it; any bounded number will do.
+        before = torch.cat([first, self.log_decay[..., :-1, :]], dim=-2)
+        exponents = self.log_decay - middle, before - middle, middle - self.log_decay
+        onwards, onwards_before, back = (x.to(self.dtype).exp() for x in exponents)
+        return onwards, onwards_before, back
+
     def _products(self, x: Tensor, y: Tensor, before: bool) -> Tensor:
         """sum_d x_t[d] exp(G_t[d] - G_s[d]) y_s[d] for s <= t, or with G_{t-1} for s < t; else 0."""
         if self._kept is not None:
@@ -318,8 +337,13 @@ class Trajectory:
             if before:  # exp(G_{t-1} - G_s) is the row above
                 kept = torch.nn.functional.pad(kept[..., :-1, :], (0, 0, 1, 0))
             return (x @ y.mT) * kept
-        # Per channel the exponent cannot leave the sum over d. Blocks below the diagonal factor
-        # through a reference point between t and s, so that both factors stay below 1.
+        # Per channel the exponent cannot leave the sum over d, but it splits at a reference point.
+        if self._mild is not None:
+            onwards, onwards_before, back = self._mild
+            products = ((onwards_before if before else onwards) * x) @ (back * y).mT
+            return products.tril(-1 if before else 0)
+        # Under strong decay blocks below the diagonal have their own reference point between t and s, so
+        # that both factors stay below 1, and those on the diagonal have none.
         at, size = self._before() if before else self.log_decay, self.chunk_size
         allowed = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1 if before else 0)
         rows = []

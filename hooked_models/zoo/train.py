@@ -22,12 +22,15 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
 )
 
+from hooked_models.rwkv7_model import RWKV7Config, RWKV7ForCausalLM
 from hooked_models.zoo.corpus import SEPARATOR
 
 END_OF_TEXT = SEPARATOR.strip()
@@ -71,7 +74,58 @@ def build_tiny_gdn(vocab_size: int, end_id: int) -> PreTrainedModel:
     return model
 
 
-ARCHITECTURES: dict[str, Callable[[int, int], PreTrainedModel]] = {"tiny-gdn": build_tiny_gdn}
+def build_tiny_mamba2(vocab_size: int, end_id: int) -> PreTrainedModel:
+    """Five Mamba-2 layers of ten heads; state and head sizes differ."""
+    config = Mamba2Config(
+        vocab_size=vocab_size,
+        hidden_size=160,
+        num_hidden_layers=5,
+        expand=2,
+        num_heads=10,
+        head_dim=32,
+        state_size=48,
+        n_groups=1,
+        conv_kernel=4,
+        chunk_size=32,
+        tie_word_embeddings=True,
+        bos_token_id=end_id,
+        eos_token_id=end_id,
+        pad_token_id=end_id,
+    )
+    model: Any = Mamba2ForCausalLM(config)
+    for layer in model.backbone.layers:
+        start_with_long_memory(layer.mixer.A_log, layer.mixer.dt_bias)
+    return model
+
+
+def build_tiny_rwkv7(vocab_size: int, end_id: int) -> PreTrainedModel:
+    """Four RWKV-7 layers of four heads."""
+    config = RWKV7Config(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        num_hidden_layers=4,
+        head_dim=32,
+        value_dim=128,
+        intermediate_size=512,
+        decay_low_rank_dim=16,
+        gate_low_rank_dim=32,
+        a_low_rank_dim=16,
+        v_low_rank_dim=16,
+        fuse_norm=False,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=end_id,
+        eos_token_id=end_id,
+        pad_token_id=end_id,
+    )
+    return RWKV7ForCausalLM(config)
+
+
+ARCHITECTURES: dict[str, Callable[[int, int], PreTrainedModel]] = {
+    "tiny-gdn": build_tiny_gdn,
+    "tiny-mamba2": build_tiny_mamba2,
+    "tiny-rwkv7": build_tiny_rwkv7,
+}
 """Model name to a builder that takes the vocabulary size and the id of `<|endoftext|>`."""
 
 
@@ -211,12 +265,13 @@ def train(
     started = time.monotonic()
     bar = tqdm(total=args.steps, unit="step")
     model.train()
+    forward = torch.compile(model.forward) if args.compile else model.forward
     while fraction < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(fraction)
         inputs, targets = next(batches)
         with torch.autocast(args.device.type, torch.bfloat16):
-            logits = model(input_ids=inputs, use_cache=False).logits
+            logits = forward(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -277,6 +332,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="spend two minutes on torch.compile first")
     return parser.parse_args()
 
 
