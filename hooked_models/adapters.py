@@ -12,12 +12,16 @@ from typing import Any
 
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge.supported_architectures import (
+    Mamba2ArchitectureAdapter,
     Qwen3_5ArchitectureAdapter,
     Qwen3_5MoeArchitectureAdapter,
     Qwen3NextArchitectureAdapter,
+    RWKV7ArchitectureAdapter,
 )
 
 from hooked_models.gated_delta_net import HookedGatedDeltaNet
+from hooked_models.mamba2 import HookedMamba2
+from hooked_models.rwkv7 import HookedRWKV7, HookedRWKV7FeedForward
 
 
 class _HookedLinearAttention:
@@ -41,10 +45,37 @@ class HookedQwen3NextAdapter(_HookedLinearAttention, Qwen3NextArchitectureAdapte
     """Qwen3-Next."""
 
 
+class HookedMamba2Adapter(Mamba2ArchitectureAdapter):
+    """Mamba-2."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        _blocks(self)["mixer"] = HookedMamba2(name="mixer", config=self.cfg)
+
+
+class HookedRWKV7Adapter(RWKV7ArchitectureAdapter):
+    """RWKV-7, on this package's own model: what TransformerLens does to load another's is left out."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        blocks = _blocks(self)
+        blocks["attn"] = HookedRWKV7(name="attn", config=self.cfg)
+        blocks["ffn"] = HookedRWKV7FeedForward(name="ffn", config=self.cfg)
+
+    def prepare_loading(self, model_name: str, model_kwargs: dict[str, Any]) -> None:
+        pass
+
+
+def _blocks(adapter: Any) -> dict[str, Any]:
+    return adapter.component_mapping["blocks"].submodules
+
+
 ADAPTERS: dict[str, type] = {
     "Qwen3_5ForCausalLM": HookedQwen3_5Adapter,
     "Qwen3_5MoeForCausalLM": HookedQwen3_5MoeAdapter,
     "Qwen3NextForCausalLM": HookedQwen3NextAdapter,
+    "Mamba2ForCausalLM": HookedMamba2Adapter,
+    "RWKV7ForCausalLM": HookedRWKV7Adapter,
 }
 
 

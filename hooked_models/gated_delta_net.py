@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models.mixers import HookedMixer, with_history
+from hooked_models.mixers import HookedMixer, causal_convolution
 from hooked_models.recurrence import Recurrence
 
 
@@ -48,10 +48,13 @@ class HookedGatedDeltaNet(HookedMixer):
     def layer_index(self) -> int:
         return self._layer.layer_idx
 
-    def inputs(self, hidden: Float[Tensor, "batch pos d_model"], cache: Any) -> tuple[Recurrence, Tensor]:
+    def inputs(
+        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
+    ) -> tuple[Recurrence, Tensor]:
         layer = self._layer
         mixed, z, b, a = self._project(hidden)
-        mixed = torch.nn.functional.silu(self._convolve(mixed, cache))
+        mixed = causal_convolution(mixed, layer.conv1d, cache, self.layer_index, self._branches)
+        mixed = torch.nn.functional.silu(mixed)
         q, k, v = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
         d_k, d_v = self.write_shape
         repeats = layer.num_v_heads // layer.num_k_heads
@@ -92,25 +95,6 @@ class HookedGatedDeltaNet(HookedMixer):
         gates = layer.in_proj_ba(hidden).unflatten(-1, (layer.num_k_heads, 2 * repeats))
         b, a = (x.flatten(-2) for x in gates.split(repeats, dim=-1))
         return torch.cat([q, k, v], dim=-1), z, b, a
-
-    def _convolve(self, mixed: Tensor, cache: Any) -> Tensor:
-        """Depthwise causal convolution over positions, before its SiLU."""
-        conv = self._layer.conv1d
-        weight, taps = conv.weight.squeeze(1), conv.weight.shape[-1]
-        native, branches = mixed, self._branches
-        if branches is not None:
-            native = mixed[:, : branches.n_native]
-        window = with_history(native, cache, self.layer_index, taps)
-        length = native.shape[1]
-        out = window[:, :length] * weight[:, 0]
-        for tap in range(1, taps):
-            out = torch.addcmul(out, window[:, tap : tap + length], weight[:, tap])
-        if branches is not None:
-            # A branch differs from its position's native token in the last tap only.
-            at = branches.positions
-            own = mixed[:, branches.n_native :] - native[:, at]
-            out = torch.cat([out, torch.addcmul(out[:, at], own, weight[:, -1])], dim=1)
-        return out if conv.bias is None else out + conv.bias
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -75,14 +75,24 @@ class Branches:
 
 @dataclasses.dataclass(frozen=True)
 class Swap:
-    """What the branches write at one head: the sum over ``rank`` of key value^T."""
+    """What the branches write at one head: the sum over ``rank`` of key value^T.
+
+    ``erase`` says whether their own erase still happens there.
+    """
 
     head: int
     keys: Float[Tensor, "branch rank d_k"]
     values: Float[Tensor, "branch rank d_v"]
+    erase: bool
 
 
-class HookedMixer(GeneralizedComponent):
+class BranchAware(GeneralizedComponent):
+    """A component that mixes tokens, and so must know which of them are branches."""
+
+    _branches: Branches | None = None
+
+
+class HookedMixer(BranchAware):
     """A recurrent mixer whose per-head writes and states can be read and edited.
 
     ======================  =============================  ===========================================
@@ -92,6 +102,10 @@ class HookedMixer(GeneralizedComponent):
     hook_write.{head}       [batch, pos, d_k * d_v]        native write k v^T, row-major; what a hook
                                                            returns is written, erase and decay stay
                                                            native, later states follow
+    hook_erase.{head}       [batch, pos, d_k * d_v]        what the transition adds besides the decay,
+                                                           a b^T S of the state before; a position that a
+                                                           hook changes has its erase set, at others it
+                                                           stays native (not where nothing is erased)
     hook_state.{head}       [batch, pos, d_k * d_v]        state after the token; a position that a hook
                                                            changes has its state set, later ones follow
     hook_write_key          [batch, pos, head, d_k]        key factor of every write; as hook_write
@@ -102,13 +116,17 @@ class HookedMixer(GeneralizedComponent):
     ======================  =============================  ===========================================
 
     A hook may return a new tensor or edit in place (not through ``.data`` or numpy, which torch cannot see).
-    They fire in this order: factors, read and decay, then per head write and state, then outputs; in
+    They fire in this order: factors, read and decay, then per head write, erase and state, then outputs; in
     prefill and in cached decoding, where ``pos`` counts the new tokens. Activations of the recurrence come
     in float32 at least. No write or state matrix is built for a hook point that nobody listens to. In a
     left-padded batch the padding writes zeros.
     """
 
     architecture: str
+    erases = True
+    """Whether the transition does more than decay."""
+    state_is_transposed = False
+    """Whether the library caches states as [d_v, d_k]."""
 
     def __init__(self, name: str, config: Any = None, optional: bool = False, **kwargs: Any) -> None:
         super().__init__(name, config=config, optional=optional, **kwargs)
@@ -116,7 +134,6 @@ class HookedMixer(GeneralizedComponent):
             setattr(self, f"hook_{point}", HookPoint())
         for point in ("write_key", "write_value", "read", "recurrence_out"):
             getattr(self, f"hook_{point}").hook_conversion = _HeadSplit()
-        self._branches: Branches | None = None
         self._swap: Swap | None = None
 
     # What an architecture says.
@@ -137,11 +154,14 @@ class HookedMixer(GeneralizedComponent):
         """The model layer."""
 
     @abstractmethod
-    def inputs(self, hidden: Float[Tensor, "batch pos d_model"], cache: Any) -> tuple[Recurrence, Any]:
+    def inputs(
+        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
+    ) -> tuple[Recurrence, Any]:
         """The recurrence's inputs, and whatever `finish` wants to have kept.
 
-        Under branches ``hidden`` ends with the branch tokens, and local mixing (convolution, token
-        shift) must show each of them the native history of its position.
+        ``mask``, [batch, pos, 1] and 0 at padding, has been applied to ``hidden``. Under branches ``hidden``
+        ends with the branch tokens, and local mixing (convolution, token shift) must show each of
+        them the native history of its position.
         """
 
     @abstractmethod
@@ -152,15 +172,19 @@ class HookedMixer(GeneralizedComponent):
 
     # What all share.
 
+    @property
+    def _per_head(self) -> tuple[str, ...]:
+        return ("hook_write", "hook_erase", "hook_state") if self.erases else ("hook_write", "hook_state")
+
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)
-        for name in ("hook_write", "hook_state"):
+        for name in self._per_head:
             setattr(self, name, nn.ModuleList(HookPoint() for _ in range(self.n_heads)))
 
     def get_hooks(self) -> dict[str, HookPoint]:
         """All hook points by name; the per-head ones are read live, for an SAE may stand in their place."""
         hooks = super().get_hooks()
-        for name in ("hook_write", "hook_state"):
+        for name in self._per_head:
             for head, point in enumerate(getattr(self, name, ())):
                 hooks[f"{name}.{head}"] = point
         return hooks
@@ -182,10 +206,11 @@ class HookedMixer(GeneralizedComponent):
         hidden = self.hook_in(hidden_states)
         if self._branches is not None:
             return self.hook_out(self._forward_branches(hidden, self._branches))
+        mask = None
         if attention_mask is not None and attention_mask.ndim == 2:
-            mask = attention_mask[:, -hidden.shape[1] :, None]
-            hidden = hidden * mask.to(hidden.dtype)
-        recurrence, kept = self.inputs(hidden, cache_params)
+            mask = attention_mask[:, -hidden.shape[1] :, None].to(hidden.dtype)
+            hidden = hidden * mask
+        recurrence, kept = self.inputs(hidden, cache_params, mask)
         keys = recurrence.k
         if is_listened_to(self.hook_write_key):
             keys, touched = _show(self.hook_write_key, keys)
@@ -197,10 +222,12 @@ class HookedMixer(GeneralizedComponent):
             k=keys,
             v=_call(self.hook_write_value, recurrence.v),
         )
-        state = cached_state(cache_params, self.layer_index)
+        state = cached(cache_params, self.layer_index, "recurrent_states")
+        if state is not None and self.state_is_transposed:
+            state = state.mT
         outputs, final_state = scan(recurrence, state)
         for head in range(self.n_heads):
-            if is_listened_to(self.hook_write[head]) or is_listened_to(self.hook_state[head]):
+            if any(is_listened_to(getattr(self, name)[head]) for name in self._per_head):
                 start = None if state is None else state[:, head : head + 1]
                 change = self._head_change(head, recurrence.heads(head), start)
                 if change is not None:
@@ -209,7 +236,8 @@ class HookedMixer(GeneralizedComponent):
                         1, torch.tensor([head], device=final_state.device), change[1]
                     )
         if cache_params is not None:
-            cache_params.update_recurrent_state(final_state, self.layer_index)
+            kept_state = final_state.mT if self.state_is_transposed else final_state
+            cache_params.update_recurrent_state(kept_state, self.layer_index)
         outputs = _call(self.hook_recurrence_out, outputs)
         return self.hook_out(self.finish(outputs, kept))
 
@@ -227,36 +255,70 @@ class HookedMixer(GeneralizedComponent):
     def _head_change(
         self, head: int, recurrence: Recurrence, start: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
-        """Fire one head's write and state hooks; the change of outputs and final state they make."""
+        """Fire one head's write, erase and state hooks; the change of outputs and final state they make."""
         rec = recurrence.map(lambda x: x.to(recurrence.dtype))
+        on_erase = self.erases and is_listened_to(self.hook_erase[head])
+        on_state = is_listened_to(self.hook_state[head])
         change: tuple[Tensor, Tensor] | None = None
-        difference: Tensor | None = None
+        difference: Tensor | None = None  # what enters the state beside what the scan accounts for
         if is_listened_to(self.hook_write[head]):
-            write = rec.k[..., None] * rec.v[..., None, :]
-            edited, touched = _fire(self.hook_write[head], write)
-            if touched or (edited.requires_grad and is_listened_to(self.hook_state[head])):
-                difference = edited - rec.k[..., None] * rec.v[..., None, :]
-                change = respond(rec, difference)
+            edited, touched = _fire(self.hook_write[head], _outer(rec.k, rec.v))
+            if touched or (edited.requires_grad and (on_erase or on_state)):
+                difference = edited - _outer(rec.k, rec.v)
             elif edited.requires_grad:
                 out = _UnchangedWrite.apply(edited, *(getattr(rec, f) for f in "kvqgab"))
-                change = (out, rec.k.new_zeros(()).expand(write.shape[0], 1, *self.write_shape))
-        if is_listened_to(self.hook_state[head]):
+                change = (out, rec.k.new_zeros(()).expand(len(out), 1, *self.write_shape))
+        native, after = rec, rec
+        if on_erase:
+            after, moved = self._fire_erase(head, rec, start, difference)
+            if moved is not None:
+                difference = moved if difference is None else difference + moved
+        if difference is not None:
+            change = respond(after, difference)
+        if on_state:
             # Kept apart from what the hook sees, for a hook may edit in place.
-            states = Trajectory(rec, start).states()
+            states = Trajectory(native, start).states()
             if difference is not None:
-                states = states + respond_states(rec, difference)
+                states = states + respond_states(after, difference)
             edited, touched = _fire(self.hook_state[head], states.clone())
             if touched or edited.requires_grad:
                 moved = edited - states
                 state_is_set = (moved != 0).flatten(-2).any(-1)
-                outputs, final = respond(rec, moved, state_is_set)
+                outputs, final = respond(after, moved, state_is_set)
                 change = (outputs, final) if change is None else (outputs + change[0], final + change[1])
         return change
 
+    def _fire_erase(
+        self, head: int, rec: Recurrence, start: Tensor | None, difference: Tensor | None
+    ) -> tuple[Recurrence, Tensor | None]:
+        """Fire one head's erase hook: the recurrence without the erases that it set, and what enters instead.
+
+        A set erase no longer depends on the state, so there the transition is the decay alone, and
+        what the scan erased natively is given back.
+        """
+        a, b = rec.with_erase_vector().a, rec.b
+        assert a is not None and b is not None
+        native = erased = Trajectory(rec, start).read(b, before=True)
+        if difference is not None:
+            # What b_t reads of the edits in S_{t-1}: the responses, read one token earlier.
+            ahead = dataclasses.replace(rec, q=nn.functional.pad(b[:, 1:], (0, 0, 0, 0, 0, 1)))
+            later = respond(ahead, difference)[0]
+            erased = native + nn.functional.pad(later[:, :-1], (0, 0, 0, 0, 1, 0))
+        edited, touched = _fire(self.hook_erase[head], _outer(a, erased))
+        if not (touched or edited.requires_grad):
+            return rec, None
+        moved = edited - _outer(a, erased)
+        erase_is_set = (moved != 0).flatten(-2).any(-1)
+        moved = torch.where(erase_is_set[..., None, None], edited - _outer(a, native), moved)
+        return rec.without_erase(erase_is_set), moved
+
     def _forward_branches(self, hidden: Tensor, branches: Branches) -> Tensor:
-        recurrence, kept = self.inputs(hidden, None)
+        recurrence, kept = self.inputs(hidden, None, None)
         length = branches.n_native
         native, branch = recurrence.positions(slice(length)), recurrence.positions(slice(length, None))
+        if self._swap is not None and not self._swap.erase:
+            own = torch.arange(self.n_heads, device=hidden.device) == self._swap.head
+            branch = branch.without_erase(own.expand(*branch.k.shape[:3]))
         trajectory = Trajectory(native)
         # A branch reads S_t = T_t S_{t-1} + W_t with its own T and W but the native S_{t-1}.
         n_slots, slot = branches.slots()
@@ -272,6 +334,10 @@ class HookedMixer(GeneralizedComponent):
             written = written.clone()
             written[:, :, swap.head] = torch.einsum("bjr,jrv->bjv", read, swap.values.to(branch.v))
         return self.finish(torch.cat([trajectory.read(native.q), carried + written], dim=1), kept)
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    return x[..., None] * y[..., None, :]
 
 
 def _version(x: Tensor) -> int:
@@ -337,27 +403,39 @@ class _UnchangedWrite(torch.autograd.Function):
 # transformers' hybrid cache, from 5.9 on. Before 5.14 a layer held bare tensors, since then a dict.
 
 
-def _cached(cache: Any, layer: int, name: str) -> Tensor | None:
+def cached(cache: Any, layer: int, name: str) -> Tensor | None:
+    """What a cache holds for a layer, its ``conv_states`` or ``recurrent_states``, or None."""
     if cache is None or not cache.has_previous_state(layer):
         return None
     held = getattr(cache.layers[layer], name)
     return held[0] if isinstance(held, dict) else held
 
 
-def cached_state(cache: Any, layer: int) -> Tensor | None:
-    """The recurrent state that a cache holds for a layer, [batch, head, d_k, d_v], or None."""
-    return _cached(cache, layer, "recurrent_states")
-
-
-def with_history(
-    new: Float[Tensor, "batch pos channel"], cache: Any, layer: int, taps: int
-) -> Float[Tensor, "batch longer channel"]:
-    """Put the last ``taps - 1`` inputs of a causal convolution before the new ones; update the cache."""
-    held = _cached(cache, layer, "conv_states")
+def causal_convolution(
+    mixed: Float[Tensor, "batch pos channel"],
+    conv: nn.Conv1d,
+    cache: Any,
+    layer: int,
+    branches: Branches | None,
+) -> Float[Tensor, "batch pos channel"]:
+    """Depthwise causal convolution over positions; reads its history from a cache and updates it."""
+    weight, taps = conv.weight.squeeze(1), conv.weight.shape[-1]
+    native = mixed if branches is None else mixed[:, : branches.n_native]
+    held = cached(cache, layer, "conv_states")
     if held is None:
-        window = nn.functional.pad(new, (0, 0, taps, 0))
+        window = nn.functional.pad(native, (0, 0, taps, 0))
     else:
-        window = torch.cat([held.transpose(1, 2).to(new.dtype), new], dim=1)
+        window = torch.cat([held.mT.to(native.dtype), native], dim=1)
     if cache is not None:
-        cache.update_conv_state(window[:, -taps:].transpose(1, 2).contiguous(), layer)
-    return window[:, 1:]
+        cache.update_conv_state(window[:, -taps:].mT.contiguous(), layer)
+    window = window[:, 1:]
+    length = native.shape[1]
+    out = window[:, :length] * weight[:, 0]
+    for tap in range(1, taps):
+        out = torch.addcmul(out, window[:, tap : tap + length], weight[:, tap])
+    if branches is not None:
+        # A branch differs from its position's native token in the last tap only.
+        at = branches.positions
+        own = mixed[:, branches.n_native :] - native[:, at]
+        out = torch.cat([out, torch.addcmul(out[:, at], own, weight[:, -1])], dim=1)
+    return out if conv.bias is None else out + conv.bias

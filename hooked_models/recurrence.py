@@ -105,6 +105,14 @@ class Recurrence:
             return self
         return dataclasses.replace(self, a=self.a[..., None] * self.k)
 
+    def without_erase(self, where: Bool[Tensor, "batch pos head"]) -> Recurrence:
+        """The same recurrence with a transition that only decays at some positions and heads."""
+        if self.a is None:
+            return self
+        return dataclasses.replace(
+            self, a=self.a.masked_fill(where if self.a.ndim == 3 else where[..., None], 0)
+        )
+
     def pull_back(self, reads: Float[Tensor, "batch pos head d_k"]) -> Float[Tensor, "batch pos head d_k"]:
         """T_t^T r_t: what to read from S_{t-1} to learn what ``reads`` see of it in S_t."""
         dtype = torch.promote_types(self.dtype, reads.dtype)
@@ -412,7 +420,7 @@ def _respond(
     g, a, b = _per_channel(recurrence.g), recurrence.with_erase_vector().a, recurrence.b
     if state_is_set is not None:
         g = g.masked_fill(state_is_set[..., None], LOG_ZERO)
-        a = None if a is None else a.masked_fill(state_is_set[..., None], 0)
+        a = recurrence.with_erase_vector().without_erase(state_is_set).a
     batch, length, heads, d_k, d_v = difference.shape
     size = max(1, min(chunk_size, length))
     pad = -length % size

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from transformers.generation import GenerationMixin
@@ -266,7 +267,13 @@ class RWKV7FeedForward(nn.Module):
         attention_mask: Int[Tensor, "batch all_pos"] | None = None,
     ) -> Float[Tensor, "batch pos size"]:
         hidden = masked(hidden, attention_mask)
-        delta = one_earlier(hidden, cache_params, self.cache_idx) - hidden
+        return self.mix(hidden, one_earlier(hidden, cache_params, self.cache_idx))
+
+    def mix(
+        self, hidden: Float[Tensor, "batch pos size"], previous: Float[Tensor, "batch pos size"]
+    ) -> Float[Tensor, "batch pos size"]:
+        """From each token's input and its predecessor's."""
+        delta = previous - hidden
         return self.value(self.act_fn(self.key(torch.addcmul(hidden, delta, self.x_k))))
 
 
@@ -319,37 +326,37 @@ class RWKV7PreTrainedModel(PreTrainedModel):
         if isinstance(module, RWKV7FeedForward):
             depth = (module.cache_idx - config.num_hidden_layers) / config.num_hidden_layers
             channel = torch.arange(config.hidden_size) / config.hidden_size
-            module.x_k.copy_(1 - channel ** ((1 - depth) ** 4))
-            nn.init.zeros_(module.value.weight)
+            init.copy_(module.x_k, 1 - channel ** ((1 - depth) ** 4))
+            init.zeros_(module.value.weight)
         if not isinstance(module, RWKV7Attention):
             return
         size, heads = config.hidden_size, config.num_heads
         depth = module.layer_idx / config.num_hidden_layers
         channel = torch.arange(size) / size
         for name, power in {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}.items():
-            getattr(module, f"x_{name}").copy_(1 - channel ** (power * (1 - depth)))
+            init.copy_(getattr(module, f"x_{name}"), 1 - channel ** (power * (1 - depth)))
         ramp = torch.linspace(0, 1, size)
         in_head = torch.linspace(-1, 1, config.head_dim).repeat(heads)
         zigzag = in_head * in_head.abs()
         last = max(1, config.num_hidden_layers - 1)
         decay = 6 * ramp ** (1 + (module.layer_idx / last) ** 0.3) - 6
-        module.w_lora.lora[2].bias.copy_(decay + 0.5 + 2.5 * zigzag)
-        module.a_lora.lora[2].bias.copy_(-0.19 + 0.3 * zigzag + 0.4 * (ramp - 0.5))
-        module.k_k.copy_(0.71 - 0.1 * (ramp - 0.5))
-        module.k_a.fill_(1.02)
-        module.r_k.fill_(-0.04)
+        init.copy_(module.w_lora.lora[2].bias, decay + 0.5 + 2.5 * zigzag)
+        init.copy_(module.a_lora.lora[2].bias, -0.19 + 0.3 * zigzag + 0.4 * (ramp - 0.5))
+        init.copy_(module.k_k, 0.71 - 0.1 * (ramp - 0.5))
+        init.constant_(module.k_a, 1.02)
+        init.constant_(module.r_k, -0.04)
         low_rank = [module.w_lora, module.a_lora, module.g_lora]
         if module.layer_idx:
             value_ramp = torch.linspace(-0.5, 0.5, len(module.v_lora.lora[2].bias))
-            module.v_lora.lora[2].bias.copy_(0.73 - 0.4 * value_ramp)
+            init.copy_(module.v_lora.lora[2].bias, 0.73 - 0.4 * value_ramp)
             low_rank.append(module.v_lora)
         for part in low_rank:
-            nn.init.zeros_(part.lora[0].weight)
-            nn.init.orthogonal_(part.lora[2].weight, gain=0.1)
+            init.zeros_(part.lora[0].weight)
+            init.orthogonal_(part.lora[2].weight, gain=0.1)
         for part, gain in ((module.r_proj, 1.0), (module.k_proj, 0.1), (module.v_proj, 1.0)):
-            nn.init.orthogonal_(part.weight, gain=gain)
-        nn.init.zeros_(module.o_proj.weight)
-        module.g_norm.weight.fill_(((module.layer_idx + 1) / config.num_hidden_layers) ** 0.7)
+            init.orthogonal_(part.weight, gain=gain)
+        init.zeros_(module.o_proj.weight)
+        init.constant_(module.g_norm.weight, ((module.layer_idx + 1) / config.num_hidden_layers) ** 0.7)
 
 
 class RWKV7Model(RWKV7PreTrainedModel):

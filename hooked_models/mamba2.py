@@ -1,0 +1,93 @@
+"""Mamba-2 with hook points on its cache writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge.generalized_components import GatedRMSNormBridge, LinearBridge
+
+from hooked_models.mixers import HookedMixer, causal_convolution
+from hooked_models.recurrence import Recurrence
+
+
+class HookedMamba2(HookedMixer):
+    __doc__ = f"""Stands for transformers' ``Mamba2Mixer``.
+
+    Per head, with x, B and C from the convolution and dt clamped to the configured limits::
+
+        S_t = exp(dt_t A) S_{{t-1}} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t
+
+    so the native write has key B (shared by the heads of a group) and value dt x, and nothing is
+    erased but by decay. D x_t bypasses the state: a head without writes still puts it out. The step dt
+    is in decay and write; an edit of ``hook_decay`` moves the decay alone. The library keeps this state
+    transposed, [head_dim, d_state]; here it is [d_state, head_dim] = [d_k, d_v] like every other.
+
+    {HookedMixer.__doc__}"""
+
+    architecture = "mamba2"
+    erases = False
+    state_is_transposed = True
+
+    def __init__(self, name: str, config: Any = None, optional: bool = False) -> None:
+        super().__init__(
+            name,
+            config=config,
+            optional=optional,
+            submodules={
+                "in_proj": LinearBridge(name="in_proj"),
+                "inner_norm": GatedRMSNormBridge(name="norm"),
+                "out_proj": LinearBridge(name="out_proj"),
+            },
+        )
+
+    @property
+    def _layer(self) -> Any:
+        return self.original_component
+
+    @property
+    def n_heads(self) -> int:
+        return self._layer.num_heads
+
+    @property
+    def write_shape(self) -> tuple[int, int]:
+        return self._layer.ssm_state_size, self._layer.head_dim
+
+    @property
+    def layer_index(self) -> int:
+        return self._layer.layer_idx
+
+    def inputs(
+        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
+    ) -> tuple[Recurrence, tuple[Tensor, Tensor]]:
+        layer = self._layer
+        groups, keys = layer.n_groups, layer.n_groups * layer.ssm_state_size
+        gate, mixed, dt = layer.in_proj(hidden).split(
+            [layer.intermediate_size, layer.intermediate_size + 2 * keys, layer.num_heads], dim=-1
+        )
+        if mask is not None and layer.in_proj.bias is not None:
+            mixed = mixed * mask  # or the padding's bias would enter the convolution of real tokens
+        mixed = causal_convolution(mixed, layer.conv1d, cache, self.layer_index, self._branches)
+        mixed = layer.act(mixed)
+        if mask is not None:
+            mixed = mixed * mask  # the convolution has a bias of its own
+        x, b, c = mixed.split([layer.intermediate_size, keys, keys], dim=-1)
+        # The recurrence is float32 at least, from here on.
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        x = x.unflatten(-1, (layer.num_heads, -1)).to(wide)
+        b, c = (y.unflatten(-1, (groups, -1)).to(wide) for y in (b, c))
+        if groups < layer.num_heads:
+            b, c = (y.repeat_interleave(layer.num_heads // groups, dim=2) for y in (b, c))
+        dt = torch.nn.functional.softplus(dt.to(wide) + layer.dt_bias).clamp(*layer.time_step_limit)
+        g = self.fire_decay(-layer.A_log.to(wide).exp() * dt)
+        return Recurrence(q=c, g=g, k=b, v=dt[..., None] * x), (gate, x)
+
+    def finish(
+        self, outputs: Float[Tensor, "batch pos head d_v"], kept: tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        gate, x = kept
+        outputs = outputs + self._layer.D[:, None] * x
+        normed = self._layer.norm(outputs.flatten(2).to(gate.dtype), gate)
+        return self._layer.out_proj(normed.to(gate.dtype))
