@@ -13,16 +13,32 @@ if TYPE_CHECKING:
     from hooked_models.errors import HookedModelError
     from hooked_models.gated_delta_net import HookedGatedDeltaNet
     from hooked_models.hooked_recurrent import Cell, HookedRecurrent
+    from hooked_models.mamba2 import HookedMamba2
+    from hooked_models.rwkv7 import HookedRWKV7
+    from hooked_models.rwkv7_model import RWKV7Config, RWKV7ForCausalLM
 
-__all__ = ["Cell", "HookedGatedDeltaNet", "HookedModelError", "HookedRecurrent"]
+__all__ = [
+    "Cell",
+    "HookedGatedDeltaNet",
+    "HookedMamba2",
+    "HookedModelError",
+    "HookedRWKV7",
+    "HookedRecurrent",
+    "RWKV7Config",
+    "RWKV7ForCausalLM",
+]
 __version__ = "0.1.0"
 
 # Loaded on first use, so that the training recipe and the shipped files need no TransformerLens.
 _HOMES = {
     "Cell": "hooked_recurrent",
     "HookedGatedDeltaNet": "gated_delta_net",
+    "HookedMamba2": "mamba2",
     "HookedModelError": "errors",
+    "HookedRWKV7": "rwkv7",
     "HookedRecurrent": "hooked_recurrent",
+    "RWKV7Config": "rwkv7_model",
+    "RWKV7ForCausalLM": "rwkv7_model",
 }
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,11 +13,10 @@ from jaxtyping import Float, Int
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hooked_models import adapters, zoo
-from hooked_models.errors import HookedModelError
-from hooked_models.mixers import Branches, HookedMixer, Swap, is_listened_to
+from hooked_models import adapters, loading
+from hooked_models.errors import HookedModelError, one_line
+from hooked_models.mixers import BranchAware, Branches, HookedMixer, Swap, is_listened_to
 
 _SITE = re.compile(r"blocks\.(\d+)\.\w+\.hook_(write|state)\.(\d+)")
 
@@ -33,13 +30,6 @@ class Cell:
     d_k: int
     d_v: int
     architecture: str
-
-
-# The text parts of checkpoints that are published with a vision tower, by model type.
-_TEXT_MODELS: dict[str | None, str] = {
-    "qwen3_5_text": "Qwen3_5ForCausalLM",
-    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
-}
 
 
 class Site(NamedTuple):
@@ -62,40 +52,28 @@ class HookedRecurrent(SAETransformerBridge):
 
     @classmethod
     def boot_transformers(cls, model_name: str, **kwargs: Any) -> HookedRecurrent:
-        """Load a model: a Hugging Face id, a local folder, or one that ships (``"tiny-gdn"``).
+        """Load a model: a Hugging Face id, a local folder or file, or one that ships (``"tiny-gdn"``).
+
+        Beside Hugging Face's form: Mamba-2 as the mamba_ssm package saves it, RWKV-7 as
+        flash-linear-attention does, and BlinkDL's RWKV-7 files (``"RWKV-x070-....pth"``).
 
         Args:
-            model_name: hub id, folder in Hugging Face form, or a name in `hooked_models.zoo.SHIPPED`.
+            model_name: hub id, folder, ``.pth`` file, or a name in `hooked_models.zoo.SHIPPED`.
             **kwargs: as for ``TransformerBridge.boot_transformers`` (device, dtype, revision, ...); a dtype
                 may also be given by name, ``"bfloat16"``, as JSON configs must.
 
         Raises:
-            HookedModelError: the folder holds no model, or the model has no recurrent layer that this
-                package knows.
+            HookedModelError: there is no model, its checkpoint is damaged or does not fit, no tokenizer is
+                found, or it has no recurrent layer that this package knows.
         """
-        source = str(zoo.model_path(model_name)) if model_name in zoo.SHIPPED else model_name
-        folder = Path(source)
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise HookedModelError(
-                f"{model_name} is a folder without config.json: give a folder in Hugging Face form "
-                f"(config.json, model.safetensors, tokenizer.json), a hub id, or one of {zoo.SHIPPED}"
-            )
-        if not folder.exists() and ("/" not in source or source.startswith((".", "/", "~"))):
-            raise HookedModelError(
-                f"no model {model_name!r}: not a folder, not a hub id (owner/name), and not one that "
-                f"ships with the package: {', '.join(zoo.SHIPPED)}"
-            )
-        if isinstance(kwargs.get("dtype"), str):
-            kwargs["dtype"] = _dtype(kwargs["dtype"])
         try:
-            with adapters.registered(), _complete_checkpoints():
-                if kwargs.get("hf_model") is None:
-                    kwargs["hf_model"] = _text_model(source, kwargs)
-                model = super().boot_transformers(source, **kwargs)
+            with adapters.registered(), loading.complete_checkpoints():
+                source, options = loading.prepare(model_name, kwargs)
+                model = super().boot_transformers(source, **options)
         except HookedModelError:
             raise
         except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
-            raise HookedModelError(f"could not load {model_name}: {_first_line(error)}") from error
+            raise HookedModelError(f"could not load {model_name}: {one_line(error)}") from error
         assert isinstance(model, HookedRecurrent)
         if not model.mixers:
             known = ", ".join(adapters.ADAPTERS)
@@ -171,6 +149,7 @@ class HookedRecurrent(SAETransformerBridge):
         positions: Int[Tensor, " branch"],
         keys: Float[Tensor, "branch rank d_k"],
         values: Float[Tensor, "branch rank d_v"],
+        erase: bool = True,
     ) -> tuple[Float[Tensor, "pos d_vocab"], Float[Tensor, "branch d_vocab"]]:
         """Native logits, and the logits at each position had the cell written something else just there.
 
@@ -183,6 +162,8 @@ class HookedRecurrent(SAETransformerBridge):
             layer, head: the cell.
             positions: where each branch stands; positions may repeat.
             keys, values: what each branch writes there, the sum over rank of key value^T.
+            erase: whether the token's native erase still happens there; without it, the branch's state is
+                the decayed one plus what is written.
 
         Returns:
             native logits ``[pos, d_vocab]`` and branch logits ``[branch, d_vocab]``.
@@ -204,13 +185,16 @@ class HookedRecurrent(SAETransformerBridge):
                 f"{tuple(keys.shape)} and {tuple(values.shape)}"
             )
         branches = Branches(length, positions)
-        at = torch.cat([torch.arange(length, device=device), positions])
-        # A native token sees what came before it, a branch the native tokens before it; both themselves.
-        sees = torch.arange(len(at), device=device)[:, None] == torch.arange(len(at), device=device)
-        sees[:, :length] |= torch.arange(length, device=device) < at[:, None]
-        dtype = next(self.original_model.parameters()).dtype
-        mask = torch.zeros(sees.shape, dtype=dtype, device=device)
-        mask = mask.masked_fill(~sees, torch.finfo(dtype).min)[None, None]
+        for_attention: dict[str, Any] = {}
+        if len(self.mixers) < len(self.blocks):
+            at = torch.cat([torch.arange(length, device=device), positions])
+            # A native token sees what came before it, a branch the native tokens before it; both themselves.
+            sees = torch.arange(len(at), device=device)[:, None] == torch.arange(len(at), device=device)
+            sees[:, :length] |= torch.arange(length, device=device) < at[:, None]
+            dtype = next(self.original_model.parameters()).dtype
+            mask = torch.zeros(sees.shape, dtype=dtype, device=device)
+            mask = mask.masked_fill(~sees, torch.finfo(dtype).min)[None, None]
+            for_attention = {"attention_mask": mask, "position_ids": at[None]}
         busy = [name for name, point in self._hook_registry.items() if is_listened_to(point)]
         if busy:
             # They would see the native tokens and the branches in one row.
@@ -218,20 +202,19 @@ class HookedRecurrent(SAETransformerBridge):
                 f"a run with swapped writes cannot honour the hooks on {', '.join(busy[:3])}: remove them "
                 "first (model.reset_hooks(), model.reset_saes())"
             )
-        mixers = self.mixers
+        mixing = [module for module in self.modules() if isinstance(module, BranchAware)]
+        swapped = self.mixers[layer]
         try:
-            for mixer in mixers.values():
-                mixer._branches = branches
-            mixers[layer]._swap = Swap(head, keys, values)
+            for module in mixing:
+                module._branches = branches
+            swapped._swap = Swap(head, keys, values, erase)
             logits = self.forward(
-                torch.cat([tokens, tokens[positions]])[None],
-                attention_mask=mask,
-                position_ids=at[None],
-                use_cache=False,
+                torch.cat([tokens, tokens[positions]])[None], use_cache=False, **for_attention
             )[0]
         finally:
-            for mixer in mixers.values():
-                mixer._branches = mixer._swap = None
+            for module in mixing:
+                module._branches = None
+            swapped._swap = None
         return logits[:length], logits[length:]
 
     # TransformerLens passes over names that match nothing; here they are errors.
@@ -312,73 +295,3 @@ class HookedRecurrent(SAETransformerBridge):
                 close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(close)}?" if close else ""
                 raise HookedModelError(f"no hook point is named {name!r}{hint}")
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise HookedModelError(f"dtype {name!r} is unknown: give float32, bfloat16, float16 or float64")
-    return dtype
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
-
-
-@contextmanager
-def _complete_checkpoints() -> Iterator[None]:
-    """While open, transformers refuses a checkpoint whose tensors do not fit instead of making them up."""
-    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
-
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop("output_loading_info", False):
-            return load(cls, *args, output_loading_info=True, **kwargs)
-        kwargs.setdefault("ignore_mismatched_sizes", True)
-        model, info = load(cls, *args, output_loading_info=True, **kwargs)
-        missing = sorted(info["missing_keys"])
-        mismatched = sorted(str(key) for key in info["mismatched_keys"])
-        for what, names in (("lacks", missing), ("has the wrong shape for", mismatched)):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise HookedModelError(
-                    f"the checkpoint {what} {len(names)} tensor(s) of {cls.__name__}: "
-                    f"{', '.join(names[:3])}{more}"
-                )
-        return model
-
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        PreTrainedModel.from_pretrained = classmethod(load)  # type: ignore[assignment]
-
-
-def _text_model(source: str, kwargs: dict[str, Any]) -> Any:
-    """The text part of a checkpoint that was published with a vision tower, or None for any other.
-
-    TransformerLens would load the whole of it, through an adapter of its own.
-    """
-    shared = ("revision", "trust_remote_code")
-    options = {name: kwargs[name] for name in shared if kwargs.get(name) is not None}
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = _first_line(error)
-        raise HookedModelError(f"could not read the configuration of {source}: {reason}") from error
-    text_config: Any = getattr(config, "text_config", None)
-    architecture = _TEXT_MODELS.get(getattr(text_config, "model_type", None))
-    if architecture is None:
-        return None
-    text_config.architectures = [architecture]
-    dtype = kwargs.get("dtype", torch.float32)
-    # TransformerLens takes no placement along with a loaded model: it reads the model's own.
-    placement = {name: kwargs.pop(name) for name in ("device_map", "max_memory") if name in kwargs}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source, config=text_config, dtype=dtype, attn_implementation="eager", **options, **placement
-    )
-    if placement.get("device_map") is not None:
-        return model
-    device = kwargs.get("device")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device)

@@ -19,6 +19,7 @@ from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion i
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from hooked_models.caches import cached
 from hooked_models.errors import HookedModelError
 from hooked_models.recurrence import (
     LOG_ZERO,
@@ -125,6 +126,8 @@ class HookedMixer(BranchAware):
     architecture: str
     erases = True
     """Whether the transition does more than decay."""
+    decay_per_channel = False
+    """Whether every key channel has a decay of its own."""
     state_is_transposed = False
     """Whether the library caches states as [d_v, d_k]."""
 
@@ -132,8 +135,8 @@ class HookedMixer(BranchAware):
         super().__init__(name, config=config, optional=optional, **kwargs)
         for point in ("write_key", "write_value", "read", "decay", "recurrence_out"):
             setattr(self, f"hook_{point}", HookPoint())
-        for point in ("write_key", "write_value", "read", "recurrence_out"):
-            getattr(self, f"hook_{point}").hook_conversion = _HeadSplit()
+            if point != "decay" or self.decay_per_channel:
+                getattr(self, f"hook_{point}").hook_conversion = _HeadSplit()
         self._swap: Swap | None = None
 
     # What an architecture says.
@@ -297,7 +300,8 @@ class HookedMixer(BranchAware):
         what the scan erased natively is given back.
         """
         a, b = rec.with_erase_vector().a, rec.b
-        assert a is not None and b is not None
+        assert a is not None
+        assert b is not None
         native = erased = Trajectory(rec, start).read(b, before=True)
         if difference is not None:
             # What b_t reads of the edits in S_{t-1}: the responses, read one token earlier.
@@ -398,17 +402,6 @@ class _UnchangedWrite(torch.autograd.Function):
         grad_k = -torch.einsum("bthkv,bthv->bthk", grad, v)
         grad_v = -torch.einsum("bthkv,bthk->bthv", grad, k)
         return grad, grad_k, grad_v, None, None, None, None
-
-
-# transformers' hybrid cache, from 5.9 on. Before 5.14 a layer held bare tensors, since then a dict.
-
-
-def cached(cache: Any, layer: int, name: str) -> Tensor | None:
-    """What a cache holds for a layer, its ``conv_states`` or ``recurrent_states``, or None."""
-    if cache is None or not cache.has_previous_state(layer):
-        return None
-    held = getattr(cache.layers[layer], name)
-    return held[0] if isinstance(held, dict) else held
 
 
 def causal_convolution(

@@ -30,6 +30,7 @@ class HookedRWKV7(HookedMixer):
     {HookedMixer.__doc__}"""
 
     architecture = "rwkv7"
+    decay_per_channel = True
 
     def __init__(self, name: str, config: Any = None, optional: bool = False) -> None:
         projections = ("r_proj", "k_proj", "v_proj", "o_proj")

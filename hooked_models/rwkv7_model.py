@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from hooked_models.caches import cached
 from hooked_models.recurrence import Recurrence, scan
 
 # The log decay of a channel lies between this and 0: the recipe's -exp(-1/2).
@@ -31,7 +32,7 @@ class RWKV7Config(PreTrainedConfig):
 
     Args:
         head_dim: d_k of a head; there are ``hidden_size / head_dim`` heads.
-        value_dim: sum of d_v over the heads, one number or one a layer (None: ``hidden_size``).
+        value_dim: sum of d_v over the heads, one number or the same for each layer (None: ``hidden_size``).
         norm_first: whether the embedding goes through a LayerNorm (BlinkDL's ln0).
         fuse_norm: which normalisation the removal key has: x / sqrt(|x|^2 + 1e-6) if true, else
             x / max(|x|, 1e-12) as in BlinkDL's code.
@@ -52,7 +53,7 @@ class RWKV7Config(PreTrainedConfig):
         num_hidden_layers: int = 24,
         head_dim: int | None = 64,
         num_heads: int | None = None,
-        hidden_ratio: float | None = 4,
+        hidden_ratio: int | float | None = 4,
         intermediate_size: int | None = None,
         value_dim: int | list[int] | None = None,
         decay_low_rank_dim: int = 64,
@@ -76,7 +77,9 @@ class RWKV7Config(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if attn is not None:
-            raise ValueError("RWKV-7 hybrids with softmax attention layers (config field attn) are not supported")
+            raise ValueError(
+                "RWKV-7 hybrids with softmax attention layers (config field attn) are not supported"
+            )
         head_dim = head_dim or hidden_size // (num_heads or 1)
         if hidden_size % head_dim or (num_heads or hidden_size // head_dim) * head_dim != hidden_size:
             raise ValueError(
@@ -93,9 +96,11 @@ class RWKV7Config(PreTrainedConfig):
         self.intermediate_size = intermediate_size
         if value_dim is None or isinstance(value_dim, int):
             value_dim = [value_dim or hidden_size] * num_hidden_layers
-        if len(value_dim) != num_hidden_layers or any(v % self.num_heads for v in value_dim):
+        # All layers mix the first one's values into theirs.
+        if value_dim != num_hidden_layers * value_dim[:1] or any(v % self.num_heads for v in value_dim):
             raise ValueError(
-                f"value_dim must be {num_hidden_layers} multiples of {self.num_heads} heads: {value_dim}"
+                f"value_dim must be one multiple of {self.num_heads} heads for all of {num_hidden_layers} "
+                f"layers: {value_dim}"
             )
         self.value_dim = list(value_dim)
         self.decay_low_rank_dim = decay_low_rank_dim
@@ -111,13 +116,13 @@ class RWKV7Config(PreTrainedConfig):
         self.group_norm_eps = head_dim * norm_eps if group_norm_eps is None else group_norm_eps
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        kwargs |= {
+            "pad_token_id": pad_token_id,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "tie_word_embeddings": tie_word_embeddings,
+        }
+        super().__init__(**kwargs)
 
 
 class RWKV7Cache(DynamicCache):
@@ -156,7 +161,9 @@ class LowRank(nn.Module):
 
 
 class RWKV7Attention(nn.Module):
-    """Time mixing. Per head, with removal key u of unit length, rate a, decay w (Peng et al. 2025)::
+    """Time mixing (Peng et al. 2025).
+
+    Per head, with removal key u of unit length, rate a and decay w::
 
         S_t = (diag(w_t) - (u_t * a_t) u_t^T) S_{t-1} + k_t v_t^T
     """
@@ -205,21 +212,17 @@ class RWKV7Attention(nn.Module):
         log_decay = LOWEST_LOG_DECAY * self.w_lora(w).float().sigmoid()
         r, k = self.r_proj(r), self.k_proj(k)
         rate, gate = self.a_lora(a).sigmoid(), self.g_lora(g)
-        value = self.v_proj(v)
-        if v_first is None:
-            v_first = value
-        else:
-            value = torch.lerp(value, v_first, self.v_lora(v).sigmoid())
+        value = first = self.v_proj(v)
+        if v_first is not None:
+            value, first = torch.lerp(value, v_first, self.v_lora(v).sigmoid()), v_first
         removal = _unit((k * self.k_k).unflatten(-1, (self.n_heads, -1)), self.fuse_norm)
         k = torch.addcmul(k, k * (rate - 1), self.k_a)
-        r, k, log_decay, rate = (
-            x.unflatten(-1, (self.n_heads, -1)) for x in (r, k, log_decay, rate)
-        )
+        r, k, log_decay, rate = (x.unflatten(-1, (self.n_heads, -1)) for x in (r, k, log_decay, rate))
         value = value.unflatten(-1, (self.n_heads, -1))
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * value
         wide = torch.promote_types(hidden.dtype, torch.float32)
         q, g, k, v, a, b = (x.to(wide) for x in (r, log_decay, k, value, removal * rate, -removal))
-        return Recurrence(q=q, g=g, k=k, v=v, a=a, b=b), Kept(bonus, gate), v_first
+        return Recurrence(q=q, g=g, k=k, v=v, a=a, b=b), Kept(bonus, gate), first
 
     def finish(
         self, outputs: Float[Tensor, "batch pos head d_v"], kept: Kept
@@ -239,11 +242,7 @@ class RWKV7Attention(nn.Module):
         hidden = masked(hidden, attention_mask)
         previous = one_earlier(hidden, cache_params, self.layer_idx)
         recurrence, kept, v_first = self.inputs(hidden, previous, v_first)
-        state = None
-        if cache_params is not None:
-            state = cache_params.layers[self.layer_idx].recurrent_states
-            state = state[0] if isinstance(state, dict) else state
-        outputs, state = scan(recurrence, state)
+        outputs, state = scan(recurrence, cached(cache_params, self.layer_idx, "recurrent_states"))
         if cache_params is not None:
             cache_params.update_recurrent_state(state, self.layer_idx)
         return self.finish(outputs, kept), v_first
@@ -302,12 +301,10 @@ class RWKV7Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if hasattr(self, "pre_norm"):
             hidden = self.pre_norm(hidden)
-        mixed, v_first = self.attn(
-            self.attn_norm(hidden), cache_params=cache_params, attention_mask=attention_mask, v_first=v_first
-        )
+        past = {"cache_params": cache_params, "attention_mask": attention_mask}
+        mixed, first = self.attn(self.attn_norm(hidden), v_first=v_first, **past)
         hidden = hidden + mixed
-        mixed = self.ffn(self.ffn_norm(hidden), cache_params=cache_params, attention_mask=attention_mask)
-        return hidden + mixed, v_first
+        return hidden + self.ffn(self.ffn_norm(hidden), **past), first
 
 
 class RWKV7PreTrainedModel(PreTrainedModel):
@@ -330,33 +327,34 @@ class RWKV7PreTrainedModel(PreTrainedModel):
             init.zeros_(module.value.weight)
         if not isinstance(module, RWKV7Attention):
             return
+        layer: Any = module
         size, heads = config.hidden_size, config.num_heads
-        depth = module.layer_idx / config.num_hidden_layers
+        depth = layer.layer_idx / config.num_hidden_layers
         channel = torch.arange(size) / size
         for name, power in {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}.items():
-            init.copy_(getattr(module, f"x_{name}"), 1 - channel ** (power * (1 - depth)))
+            init.copy_(getattr(layer, f"x_{name}"), 1 - channel ** (power * (1 - depth)))
         ramp = torch.linspace(0, 1, size)
         in_head = torch.linspace(-1, 1, config.head_dim).repeat(heads)
         zigzag = in_head * in_head.abs()
         last = max(1, config.num_hidden_layers - 1)
-        decay = 6 * ramp ** (1 + (module.layer_idx / last) ** 0.3) - 6
-        init.copy_(module.w_lora.lora[2].bias, decay + 0.5 + 2.5 * zigzag)
-        init.copy_(module.a_lora.lora[2].bias, -0.19 + 0.3 * zigzag + 0.4 * (ramp - 0.5))
-        init.copy_(module.k_k, 0.71 - 0.1 * (ramp - 0.5))
-        init.constant_(module.k_a, 1.02)
-        init.constant_(module.r_k, -0.04)
-        low_rank = [module.w_lora, module.a_lora, module.g_lora]
-        if module.layer_idx:
-            value_ramp = torch.linspace(-0.5, 0.5, len(module.v_lora.lora[2].bias))
-            init.copy_(module.v_lora.lora[2].bias, 0.73 - 0.4 * value_ramp)
-            low_rank.append(module.v_lora)
+        decay = 6 * ramp ** (1 + (layer.layer_idx / last) ** 0.3) - 6
+        init.copy_(layer.w_lora.lora[2].bias, decay + 0.5 + 2.5 * zigzag)
+        init.copy_(layer.a_lora.lora[2].bias, -0.19 + 0.3 * zigzag + 0.4 * (ramp - 0.5))
+        init.copy_(layer.k_k, 0.71 - 0.1 * (ramp - 0.5))
+        init.constant_(layer.k_a, 1.02)
+        init.constant_(layer.r_k, -0.04)
+        low_rank = [layer.w_lora, layer.a_lora, layer.g_lora]
+        if layer.layer_idx:
+            value_ramp = torch.linspace(-0.5, 0.5, len(layer.v_lora.lora[2].bias))
+            init.copy_(layer.v_lora.lora[2].bias, 0.73 - 0.4 * value_ramp)
+            low_rank.append(layer.v_lora)
         for part in low_rank:
             init.zeros_(part.lora[0].weight)
             init.orthogonal_(part.lora[2].weight, gain=0.1)
-        for part, gain in ((module.r_proj, 1.0), (module.k_proj, 0.1), (module.v_proj, 1.0)):
+        for part, gain in ((layer.r_proj, 1.0), (layer.k_proj, 0.1), (layer.v_proj, 1.0)):
             init.orthogonal_(part.weight, gain=gain)
-        init.zeros_(module.o_proj.weight)
-        init.constant_(module.g_norm.weight, ((module.layer_idx + 1) / config.num_hidden_layers) ** 0.7)
+        init.zeros_(layer.o_proj.weight)
+        init.constant_(layer.g_norm.weight, ((layer.layer_idx + 1) / config.num_hidden_layers) ** 0.7)
 
 
 class RWKV7Model(RWKV7PreTrainedModel):
@@ -428,7 +426,7 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the model makes an RWKV7Cache itself
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         past_key_values: RWKV7Cache | None = None,
@@ -471,7 +469,9 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -489,12 +489,10 @@ def masked(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 def one_earlier(hidden: Tensor, cache: RWKV7Cache | None, layer: int) -> Tensor:
     """Each token's predecessor in ``hidden``: zeros, or what the cache remembers, before the first."""
-    first = torch.zeros_like(hidden[:, :1])
+    held = cached(cache, layer, "conv_states")
+    # Copied, for the cache is written in place.
+    first = torch.zeros_like(hidden[:, :1]) if held is None else held.mT.to(hidden.dtype, copy=True)
     if cache is not None:
-        if cache.has_previous_state(layer):
-            held = cache.layers[layer].conv_states
-            held = held[0] if isinstance(held, dict) else held
-            first = held.mT.to(hidden.dtype, copy=True)  # the update below writes in place
         cache.update_conv_state(hidden[:, -1:].mT.contiguous(), layer)
     return torch.cat([first, hidden[:, :-1]], dim=1)
 

@@ -53,6 +53,9 @@ def replace(
     scale: Annotated[
         str, typer.Option(help="Size of the atom: coefficient or matched_norm.")
     ] = "coefficient",
+    replaces: Annotated[
+        str, typer.Option(help="What the atom stands in for: write, or update (erase and write).")
+    ] = "write",
     max_firings: Annotated[int, typer.Option(min=1, help="Firings to test, at most.")] = 5000,
     max_passages: Annotated[int, typer.Option(min=1, help="Passages to read, at most.")] = 32,
     context_size: Annotated[int | None, typer.Option(min=1, help="Tokens of a passage.")] = None,
@@ -72,7 +75,7 @@ def replace(
         raise WriteSAEError(f"{sae} does not say which model it belongs to: give --model")
     if text is None and name not in zoo.SHIPPED:
         raise WriteSAEError(f"{name} ships with no text: give --text FILE")
-    content = zoo.held_out_text(name) if text is None else _read(text)
+    content = zoo.held_out_text() if text is None else _read(text)
     booted = HookedRecurrent.boot_transformers(name, device=device)
     size = context_size or loaded.cfg.metadata.context_size
     bos = bool(loaded.cfg.metadata.prepend_bos)
@@ -82,6 +85,7 @@ def replace(
         loaded,
         passages,
         scale=scale,  # type: ignore[arg-type]
+        replaces=replaces,  # type: ignore[arg-type]
         max_firings=max_firings,
         seed=seed,
         progress_folder=str(out / "progress") if resume else None,

@@ -63,7 +63,7 @@ def run_demo(
     out = Path(out)
     model = HookedRecurrent.boot_transformers(model_name, device="cpu")
     where = model.cell(*(cell or DEFAULT_CELLS[model_name]))
-    documents = [d.strip() for d in zoo.held_out_text(model_name).split("<|endoftext|>")]
+    documents = [d.strip() for d in zoo.held_out_text().split("<|endoftext|>")]
     cut = round(0.8 * len(documents))
     text_folder = out / "text"
     text_folder.mkdir(parents=True, exist_ok=True)

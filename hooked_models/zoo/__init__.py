@@ -3,8 +3,8 @@
 from importlib.resources import files
 from pathlib import Path
 
-SHIPPED = ("tiny-gdn",)
-"""Names of the models that `model_path` and `held_out_text` accept."""
+SHIPPED = ("tiny-gdn", "tiny-mamba2", "tiny-rwkv7")
+"""Names of the models that `model_path` accepts."""
 
 
 def model_path(name: str) -> Path:
@@ -18,6 +18,6 @@ def model_path(name: str) -> Path:
     return Path(str(files(__name__) / name.replace("-", "_")))
 
 
-def held_out_text(name: str) -> str:
-    """English text that a shipped model never saw: documents, split by `<|endoftext|>` lines."""
-    return (model_path(name) / "held_out.txt").read_text(encoding="utf-8")
+def held_out_text() -> str:
+    """English text that no shipped model ever saw: documents, split by `<|endoftext|>` lines."""
+    return (Path(str(files(__name__))) / "held_out.txt").read_text(encoding="utf-8")

@@ -7,7 +7,6 @@ Reads the two files that `hooked_models.zoo.corpus` writes, and writes a folder 
 import argparse
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,7 +185,7 @@ def text_loss(
     max_windows: int | None = None,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """`nats_per_token`, `bits_per_byte` and `tokens` of text such as that of `held_out.txt`.
+    """`nats_per_token`, `bits_per_byte` and `tokens` of text such as `held_out.txt`.
 
     The text is scored in consecutive windows of `context` tokens, each after a fresh
     `<|endoftext|>`: all of them, or `max_windows` from its head. A last, partial window is left
@@ -351,7 +350,6 @@ def main() -> None:
 
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    shutil.copyfile(args.data / "held_out.txt", args.out / "held_out.txt")
 
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)

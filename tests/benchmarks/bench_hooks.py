@@ -1,62 +1,86 @@
-"""What hooks on one Gated DeltaNet layer cost, against a stock bridge that runs the layer natively.
+"""What hooks on one layer cost, against a stock bridge that runs the layer natively; T = 1,024.
 
-The layer has the sizes of Qwen3.5-0.8B: hidden 1,024, 16 heads of 128 x 128, MLP 3,584; T = 1,024.
+The layers have the sizes of Qwen3.5-0.8B (hidden 1,024, 16 heads of 128 x 128), Mamba-2-370M (hidden 1,024,
+32 heads of 128 x 64) and RWKV-7-0.4B (hidden 1,024, 16 heads of 64 x 64).
 """
 
-import tempfile
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    AutoTokenizer,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
-from hooked_models import HookedRecurrent
+from hooked_models import HookedRecurrent, RWKV7Config, RWKV7ForCausalLM, zoo
 from tests.benchmarks.timing import Row, slowdown, take_turns
 
 LENGTH, ROUNDS = 1024, 9
+COMMON = {"vocab_size": 1000, "hidden_size": 1024, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
-def rows() -> list[Row]:
-    torch.manual_seed(0)
-    config = Qwen3_5TextConfig(
-        vocab_size=1000,
-        hidden_size=1024,
-        intermediate_size=3584,
-        num_hidden_layers=2,  # transformers' cache wants one attention layer; the runs stop before it
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=16,
-        linear_num_value_heads=16,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+def gated_delta_net() -> Any:
+    return Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(
+            intermediate_size=3584,
+            num_hidden_layers=2,  # transformers' cache wants one attention layer; the runs stop before it
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=16,
+            linear_num_value_heads=16,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            **COMMON,
+        )
     )
-    with tempfile.TemporaryDirectory() as folder:
-        Qwen3_5ForCausalLM(config).save_pretrained(folder)
-        PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.BPE()), bos_token="<e>", eos_token="<e>", pad_token="<e>"
-        ).save_pretrained(folder)
-        stock = TransformerBridge.boot_transformers(folder, device="cpu")
-        model = HookedRecurrent.boot_transformers(folder, device="cpu")
+
+
+def mamba2() -> Any:
+    return Mamba2ForCausalLM(
+        Mamba2Config(
+            num_hidden_layers=1, num_heads=32, head_dim=64, state_size=128, n_groups=1, expand=2, **COMMON
+        )
+    )
+
+
+def rwkv7() -> Any:
+    return RWKV7ForCausalLM(RWKV7Config(num_hidden_layers=1, head_dim=64, **COMMON))
+
+
+def rows() -> Iterator[Row]:
+    for build in (gated_delta_net, mamba2, rwkv7):
+        yield from _rows(build)
+
+
+def _rows(build: Callable[[], Any]) -> list[Row]:
+    torch.manual_seed(0)
+    net = build().eval()
+    net.config.architectures = [type(net).__name__]
+    tokenizer = AutoTokenizer.from_pretrained(zoo.model_path("tiny-gdn"))  # any will do
+    stock, model = (
+        bridge.boot_transformers("a/model", hf_model=copy.deepcopy(net), tokenizer=tokenizer, device="cpu")
+        for bridge in (TransformerBridge, HookedRecurrent)
+    )
     tokens = torch.randint(0, 1000, (1, LENGTH))
+    run = functools.partial(model.run_with_hooks, tokens, stop_at_layer=1)
     write = model.write_hook_name(0, 5)
-
-    def hooked(edit: Callable[..., object]) -> Callable[[], object]:
-        return lambda: model.run_with_hooks(tokens, fwd_hooks=[(write, edit)], stop_at_layer=1)
-
     sides = {
         "stock": lambda: stock(tokens, stop_at_layer=1),
         "idle": lambda: model(tokens, stop_at_layer=1),
-        "read": hooked(lambda x, hook: None),
-        "edit": hooked(lambda x, hook: x * 0.5),
+        "read": lambda: run(fwd_hooks=[(write, lambda x, hook: None)]),
+        "edit": lambda: run(fwd_hooks=[(write, lambda x, hook: x * 0.5)]),
     }
     with torch.no_grad():
         seconds = take_turns(sides, ROUNDS)
-    against = "stock TransformerBridge"
+    where, against = build.__name__, "stock TransformerBridge"
     return [
-        slowdown("idle hooks", seconds["idle"], seconds["stock"], against, "<= 1.05 x"),
-        slowdown("read one head's writes", seconds["read"], seconds["stock"], against, "<= 1.15 x"),
-        slowdown("edit one head's writes", seconds["edit"], seconds["stock"], against, "<= 1.6 x"),
+        slowdown(f"{where}: idle hooks", seconds["idle"], seconds["stock"], against, "<= 1.05 x"),
+        slowdown(f"{where}: read one head's writes", seconds["read"], seconds["stock"], against, "<= 1.15 x"),
+        slowdown(f"{where}: edit one head's writes", seconds["edit"], seconds["stock"], against, "<= 1.6 x"),
     ]

@@ -18,7 +18,7 @@ def rows() -> list[Row]:
     cell = model.cell(1, 2)
     sae = WriteSAE(WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, d_sae=512, k=4))
     name = sae.cfg.metadata.hook_name = model.write_hook_name(1, 2)
-    ids = model.to_tokens(zoo.held_out_text("tiny-gdn")[:20_000], prepend_bos=False, truncate=False)
+    ids = model.to_tokens(zoo.held_out_text()[:20_000], prepend_bos=False, truncate=False)
     tokens = ids[0, : PASSAGES * LENGTH].view(PASSAGES, LENGTH)
     replacement_test(model, sae, tokens[:1], verbose=False)
     start = time.perf_counter()

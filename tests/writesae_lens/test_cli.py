@@ -42,7 +42,7 @@ def test_demo_leaves_everything_it_promises(demo):
 def test_replace_works_on_what_demo_wrote(demo, tmp_path):
     folder, _ = demo
     text = tmp_path / "text.txt"
-    text.write_text(zoo.held_out_text("tiny-gdn")[:6000])
+    text.write_text(zoo.held_out_text()[:6000])
     done = run(
         "replace", "--sae", folder / "out" / "sae", "--text", text, "--out", tmp_path / "r", "--resume"
     )

@@ -22,7 +22,7 @@ HOOK = "blocks.1.linear_attn.hook_write.2"
 def runner_config(folder, **options):
     model = HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
     cell = model.cell(1, 2)
-    text = zoo.held_out_text("tiny-gdn")[:60_000]
+    text = zoo.held_out_text()[:60_000]
     rows = [json.dumps({"text": t}) for t in text.split("\n\n")]
     (folder / "data").mkdir()
     (folder / "data" / "train.jsonl").write_text("\n".join(rows))
@@ -66,7 +66,7 @@ def test_the_stock_runner_trains_saves_and_loads(trained):
     assert loaded.cfg.metadata.hook_name == HOOK
     assert loaded.cfg.metadata.model_class_name == "HookedRecurrent"
     model = HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
-    tokens = model.to_tokens(zoo.held_out_text("tiny-gdn")[100_000:104_000], prepend_bos=False)[:, :512]
+    tokens = model.to_tokens(zoo.held_out_text()[100_000:104_000], prepend_bos=False)[:, :512]
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, names_filter=[HOOK])
         x = cache[HOOK][0]

@@ -39,6 +39,7 @@ def replacement_test(
     scale: Literal["coefficient", "matched_norm"] = "coefficient",
     random: Literal["gaussian", "atom"] = "gaussian",
     kl: Literal["patched_base", "base_patched"] = "patched_base",
+    replaces: Literal["write", "update"] = "write",
     max_firings: int | None = None,
     max_firings_per_atom: int | None = None,
     skip_positions: int = 0,
@@ -49,11 +50,12 @@ def replacement_test(
 ) -> ExperimentResult:
     """At each firing, put the dominant atom, nothing, or something random in the native write's place.
 
-    Each condition changes one write of one cell at one position; its score is the KL divergence between the
-    next-token distributions at that position with and without the change. The atom *wins* when its KL
-    is below the deletion's; the *strict chain* is atom < delete < random. Every condition equals a
-    full forward pass with a hook on ``hook_write`` (`HookedRecurrent.run_with_swapped_writes`). In
-    float32, that is: in bfloat16 the logits' rounding alone makes KLs of up to some 1e-4.
+    Each condition changes one write (or update, see ``replaces``) of one cell at one position; its score
+    is the KL divergence between the next-token distributions at that position with and without the
+    change. The atom *wins* when its KL is below the deletion's; the *strict chain* is atom < delete <
+    random. Every condition equals a full forward pass with hooks on ``hook_write`` and ``hook_erase``
+    (`HookedRecurrent.run_with_swapped_writes`). In float32, that is: in bfloat16 the logits' rounding
+    alone makes KLs of up to some 1e-4.
 
     Args:
         model: the model that the SAE was trained on.
@@ -64,6 +66,9 @@ def replacement_test(
             the atom's norm.
         random: a Gaussian rank-1 matrix, or another atom of the dictionary.
         kl: KL(patched || base), as in the paper, or the other way round.
+        replaces: what each condition takes the place of: the native write k v^T, while the token's erase
+            still happens, or the whole update, erase and write together (the two differ where an
+            architecture erases; an atom made for writes has nothing to stand in for the erase with).
         max_firings, max_firings_per_atom: keep a random choice of so many (None: all).
         skip_positions: leave out the first positions of every passage.
         context_size: tokens of a passage, for text (None: the SAE's own, else 256).
@@ -82,6 +87,7 @@ def replacement_test(
         ("scale", scale, ("coefficient", "matched_norm")),
         ("random", random, ("gaussian", "atom")),
         ("kl", kl, ("patched_base", "base_patched")),
+        ("replaces", replaces, ("write", "update")),
     ):
         if given not in allowed:
             raise WriteSAEError(f"{name}={given!r} is unknown: choose {' or '.join(allowed)}")
@@ -110,6 +116,7 @@ def replacement_test(
         "scale": scale,
         "random": random,
         "kl": kl,
+        "replaces": replaces,
         "max_firings": max_firings,
         "max_firings_per_atom": max_firings_per_atom,
         "skip_positions": skip_positions,
@@ -124,7 +131,8 @@ def replacement_test(
 
             def compute(n: int = number, f: Firings = chosen) -> pd.DataFrame:
                 rng = torch.Generator().manual_seed(_mix(seed, n))
-                return _test_passage(model, sae, site.cell, passages[n], f, n, scale, random, kl, rng)
+                how = (scale, random, kl, replaces)
+                return _test_passage(model, sae, site.cell, passages[n], f, n, *how, rng)
 
             parts.append(progress.part(number, compute))
     if not parts and any(len(f.position) for f in firings):
@@ -187,6 +195,7 @@ def _test_passage(
     scale: str,
     random: str,
     kl: str,
+    replaces: str,
     rng: torch.Generator,
 ) -> pd.DataFrame:
     atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
@@ -212,6 +221,7 @@ def _test_passage(
             positions.repeat(len(CONDITIONS)),
             torch.cat([s.key[here] for s in swaps]),
             torch.cat([s.value[here] for s in swaps]),
+            erase=replaces == "write",
         )
         at = base[positions]
         kls.append(torch.stack([_divergence(p, at, kl) for p in patched.split(len(positions))], dim=-1))

@@ -19,9 +19,14 @@ def model():
     return HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
 
 
+@pytest.fixture(scope="module", params=zoo.SHIPPED)
+def each_model(request):
+    return HookedRecurrent.boot_transformers(request.param, device="cpu")
+
+
 @pytest.fixture(scope="module")
 def tokens(model):
-    ids = model.to_tokens(zoo.held_out_text("tiny-gdn")[:3000], prepend_bos=False, truncate=False)
+    ids = model.to_tokens(zoo.held_out_text()[:3000], prepend_bos=False, truncate=False)
     return ids[0, : 3 * 40].view(3, 40)
 
 
@@ -35,17 +40,23 @@ def make_sae(model, layer=1, head=2, kind="write", **options):
     return sae
 
 
-def log_probs_with_write(model, passage, layer, head, position, matrix):
+def log_probs_with_write(model, passage, layer, head, position, matrix, replaces="write"):
     """The next-token distribution at one position when the cell writes ``matrix`` there."""
 
-    def swap(write, hook):
-        write = write.clone()
-        write[:, position] = matrix.flatten()
-        return write
+    def put(new):
+        def swap(x, hook):
+            x = x.clone()
+            x[:, position] = new.flatten()
+            return x
 
+        return swap
+
+    write = model.write_hook_name(layer, head)
+    hooks = [(write, put(matrix))]
+    if replaces == "update" and model.mixers[layer].erases:
+        hooks.append((write.replace("hook_write", "hook_erase"), put(torch.zeros_like(matrix))))
     with torch.no_grad():
-        name = model.write_hook_name(layer, head)
-        logits = model.run_with_hooks(passage[None], fwd_hooks=[(name, swap)])
+        logits = model.run_with_hooks(passage[None], fwd_hooks=hooks)
     return logits[0, position].double().log_softmax(-1)
 
 
@@ -60,15 +71,21 @@ def matrices_of_record(model, sae, passage, row, scale):
     return write, atom * size
 
 
-@pytest.mark.parametrize("scale", ["coefficient", "matched_norm"])
-@pytest.mark.parametrize("kl", ["patched_base", "base_patched"])
-@pytest.mark.parametrize(("layer", "kind"), [(0, "write"), (1, "state"), (3, "write")])
-def test_every_condition_is_a_full_edited_forward_pass(model, tokens, scale, kl, layer, kind):
-    sae = make_sae(model, layer, 1, kind, rank=2 if layer == 3 else 1)
-    result = replacement_test(model, sae, tokens, scale=scale, kl=kl, max_firings=9, verbose=False, seed=3)
+@pytest.mark.parametrize(
+    ("options", "layer", "kind", "rank"),
+    [
+        ({}, 0, "write", 1),
+        ({"scale": "matched_norm"}, 1, "state", 1),
+        ({"kl": "base_patched"}, 3, "write", 2),
+        ({"replaces": "update"}, 3, "write", 1),
+    ],
+)
+def test_every_condition_is_a_full_edited_forward_pass(each_model, tokens, options, layer, kind, rank):
+    model, sae = each_model, make_sae(each_model, layer, 1, kind, rank=rank)
+    result = replacement_test(model, sae, tokens, max_firings=9, verbose=False, seed=3, **options)
     for row in result.records.itertuples():
         passage = tokens[row.passage]
-        write, atom = matrices_of_record(model, sae, passage, row, scale)
+        write, atom = matrices_of_record(model, sae, passage, row, options.get("scale", "coefficient"))
         assert row.token == passage[row.position]
         assert row.write_norm == pytest.approx(write.norm().item(), rel=1e-4)
         cosine = torch.nn.functional.cosine_similarity(write, atom, dim=0)
@@ -76,8 +93,9 @@ def test_every_condition_is_a_full_edited_forward_pass(model, tokens, scale, kl,
         with torch.no_grad():
             base = model(passage[None])[0, row.position].double().log_softmax(-1)
         for name, matrix in (("atom", atom), ("delete", torch.zeros_like(atom))):
-            patched = log_probs_with_write(model, passage, layer, 1, row.position, matrix)
-            p, q = (patched, base) if kl == "patched_base" else (base, patched)
+            replaces = options.get("replaces", "write")
+            patched = log_probs_with_write(model, passage, layer, 1, row.position, matrix, replaces)
+            p, q = (base, patched) if options.get("kl") == "base_patched" else (patched, base)
             expected = (p.exp() * (p - q)).sum().item()
             assert getattr(row, f"kl_{name}") == pytest.approx(expected, abs=1e-4, rel=1e-3)
 
@@ -100,9 +118,9 @@ def test_random_matrices_have_the_atoms_norm(model, tokens, monkeypatch):
     seen = []
     run = HookedRecurrent.run_with_swapped_writes
 
-    def spy(self, *args):
+    def spy(self, *args, **kwargs):
         seen.append(torch.einsum("brk,brv->bkv", args[4], args[5]).flatten(1).norm(dim=1))
-        return run(self, *args)
+        return run(self, *args, **kwargs)
 
     monkeypatch.setattr(HookedRecurrent, "run_with_swapped_writes", spy)
     for random in ("gaussian", "atom"):
@@ -163,11 +181,11 @@ def test_an_interrupted_run_resumes_to_the_same_records(model, tokens, tmp_path,
     whole = replacement_test(model, sae, tokens, verbose=False).records
     run, calls = HookedRecurrent.run_with_swapped_writes, []
 
-    def stops(self, *args):
+    def stops(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return run(self, *args)
+        return run(self, *args, **kwargs)
 
     monkeypatch.setattr(HookedRecurrent, "run_with_swapped_writes", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -225,7 +243,7 @@ def test_bad_input_is_answered_in_one_line(model, tokens):
 def test_text_is_cut_as_the_sae_was_trained(model):
     sae = make_sae(model)
     sae.cfg.metadata.prepend_bos, sae.cfg.metadata.context_size = True, 20
-    text = zoo.held_out_text("tiny-gdn")[:400]
+    text = zoo.held_out_text()[:400]
     records = replacement_test(model, sae, text, verbose=False).records
     assert set(records[records.position == 0].token) == {model.tokenizer.bos_token_id}
     ids = model.to_tokens(text, prepend_bos=False)[0]

@@ -1,0 +1,18 @@
+"""What transformers' caches hold for a recurrent layer, whatever its version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def cached(cache: Any, layer: int, name: str) -> Tensor | None:
+    """The ``conv_states`` or ``recurrent_states`` of a layer in a cache, or None before the first token.
+
+    Before transformers 5.14 a layer held bare tensors, since then a dict of them.
+    """
+    if cache is None or not cache.has_previous_state(layer):
+        return None
+    held = getattr(cache.layers[layer], name)
+    return held[0] if isinstance(held, dict) else held
