@@ -29,7 +29,7 @@ from writesae_lens.sae import WriteSAETrainingConfig, WriteTrainingSAE
 CONTEXT_SIZE = 256
 BATCH_SIZE = 512
 TEST_PASSAGES = 16
-DEFAULT_CELLS = {"tiny-gdn": (1, 3)}
+DEFAULT_CELLS = {"tiny-gdn": (1, 3), "tiny-mamba2": (4, 4), "tiny-rwkv7": (3, 0)}
 _RECORD_EVERY = 10
 
 

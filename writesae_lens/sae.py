@@ -113,6 +113,9 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
         d_k, d_v, k, rank, d_in: as in `WriteSAEConfig`.
         init_from_writes: start the atoms as writes of the first batches rather than at random; then few
             die. Inputs that are not rank 1 (states) start at random all the same.
+        encoder_bias: learn a threshold for each atom. Without it (TopK needs none) the SAE is as good on
+            writes of norm 0.01 as of norm 10; with it atoms of small writes die, for a step of the
+            optimiser is large against their coefficients.
         decoder_bias: learn the matrix B that is added at decode. Atoms stand in for writes better without
             it: with a bias they learn differences from the mean write.
         aux_loss_coefficient: weight of the dead-atom loss, the squared error with which dead atoms
@@ -129,6 +132,7 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
     d_in: int = 0
     apply_b_dec_to_input: bool = False
     init_from_writes: bool = True
+    encoder_bias: bool = False
     decoder_bias: bool = False
     aux_loss_coefficient: float = 1e-2
     k_aux: int = 256
@@ -306,6 +310,7 @@ class WriteTrainingSAE(_FactoredSAE, TrainingSAE[Any]):  # type: ignore[misc]
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
+        self.b_enc.requires_grad_(self.cfg.encoder_bias)
         self.b_dec.requires_grad_(self.cfg.decoder_bias)
         self._n_from_writes = 0 if self.cfg.init_from_writes else self.cfg.d_sae
 

@@ -39,6 +39,15 @@ def test_demo_leaves_everything_it_promises(demo):
     assert "dead" in done.stderr
 
 
+@pytest.mark.parametrize("model", zoo.SHIPPED[1:])
+def test_demo_runs_on_every_shipped_model(model, tmp_path):
+    options = ("--training-tokens", 10_000, "--d-sae", 64)
+    done = run("demo", "--model", model, "--out", tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1].startswith("win rate")
+    assert f"of {model}" in (tmp_path / "report.html").read_text()
+
+
 def test_replace_works_on_what_demo_wrote(demo, tmp_path):
     folder, _ = demo
     text = tmp_path / "text.txt"

@@ -67,9 +67,9 @@ def step_input(x, dead=None, logging=False):
 VARIANTS = [
     {},
     {"rank": 2},
-    {"decoder_bias": True},
+    {"decoder_bias": True, "encoder_bias": True},
     {"k_aux": 5, "aux_loss_coefficient": 0.3},
-    {"k": 40, "decoder_bias": True, "rank": 3},
+    {"k": 40, "encoder_bias": True, "decoder_bias": True, "rank": 3},
 ]
 
 
@@ -135,6 +135,23 @@ def test_encode_is_differentiable_in_its_input(make_sae, writes):
     (grad,) = torch.autograd.grad(sae.encode(x).sum(), x)
     expected = (sae.encode(writes) > 0).double() @ dense_parts(sae)[0].flatten(1)
     torch.testing.assert_close(grad, expected)
+
+
+def test_biases_are_learned_only_when_asked_for(make_sae):
+    for learned in (False, True):
+        sae = make_sae(encoder_bias=learned, decoder_bias=learned)
+        assert (sae.b_enc.requires_grad, sae.b_dec.requires_grad) == (learned, learned)
+
+
+def test_training_is_the_same_at_any_scale_of_the_writes(make_sae, writes):
+    """Losses go with the square of the scale, coefficients with the scale: nothing has a unit of its own."""
+    sae = make_sae()
+    with torch.no_grad():
+        sae.b_enc.zero_()
+    dead = torch.arange(40) % 3 == 0
+    one, small = (sae.training_forward_pass(step_input(c * writes, dead)) for c in (1.0, 1e-3))
+    torch.testing.assert_close(small.feature_acts, 1e-3 * one.feature_acts)
+    torch.testing.assert_close(small.loss, 1e-6 * one.loss)
 
 
 def test_logging_steps_get_the_reconstruction_and_others_say_that_they_have_none(make_sae, writes):
