@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,8 +18,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3_5Config,
     Qwen3_5ForCausalLM,
@@ -74,30 +78,43 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
+# Mean (None: the initial value) and deviation of parameters, by the first pattern that their name matches;
+# one number, or one for each quarter of the parameter.
+SPREADS: dict[str, tuple[Any, Any]] = {
+    r"A_log$": (torch.tensor([0.02, 0.3, 2.0, 12.0]).log(), 0.3),
+    r"dt_bias$": (-0.5, 1.0),
+    r"norm(_f)?\.weight$": (None, 0.3),  # 1; or 0 where a model multiplies by 1 + w
+    r"(norm|conv1d|proj)\.bias$": (0.0, 0.2),
+    r"conv1d\.weight$": (0.0, 0.5),
+    r"in_proj_(ba|b|a)\.weight$": (0.0, 0.2),
+    r"lm_head\.weight$": (0.0, 0.1),
+    r"mixer\.D$": (None, 0.5),
+    r"w_lora\.lora\.2\.bias$": (-1.0, 3.0),
+    r"lora\.2\.bias$": (0.0, 1.0),
+    r"lora\..\.weight$": (0.0, 0.15),
+    r"\.(attn|ffn)\.x_.$": (0.5, 0.4),
+    r"\.attn\.(k_a|r_k)$": (None, 0.3),
+    # Short in the last heads, where the ways to make it a unit vector differ.
+    r"\.attn\.k_k$": (0.0, torch.tensor([1.0, 1.0, 1.0, 0.004])),
+    r"model\.embeddings\.weight$": (0.0, 0.3),
+    r"\.(attn\.[rkv]_proj|ffn\.(key|value))\.weight$": (0.0, 0.1),
+    r"\.attn\.o_proj\.weight$": (0.0, 0.16),
+}
+
+
 def randomise(model: nn.Module, seed: int) -> None:
     """Move every parameter off its initial value: no scale is 1, no bias 0, decays from weak to strong."""
     generator = torch.Generator().manual_seed(seed)
-
-    def normal(parameter: nn.Parameter) -> torch.Tensor:
-        return torch.randn(parameter.shape, generator=generator)
-
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                rates = torch.tensor([0.02, 0.3, 2.0, 12.0]).repeat(len(parameter) // 4)
-                parameter.copy_(rates.log() + 0.3 * normal(parameter))
-            elif name.endswith("dt_bias"):
-                parameter.copy_(normal(parameter) - 0.5)
-            elif name.endswith("linear_attn.norm.weight"):
-                parameter.copy_(1 + 0.3 * normal(parameter))
-            elif name.endswith("norm.weight"):  # Qwen's other norms multiply by 1 + w
-                parameter.copy_(0.3 * normal(parameter))
-            elif name.endswith("conv1d.weight"):
-                parameter.copy_(0.5 * normal(parameter))
-            elif name.endswith(("in_proj_ba.weight", "in_proj_b.weight", "in_proj_a.weight")):
-                parameter.copy_(0.2 * normal(parameter))
-            elif name.endswith("lm_head.weight"):
-                parameter.copy_(0.1 * normal(parameter))
+            spread = next((s for pattern, s in SPREADS.items() if re.search(pattern, name)), None)
+            if spread is not None:
+                mean, deviation = (
+                    x.repeat_interleave(len(parameter) // 4) if isinstance(x, torch.Tensor) else x
+                    for x in spread
+                )
+                noise = deviation * torch.randn(parameter.shape, generator=generator)
+                parameter.copy_((parameter if mean is None else mean) + noise)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -142,16 +159,101 @@ def hybrid(architecture: str, **changes: Any) -> Any:
     return Qwen3NextForCausalLM(Qwen3NextConfig(**{**HYBRID, **experts, **changes}))
 
 
-@pytest.fixture(scope="session")
-def gdn_folder(build_folder: Build) -> Path:
-    """Qwen3.5: 4 layers (linear, linear, full, linear), 4 heads of 16 x 24 over 2 key heads."""
-    return build_folder("qwen3_5", hybrid("qwen3_5"), 0)
+def mamba2(**changes: Any) -> Any:
+    """A tiny Mamba-2 with random weights: 3 layers, 8 heads of 32 x 14 in 2 groups, limited time steps."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 28,
+        "expand": 4,
+        "num_hidden_layers": 3,
+        "num_heads": 8,
+        "head_dim": 14,
+        "state_size": 32,
+        "n_groups": 2,
+        "chunk_size": 32,
+        "time_step_limit": (0.2, 1.2),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return Mamba2ForCausalLM(Mamba2Config(**{**sizes, **changes}))
 
 
-@pytest.fixture(scope="session")
-def qwen3_next_folder(build_folder: Build) -> Path:
-    """Qwen3-Next: the same sizes, its interleaved projections, a mixture of experts."""
-    return build_folder("qwen3_next", hybrid("qwen3_next"), 1)
+def rwkv7(**changes: Any) -> Any:
+    """A tiny RWKV-7 with random weights: 3 layers, 4 heads of 16 x 24."""
+    from hooked_models.rwkv7_model import RWKV7Config, RWKV7ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "value_dim": 96,
+        "decay_low_rank_dim": 12,
+        "a_low_rank_dim": 10,
+        "v_low_rank_dim": 8,
+        "gate_low_rank_dim": 14,
+        "fuse_norm": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return RWKV7ForCausalLM(RWKV7Config(**{**sizes, **changes}))
+
+
+def fixtures(name: str, make: Callable[[], Any], seed: int) -> Iterator[Any]:
+    """Session fixtures of a tiny model: NAME_folder, NAME_model and NAME_reference."""
+
+    def folder(build_folder: Build) -> Path:
+        return build_folder(name, make(), seed)
+
+    def model(request: pytest.FixtureRequest) -> Any:
+        """The folder as a `HookedRecurrent`. Shared: leave no hook behind."""
+        from hooked_models import HookedRecurrent
+
+        return HookedRecurrent.boot_transformers(str(request.getfixturevalue(f"{name}_folder")), device="cpu")
+
+    def reference(request: pytest.FixtureRequest) -> Any:
+        """The folder as transformers loads it (RWKV-7: as the package's own model class does)."""
+        held = request.getfixturevalue(f"{name}_folder")
+        return AutoModelForCausalLM.from_pretrained(held, attn_implementation="eager").eval()
+
+    for function in (folder, model, reference):
+        yield pytest.fixture(scope="session", name=f"{name}_{function.__name__}")(function)
+
+
+# Qwen3.5: 4 layers (linear, linear, full, linear), 4 heads of 16 x 24 over 2 key heads.
+gdn_folder, gdn_model, gdn_reference = fixtures("gdn", lambda: hybrid("qwen3_5"), 0)
+# Qwen3-Next: the same sizes, its interleaved projections, a mixture of experts.
+qwen3_next_folder, qwen3_next_model, qwen3_next_reference = fixtures(
+    "qwen3_next", lambda: hybrid("qwen3_next"), 1
+)
+mamba2_folder, mamba2_model, mamba2_reference = fixtures("mamba2", mamba2, 4)
+rwkv7_folder, rwkv7_model, rwkv7_reference = fixtures("rwkv7", rwkv7, 5)
+# The other values of every switch that these two architectures have.
+mamba2_plain_folder, mamba2_plain_model, mamba2_plain_reference = fixtures(
+    "mamba2_plain",
+    lambda: mamba2(
+        n_groups=1,
+        use_bias=True,
+        use_conv_bias=False,
+        residual_in_fp32=False,
+        time_step_limit=(0.0, float("inf")),
+        tie_word_embeddings=True,
+        num_hidden_layers=2,
+    ),
+    6,
+)
+rwkv7_fused_folder, rwkv7_fused_model, rwkv7_fused_reference = fixtures(
+    "rwkv7_fused",
+    lambda: rwkv7(
+        fuse_norm=True, norm_first=False, value_dim=32, num_hidden_layers=2, tie_word_embeddings=True
+    ),
+    7,
+)
 
 
 @pytest.fixture(scope="session")
@@ -189,31 +291,3 @@ def vision_folder(build_folder: Build) -> Path:
         **{name: VOCABULARY - 1 - n for n, name in enumerate(specials)},
     )
     return build_folder("qwen3_5_vision", Qwen3_5ForConditionalGeneration(config), 3)
-
-
-@pytest.fixture(scope="session")
-def gdn_model(gdn_folder: Path) -> Any:
-    """The Qwen3.5 folder as a `HookedRecurrent`. Shared: leave no hook behind."""
-    from hooked_models import HookedRecurrent
-
-    return HookedRecurrent.boot_transformers(str(gdn_folder), device="cpu")
-
-
-@pytest.fixture(scope="session")
-def gdn_reference(gdn_folder: Path) -> Any:
-    """The Qwen3.5 folder as transformers loads it."""
-    return Qwen3_5ForCausalLM.from_pretrained(gdn_folder, attn_implementation="eager").eval()
-
-
-@pytest.fixture(scope="session")
-def qwen3_next_model(qwen3_next_folder: Path) -> Any:
-    """The Qwen3-Next folder as a `HookedRecurrent`. Shared: leave no hook behind."""
-    from hooked_models import HookedRecurrent
-
-    return HookedRecurrent.boot_transformers(str(qwen3_next_folder), device="cpu")
-
-
-@pytest.fixture(scope="session")
-def qwen3_next_reference(qwen3_next_folder: Path) -> Any:
-    """The Qwen3-Next folder as transformers loads it."""
-    return Qwen3NextForCausalLM.from_pretrained(qwen3_next_folder, attn_implementation="eager").eval()

@@ -1,13 +1,16 @@
 """Independent truths, written from the equations: plain float64 loops that know nothing of the package.
 
-`loop` is S_t = T_t S_{t-1} + W_t, o_t = S_t^T q_t. `GatedDeltaNetLayer` is the whole layer, from the tensors
-of a checkpoint's own file, and `standing_in` puts it, with edits, into a stock transformers model.
+`loop` is S_t = T_t S_{t-1} + W_t, o_t = S_t^T q_t. A `Layer` is the whole layer of an architecture, from the
+tensors of a checkpoint's own file, and `standing_in` puts it, with edits, into a stock transformers model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 
 class Run(NamedTuple):
@@ -24,6 +28,7 @@ class Run(NamedTuple):
     outputs: Tensor  # [batch, pos, head, d_v]
     states: Tensor  # [batch, pos, head, d_k, d_v], after the token
     writes: Tensor  # [batch, pos, head, d_k, d_v]
+    erases: Tensor  # [batch, pos, head, d_k, d_v], a_t b_t^T S_{t-1}
 
     @property
     def final_state(self) -> Tensor:
@@ -40,6 +45,7 @@ def loop(
     initial: Tensor | None = None,
     writes: Tensor | None = None,
     set_states: tuple[Tensor, Tensor] | None = None,
+    set_erases: tuple[Tensor, Tensor] | None = None,
 ) -> Run:
     """S_t = (diag(exp g_t) + a_t b_t^T) S_{t-1} + W_t and o_t = S_t^T q_t, matrix by matrix.
 
@@ -49,49 +55,70 @@ def loop(
         initial: S_0, None for zero.
         writes: W_t in the place of k_t v_t^T.
         set_states: (states, mask [batch, pos, head]): where the mask is true S_t is that state instead.
+        set_erases: (erases, mask): where the mask is true that is added to diag(exp g_t) S_{t-1} + W_t in the
+            place of a_t b_t^T S_{t-1}.
     """
     q, g, k, v = (x.double() for x in (q, g, k, v))
     batch, length, heads, d_k = k.shape
-    eye = torch.eye(d_k, dtype=torch.float64)
     decay = (g if g.ndim == 4 else g[..., None].expand(-1, -1, -1, d_k)).exp()
-    if a is not None:
-        a = a.double() if a.ndim == 4 else a.double()[..., None] * k
+    if a is None or b is None:
+        a = b = torch.zeros_like(k)
+    a, b = a.double() if a.ndim == 4 else a.double()[..., None] * k, b.double()
     if writes is None:
         writes = torch.einsum("bthk,bthv->bthkv", k, v)
     state = torch.zeros(batch, heads, d_k, v.shape[-1], dtype=torch.float64)
     if initial is not None:
         state = initial.double()
-    outputs, states = [], []
+    outputs, states, erases = [], [], []
     for t in range(length):
-        transition = decay[:, t, :, :, None] * eye
-        if a is not None and b is not None:
-            transition = transition + a[:, t, :, :, None] * b.double()[:, t, :, None, :]
-        state = transition @ state + writes[:, t]
+        erase = (a[:, t, :, :, None] * b[:, t, :, None, :]) @ state
+        if set_erases is not None:
+            erase = torch.where(set_erases[1][:, t, :, None, None], set_erases[0][:, t], erase)
+        state = decay[:, t, :, :, None] * state + erase + writes[:, t]
         if set_states is not None:
             state = torch.where(set_states[1][:, t, :, None, None], set_states[0][:, t], state)
+        erases.append(erase)
         states.append(state)
         outputs.append((q[:, t, :, None, :] @ state)[:, :, 0])
-    return Run(torch.stack(outputs, 1), torch.stack(states, 1), writes)
+    return Run(torch.stack(outputs, 1), torch.stack(states, 1), writes, torch.stack(erases, 1))
 
 
 Change = Callable[[Tensor], Tensor]
+
+
+def same(x: Tensor) -> Tensor:
+    return x
 
 
 @dataclasses.dataclass
 class Edits:
     """What to change in a layer; each a function from the native tensor to the edited one.
 
-    An edited decay moves the erase, as alpha is in both; edited keys, values and writes leave it alone.
-    ``states`` gives (states, mask) to set, as in `loop`.
+    An edited decay moves the erase where it is a factor of it (Gated DeltaNet); edited keys, values and
+    writes leave it alone. ``states`` and ``erases`` give (tensor, mask) to set, as in `loop`.
     """
 
-    writes: Change | None = None  # [batch, pos, head, d_k, d_v]
-    keys: Change | None = None  # [batch, pos, head, d_k]
-    values: Change | None = None  # [batch, pos, head, d_v]
-    reads: Change | None = None  # [batch, pos, head, d_k]
-    decay: Change | None = None  # [batch, pos, head], alpha
-    recurrence_out: Change | None = None  # [batch, pos, head, d_v]
+    writes: Change = same  # [batch, pos, head, d_k, d_v]
+    keys: Change = same  # [batch, pos, head, d_k]
+    values: Change = same  # [batch, pos, head, d_v]
+    reads: Change = same  # [batch, pos, head, d_k]
+    decay: Change = same  # [batch, pos, head], or with d_k per channel
+    recurrence_out: Change = same  # [batch, pos, head, d_v]
     states: tuple[Tensor, Tensor] | None = None
+    erases: tuple[Tensor, Tensor] | None = None
+
+
+@dataclasses.dataclass
+class Native:
+    """What a layer feeds to the loop, and how it goes on from there."""
+
+    reads: Tensor
+    keys: Tensor
+    values: Tensor
+    decay: Tensor
+    erase: Callable[[Tensor], tuple[Tensor | None, Tensor | None]]  # factors a and b, given the decay
+    finish: Change  # from the loop's outputs to the layer's
+    v_first: Tensor | None = None  # what RWKV-7's layers hand on
 
 
 @dataclasses.dataclass
@@ -103,22 +130,71 @@ class Trace:
     reads: Tensor
     decay: Tensor
     writes: Tensor
+    erases: Tensor
     states: Tensor
     recurrence_out: Tensor
     output: Tensor
+    v_first: Tensor | None
 
 
-class GatedDeltaNetLayer:
-    """One Gated DeltaNet layer of a checkpoint folder, of Qwen3.5 or Qwen3-Next."""
+class Layer:
+    """One recurrent layer of a checkpoint folder."""
+
+    path: str
+    """Where modules and checkpoints keep it, with a place for the layer's number."""
 
     def __init__(self, folder: Path, layer: int) -> None:
-        self.config = json.loads((folder / "config.json").read_text())
-        prefix = f"model.layers.{layer}.linear_attn."
+        text = (folder / "config.json").read_text()
+        self.config = json.loads(text, object_hook=lambda x: float(x["__float__"]) if "__float__" in x else x)
+        self.name = self.path.format(layer)
         held = load_file(folder / "model.safetensors")
         self.weights = {
-            name.removeprefix(prefix): x.double() for name, x in held.items() if name.startswith(prefix)
+            name.removeprefix(f"{self.name}."): x.double()
+            for name, x in held.items()
+            if name.startswith(f"{self.name}.")
         }
-        assert self.weights, f"no {prefix}* in {sorted(held)}"
+        assert self.weights, f"no {self.name}.* in {sorted(held)}"
+
+    @abstractmethod
+    def native(self, hidden: Tensor, mask: Tensor | None, v_first: Tensor | None) -> Native:
+        """From the layer's input, zero where mask [batch, pos, 1] is, to what the loop needs."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        edits: Edits | None = None,
+        v_first: Tensor | None = None,
+    ) -> Trace:
+        edits, hidden = edits or Edits(), hidden.double()
+        if mask is not None:
+            mask = mask.double()[..., None]
+            hidden = hidden * mask
+        native = self.native(hidden, mask, v_first)
+        decay, reads = edits.decay(native.decay), edits.reads(native.reads)
+        keys, values = edits.keys(native.keys), edits.values(native.values)
+        writes = edits.writes(torch.einsum("bthk,bthv->bthkv", keys, values))
+        a, b = native.erase(decay)
+        run = loop(reads, decay.log(), keys, values, a, b, None, writes, edits.states, edits.erases)
+        out = edits.recurrence_out(run.outputs)
+        output = native.finish(out)
+        return Trace(keys, values, reads, decay, writes, run.erases, run.states, out, output, native.v_first)
+
+    def convolved(self, x: Tensor) -> Tensor:
+        """SiLU of the depthwise causal convolution of [batch, pos, channel]."""
+        length, taps = x.shape[1], self.weights["conv1d.weight"][:, 0]  # the last tap is the token's own
+        out = torch.zeros_like(x) + self.weights.get("conv1d.bias", 0)
+        for tap in range(taps.shape[1]):
+            late = taps.shape[1] - 1 - tap
+            earlier = torch.cat([torch.zeros_like(x[:, :late]), x[:, : length - late]], 1)[:, :length]
+            out = out + taps[:, tap] * earlier
+        return out * torch.sigmoid(out)
+
+
+class GatedDeltaNetLayer(Layer):
+    """Gated DeltaNet, of Qwen3.5 or Qwen3-Next."""
+
+    path = "model.layers.{}.linear_attn"
 
     def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Unconvolved q, k [b, t, key head, d_k], v, z [b, t, head, d_v] and b, a [b, t, head]."""
@@ -153,57 +229,131 @@ class GatedDeltaNetLayer:
             a.append(gates[..., n:])
         return (torch.stack(q, 2), torch.stack(k, 2), *(torch.cat(x, 2) for x in (v, z, b, a)))
 
-    def __call__(self, hidden: Tensor, mask: Tensor | None = None, edits: Edits | None = None) -> Trace:
+    def native(self, hidden: Tensor, mask: Tensor | None, v_first: Tensor | None) -> Native:
         config, w = self.config, self.weights
-        edits = edits or Edits()
-        hidden = hidden.double()
-        if mask is not None:
-            hidden = hidden * mask[..., None]
         batch, length, _ = hidden.shape
         heads = config["linear_num_value_heads"]
         n = heads // config["linear_num_key_heads"]
         d_k = config["linear_key_head_dim"]
         q, k, v, z, b, a = self.project(hidden)
-
-        flat = torch.cat([x.reshape(batch, length, -1) for x in (q, k, v)], -1)
-        taps = w["conv1d.weight"][:, 0]  # [channel, tap], the last tap is the token's own
-        convolved = torch.zeros_like(flat)
-        for tap in range(taps.shape[1]):
-            late = taps.shape[1] - 1 - tap
-            earlier = torch.cat([torch.zeros_like(flat[:, :late]), flat[:, : length - late]], 1)[:, :length]
-            convolved = convolved + taps[:, tap] * earlier
-        convolved = convolved * torch.sigmoid(convolved)
+        flat = self.convolved(torch.cat([x.reshape(batch, length, -1) for x in (q, k, v)], -1))
         sizes = [x.shape[2] * x.shape[3] for x in (q, k, v)]
-        q, k, v = (y.reshape(x.shape) for x, y in zip((q, k, v), convolved.split(sizes, -1)))
-
+        q, k, v = (y.reshape(x.shape) for x, y in zip((q, k, v), flat.split(sizes, -1)))
         q = q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt() / d_k**0.5
         k = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         q, k = (torch.stack([x[:, :, head // n] for head in range(heads)], 2) for x in (q, k))
         beta = 1 / (1 + torch.exp(-b))
         alpha = torch.exp(-torch.exp(w["A_log"]) * torch.log1p(torch.exp(a + w["dt_bias"])))
 
-        alpha = edits.decay(alpha) if edits.decay else alpha
-        reads = edits.reads(q) if edits.reads else q
-        keys = edits.keys(k) if edits.keys else k
-        values = beta[..., None] * v
-        values = edits.values(values) if edits.values else values
-        writes = torch.einsum("bthk,bthv->bthkv", keys, values)
-        writes = edits.writes(writes) if edits.writes else writes
-        run = loop(
-            reads,
-            alpha.log(),
-            keys,
-            values,
-            a=-(alpha * beta)[..., None] * k,
-            b=k,
-            writes=writes,
-            set_states=edits.states,
+        def finish(out: Tensor) -> Tensor:
+            normed = out / (out.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
+            gated = normed * w["norm.weight"] * z * torch.sigmoid(z)
+            return gated.reshape(batch, length, -1) @ w["out_proj.weight"].T
+
+        return Native(
+            reads=q,
+            keys=k,
+            values=beta[..., None] * v,
+            decay=alpha,
+            erase=lambda alpha: (-(alpha * beta)[..., None] * k, k),
+            finish=finish,
         )
-        out = edits.recurrence_out(run.outputs) if edits.recurrence_out else run.outputs
-        normed = out / (out.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
-        gated = normed * w["norm.weight"] * z * torch.sigmoid(z)
-        output = gated.reshape(batch, length, -1) @ w["out_proj.weight"].T
-        return Trace(keys, values, reads, alpha, writes, run.states, out, output)
+
+
+class Mamba2Layer(Layer):
+    """Mamba-2."""
+
+    path = "backbone.layers.{}.mixer"
+
+    def native(self, hidden: Tensor, mask: Tensor | None, v_first: Tensor | None) -> Native:
+        config, w = self.config, self.weights
+        shape, heads, groups = hidden.shape[:2], config["num_heads"], config["n_groups"]
+        inner, d_k = heads * config["head_dim"], config["state_size"]
+        projected = hidden @ w["in_proj.weight"].T + w.get("in_proj.bias", 0)
+        gate, dt = projected[..., :inner], projected[..., -heads:]
+        mixed = self.convolved(projected[..., inner:-heads])
+        if mask is not None:
+            mixed = mixed * mask
+        x = mixed[..., :inner].reshape(*shape, heads, -1)
+        b, c = mixed[..., inner:].reshape(*shape, 2, groups, d_k).unbind(2)
+        b, c = (torch.stack([y[:, :, head // (heads // groups)] for head in range(heads)], 2) for y in (b, c))
+        dt = torch.log1p(torch.exp(dt + w["dt_bias"])).clamp(*config["time_step_limit"])
+        # From transformers 5.23 on the norm is per group; before it was over all channels.
+        norms = groups if "group_size" in inspect.signature(MambaRMSNormGated).parameters else 1
+
+        def finish(out: Tensor) -> Tensor:
+            y = (out + w["D"][:, None] * x).reshape(*shape, -1) * gate * torch.sigmoid(gate)
+            y = y.reshape(*shape, norms, -1)
+            y = y / (y.square().mean(-1, keepdim=True) + config["layer_norm_epsilon"]).sqrt()
+            y = y.reshape(*shape, -1) * w["norm.weight"]
+            return y @ w["out_proj.weight"].T + w.get("out_proj.bias", 0)
+
+        return Native(
+            reads=c,
+            keys=b,
+            values=dt[..., None] * x,
+            decay=torch.exp(-torch.exp(w["A_log"]) * dt),
+            erase=lambda decay: (None, None),
+            finish=finish,
+        )
+
+
+class RWKV7Layer(Layer):
+    """RWKV-7's time mixing."""
+
+    path = "model.layers.{}.attn"
+
+    def low_rank(self, name: str, x: Tensor, activation: Change = same) -> Tensor:
+        down, up = (self.weights[f"{name}_lora.lora.{i}.weight"] for i in (0, 2))
+        return activation(x @ down.T) @ up.T + self.weights.get(f"{name}_lora.lora.2.bias", 0)
+
+    def native(self, hidden: Tensor, mask: Tensor | None, v_first: Tensor | None) -> Native:
+        config, w = self.config, self.weights
+        d_k = config["head_dim"]
+        heads = config["hidden_size"] // d_k
+        shape = (*hidden.shape[:2], heads, -1)
+        earlier = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], 1)
+        shifted = {name: hidden + (earlier - hidden) * w[f"x_{name}"] for name in "rwkvag"}
+        r, k, v = (shifted[name] @ w[f"{name}_proj.weight"].T for name in "rkv")
+        decay = torch.exp(-(math.e**-0.5) * torch.sigmoid(self.low_rank("w", shifted["w"], torch.tanh)))
+        rate = torch.sigmoid(self.low_rank("a", shifted["a"]))
+        gate = self.low_rank("g", shifted["g"], torch.sigmoid)
+        if v_first is None:
+            v_first = v
+        else:
+            v = v + (v_first.double() - v) * torch.sigmoid(self.low_rank("v", shifted["v"]))
+        removal = (k * w["k_k"]).reshape(shape)
+        if config["fuse_norm"]:
+            removal = removal / (removal.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        else:
+            removal = removal / removal.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        k = k * (1 + (rate - 1) * w["k_a"])
+        r, k, v, decay, rate = (x.reshape(shape) for x in (r, k, v, decay, rate))
+
+        def finish(out: Tensor) -> Tensor:
+            centred = out - out.mean(-1, keepdim=True)
+            normed = centred / (centred.square().mean(-1, keepdim=True) + d_k * config["norm_eps"]).sqrt()
+            normed = normed.flatten(2) * w["g_norm.weight"] + w["g_norm.bias"]
+            bonus = (r * k * w["r_k"]).sum(-1, keepdim=True) * v
+            return (normed + bonus.flatten(2)) * gate @ w["o_proj.weight"].T
+
+        return Native(
+            reads=r,
+            keys=k,
+            values=v,
+            decay=decay,
+            erase=lambda decay: (removal * rate, -removal),
+            finish=finish,
+            v_first=v_first,
+        )
+
+
+LAYERS: dict[str, type[Layer]] = {
+    "qwen3_5_text": GatedDeltaNetLayer,
+    "qwen3_next": GatedDeltaNetLayer,
+    "mamba2": Mamba2Layer,
+    "rwkv7": RWKV7Layer,
+}
 
 
 @contextmanager
@@ -211,13 +361,19 @@ def standing_in(
     reference: Any, folder: Path, layer: int, edits: Edits | None = None
 ) -> Iterator[list[Trace]]:
     """While open, the float64 loop stands for one layer of a stock model; yields the traces of its runs."""
-    module = reference.model.layers[layer].linear_attn
-    truth = GatedDeltaNetLayer(folder, layer)
+    truth = LAYERS[reference.config.model_type](folder, layer)
+    module = reference.get_submodule(truth.name)
     traces: list[Trace] = []
 
-    def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Tensor:
-        traces.append(truth(hidden_states, attention_mask, edits))
-        return traces[-1].output.to(hidden_states.dtype)
+    def forward(
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        v_first: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        traces.append(truth(hidden_states, attention_mask, edits, v_first))
+        output, v_first = traces[-1].output.to(hidden_states.dtype), traces[-1].v_first
+        return output if v_first is None else (output, v_first.to(hidden_states.dtype))
 
     module.forward = forward
     try:

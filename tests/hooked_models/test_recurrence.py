@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from oracles import Run, loop
 from torch import Tensor
 
-from hooked_models.recurrence import Recurrence, Trajectory, respond, respond_states, scan, scan_sequential
+from hooked_models.recurrence import (
+    LOG_ZERO,
+    MILD,
+    Recurrence,
+    Trajectory,
+    respond,
+    respond_states,
+    scan,
+    scan_sequential,
+)
 
 FIELDS = ("q", "g", "k", "v", "a", "b")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -32,7 +41,10 @@ def unit(x: Tensor) -> Tensor:
 
 
 def log_decay(generator: torch.Generator, kind: str, *shape: int) -> Tensor:
-    """Log decays: none at all, a few per mille, e^-1 to e^-40, or all of these side by side."""
+    """Log decays: none at all, a few per mille, e^-1 to e^-40, or all of these side by side.
+
+    Or such that chunks of 64 lose as much as one reference point of their exponents can bear, more or less.
+    """
     weak = -1e-3 * uniform(generator, *shape)
     strong = -1 - 39 * uniform(generator, *shape) ** 3
     if kind == "mixed":
@@ -40,7 +52,8 @@ def log_decay(generator: torch.Generator, kind: str, *shape: int) -> Tensor:
         middling = -uniform(generator, *shape)
         mixed = torch.where(choice < 0.4, weak, torch.where(choice < 0.7, middling, strong))
         return mixed.masked_fill(choice > 0.95, -40.0)
-    return {"none": 0 * weak, "weak": weak, "strong": strong}[kind]
+    borderline = -2 * MILD / 64 * uniform(generator, *shape)
+    return {"none": 0 * weak, "weak": weak, "strong": strong, "borderline": borderline}[kind]
 
 
 @dataclasses.dataclass
@@ -115,7 +128,7 @@ def problems(draw: st.DrawFn, **fixed: object) -> Problem:
         "length": st.sampled_from(LENGTHS),
         "heads": st.integers(1, 3),
         "sizes": st.sampled_from(SIZES),
-        "decay": st.sampled_from(["none", "weak", "strong", "mixed"]),
+        "decay": st.sampled_from(["none", "weak", "borderline", "strong", "mixed"]),
         "per_channel": st.booleans(),
         "erase": st.sampled_from(["none", "multiple", "multiple of another vector", "removal", "general"]),
         "keys": st.sampled_from(["random", "few"]),
@@ -241,6 +254,55 @@ def test_a_decay_of_zero_forgets_without_nan(dtype: torch.dtype, erase: str, per
     edited = problem.loop(truth.writes + difference)
     assert_close(change, edited.outputs - truth.outputs, problem.tolerance)
     assert_close(final, edited.final_state - truth.final_state, problem.tolerance)
+
+
+def lose(problem: Problem, share: float, huge: bool) -> Problem:
+    """The same with decays per channel: in the second of three chunks the worst loses a share of `MILD`.
+
+    Of the first token's own decay nothing is left inside its chunk, so it does not count and may be huge.
+    """
+    size, g = problem.chunk_size, -uniform(problem.generator, *problem.recurrence.k.shape)
+    g[:, size : 2 * size] *= share * MILD / -g[:, size + 1 : 2 * size].sum(1).min()
+    if huge:
+        for chunk, first in enumerate((-1000.0, LOG_ZERO, float("-inf"))):
+            g[:, chunk * size] = first
+    recurrence = dataclasses.replace(problem.recurrence, g=g.to(problem.recurrence.dtype))
+    return dataclasses.replace(problem, recurrence=recurrence)
+
+
+@pytest.mark.parametrize("huge", [False, True])
+@pytest.mark.parametrize("share", [0.5, 0.999, 1.001, 5.0])
+@pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decay_per_channel_about_what_one_reference_point_can_bear(
+    dtype: torch.dtype, erase: str, share: float, huge: bool
+):
+    """One product a chunk below, sub-chunks above: outputs, states, reads, responses and gradients."""
+    problem = make(length=72, erase=erase, per_channel=True, dtype=dtype, chunk_size=32)
+    problem = lose(problem, share, huge)
+    trajectory = Trajectory(problem.recurrence, problem.initial, chunk_size=32)
+    assert (trajectory._mild is not None) == (share < 1)
+    leaves = {name: x.clone().requires_grad_() for name, x in problem.inputs.items()}
+    exact = {name: x.double().clone().requires_grad_() for name, x in problem.inputs.items()}
+    truth = loop(**exact, initial=problem.initial)
+    outputs, final_state = scan(Recurrence(**leaves), problem.initial, 32)
+    assert_close(outputs, truth.outputs, problem.tolerance)
+    assert_close(final_state, truth.final_state, problem.tolerance)
+    assert_close(trajectory.states(), truth.states, problem.tolerance)
+    earlier = torch.cat([problem.initial[:, None].double(), truth.states[:, :-1]], 1)
+    expected = torch.einsum("bthkv,bthk->bthv", earlier, exact["q"])
+    assert_close(trajectory.read(problem.recurrence.q, before=True), expected, problem.tolerance)
+    difference = problem.random(*truth.writes.shape)
+    edited = problem.loop(truth.writes.detach() + difference)
+    change, _ = respond(problem.recurrence, difference, chunk_size=32)
+    scale = float(edited.outputs.abs().max())
+    assert_close(change, edited.outputs - truth.outputs.detach(), problem.tolerance, scale)
+    weights = random(problem.generator, *outputs.shape)
+    expected = torch.autograd.grad((truth.outputs * weights).sum(), list(exact.values()))
+    found = torch.autograd.grad((outputs * weights.to(dtype)).sum(), list(leaves.values()))
+    scale = max(float(x.abs().max()) for x in expected)
+    for x, y in zip(found, expected, strict=True):
+        assert_close(x, y, problem.tolerance, scale)
 
 
 @pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
