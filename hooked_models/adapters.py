@@ -18,10 +18,12 @@ from transformer_lens.model_bridge.supported_architectures import (
     Qwen3NextArchitectureAdapter,
     RWKV7ArchitectureAdapter,
 )
+from transformers import DynamicCache
 
 from hooked_models.gated_delta_net import HookedGatedDeltaNet
 from hooked_models.mamba2 import HookedMamba2
 from hooked_models.rwkv7 import HookedRWKV7, HookedRWKV7FeedForward
+from hooked_models.rwkv7_model import RWKV7Cache
 
 
 class _HookedLinearAttention:
@@ -31,6 +33,9 @@ class _HookedLinearAttention:
 
     def _build_linear_attn_bridge(self, optional: bool = False) -> Any:
         return HookedGatedDeltaNet(name="linear_attn", config=self.cfg, optional=optional)
+
+    def create_stateful_cache(self, hf_model: Any, *_: Any, **__: Any) -> DynamicCache:
+        return DynamicCache(config=hf_model.config)
 
 
 class HookedQwen3_5Adapter(_HookedLinearAttention, Qwen3_5ArchitectureAdapter):
@@ -64,6 +69,9 @@ class HookedRWKV7Adapter(RWKV7ArchitectureAdapter):
 
     def prepare_loading(self, model_name: str, model_kwargs: dict[str, Any]) -> None:
         pass
+
+    def create_stateful_cache(self, hf_model: Any, *_: Any, **__: Any) -> RWKV7Cache:
+        return RWKV7Cache(hf_model.config.num_hidden_layers)
 
 
 def _blocks(adapter: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -83,6 +84,25 @@ class HookedRecurrent(SAETransformerBridge):
             )
         model.cfg.model_name = model_name
         return model
+
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `TransformerBridge.forward`; a cache is ``past_key_values`` on every architecture.
+
+        Transformers calls Mamba-2's ``cache_params`` and ignores one of the other name.
+        """
+        if "past_key_values" in kwargs and "cache_params" in self._forward_names:
+            kwargs["cache_params"] = kwargs.pop("past_key_values")
+        return super().forward(input, *args, **kwargs)
+
+    def new_cache(self) -> Any:
+        """An empty cache to decode with: ``model(tokens, past_key_values=cache, use_cache=True)``."""
+        return self.adapter.create_stateful_cache(
+            self.original_model, batch_size=1, device=self.cfg.device, dtype=self.cfg.dtype
+        )
+
+    @property
+    def _forward_names(self) -> Iterable[str]:
+        return inspect.signature(self.original_model.forward).parameters
 
     @property
     def mixers(self) -> dict[int, HookedMixer]:

@@ -389,6 +389,10 @@ class RWKV7Model(RWKV7PreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = RWKV7Cache(self.config.num_hidden_layers)
+        if past_key_values is not None and not isinstance(past_key_values, RWKV7Cache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}: an RWKV-7 model needs an RWKV7Cache"
+            )
         v_first, passed = None, [hidden]
         for layer in self.layers:
             hidden, v_first = layer(

@@ -658,6 +658,14 @@ def test_a_cache_can_pass_between_the_two_models(pair: Pair):
 
 
 @torch.no_grad()
+def test_the_same_lines_decode_on_every_architecture(pair: Pair):
+    tokens, cache = some_tokens(2, 20), pair.model.new_cache()
+    cuts = (slice(9), slice(9, 16), slice(16, 17), slice(17, 20))
+    parts = [pair.model(tokens[:, cut], past_key_values=cache, use_cache=True) for cut in cuts]
+    assert_close(torch.cat(parts, 1), pair.logits(tokens))
+
+
+@torch.no_grad()
 def test_generation_is_edited_token_by_token(pair: Pair):
     """Greedy generation equals the greedy loop over the stock model with the edited layer."""
     prompt, layer, head, n_new = some_tokens(1, 6), pair.layers[-1], 1, 7
