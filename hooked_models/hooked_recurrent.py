@@ -15,7 +15,7 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hooked_models import adapters, loading
+from hooked_models import adapters, loading, zoo
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.mixers import BranchAware, Branches, HookedMixer, Swap, is_listened_to
 
@@ -47,12 +47,12 @@ class HookedRecurrent(SAETransformerBridge):
     of the recurrent layers are listed in `hooked_models.mixers.HookedMixer`. Hook names that match
     nothing raise `HookedModelError`.
 
-    ``run_with_cache`` without a ``names_filter`` caches every head's writes and states, d_k * d_v numbers
-    a token each: name what you need on models of any size.
+    ``run_with_cache`` without a ``names_filter`` caches every head's writes, erases and states, d_k * d_v
+    numbers a token each: name what you need on models of any size.
     """
 
     @classmethod
-    def boot_transformers(cls, model_name: str, **kwargs: Any) -> HookedRecurrent:
+    def boot_transformers(cls, model_name: loading.Name, **kwargs: Any) -> HookedRecurrent:
         """Load a model: a Hugging Face id, a local folder or file, or one that ships (``"tiny-gdn"``).
 
         Beside Hugging Face's form: Mamba-2 as the mamba_ssm package saves it, RWKV-7 as
@@ -67,6 +67,7 @@ class HookedRecurrent(SAETransformerBridge):
             HookedModelError: there is no model, its checkpoint is damaged or does not fit, no tokenizer is
                 found, or it has no recurrent layer that this package knows.
         """
+        model_name = loading.name_of(model_name)
         try:
             with adapters.registered(), loading.complete_checkpoints():
                 source, options = loading.prepare(model_name, kwargs)
@@ -75,6 +76,9 @@ class HookedRecurrent(SAETransformerBridge):
             raise
         except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
             raise HookedModelError(f"could not load {model_name}: {one_line(error)}") from error
+        except loading.UNFORESEEN as error:
+            line = f"{type(error).__name__}: {one_line(error)}"
+            raise HookedModelError(f"could not load {model_name}: {line}") from error
         assert isinstance(model, HookedRecurrent)
         if not model.mixers:
             known = ", ".join(adapters.ADAPTERS)
@@ -83,6 +87,8 @@ class HookedRecurrent(SAETransformerBridge):
                 f"it hooks {known}; for other models use TransformerLens itself"
             )
         model.cfg.model_name = model_name
+        if model_name in zoo.SHIPPED:  # TransformerLens's defaults differ by architecture
+            model.cfg.default_prepend_bos = False
         return model
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +96,12 @@ class HookedRecurrent(SAETransformerBridge):
 
         Transformers calls Mamba-2's ``cache_params`` and ignores one of the other name.
         """
+        cache = kwargs.get("past_key_values")
+        if cache is not None and len(cache.layers) != len(self.new_cache().layers):
+            raise HookedModelError(
+                f"this {type(cache).__name__} of {len(cache.layers)} layers does not fit the model: make one "
+                "with model.new_cache()"
+            )
         if "past_key_values" in kwargs and "cache_params" in self._forward_names:
             kwargs["cache_params"] = kwargs.pop("past_key_values")
         return super().forward(input, *args, **kwargs)
@@ -193,6 +205,11 @@ class HookedRecurrent(SAETransformerBridge):
         """
         cell, length, device = self.cell(layer, head), len(tokens), tokens.device
         positions = positions.to(device)
+        if tokens.ndim != 1 or positions.ndim != 1 or positions.is_floating_point():
+            raise HookedModelError(
+                f"tokens must be one passage [pos] and positions whole numbers [branch], got shapes "
+                f"{tuple(tokens.shape)} and {tuple(positions.shape)}, {positions.dtype}"
+            )
         if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < length:
             raise HookedModelError(
                 f"positions must lie in 0 .. {length - 1}, the passage's tokens; got "

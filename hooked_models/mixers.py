@@ -116,6 +116,10 @@ class HookedMixer(BranchAware):
     hook_recurrence_out     [batch, pos, head, d_v]        S_t^T q_t before norm and gate; propagates
     ======================  =============================  ===========================================
 
+    ``hook_erase`` and ``hook_state`` show a call's positions as they are without the hook's own edits in that
+    call. So setting them means the same in prefill and in decoding; a function of the value (``x * 0.5``)
+    at several positions does not, for in decoding each token already sees the edits before it.
+
     A hook may return a new tensor or edit in place (not through ``.data`` or numpy, which torch cannot see).
     They fire in this order: factors, read and decay, then per head write, erase and state, then outputs; in
     prefill and in cached decoding, where ``pos`` counts the new tokens. Activations of the recurrence come

@@ -260,7 +260,8 @@ class Trajectory:
         for left, right in self.sources:
             out = out + self._products(r, left, before) @ right
         batch, heads = out.shape[:2]
-        return out.reshape(batch, heads, -1, out.shape[-1])[:, :, : self.length].transpose(1, 2)
+        flat = out.reshape(batch, heads, self.n_chunks * self.chunk_size, out.shape[-1])
+        return flat[:, :, : self.length].transpose(1, 2)
 
     @_full_precision
     def states(

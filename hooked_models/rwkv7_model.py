@@ -1,8 +1,7 @@
 """RWKV-7 in pure PyTorch, with the parameter names of flash-linear-attention's checkpoints.
 
 Needs neither triton nor a GPU: the recurrence runs on `hooked_models.recurrence`. Importing this module
-makes ``AutoConfig`` and ``AutoModelForCausalLM`` know the model type ``rwkv7``, unless another package
-has claimed it.
+makes transformers' Auto classes know the model type ``rwkv7``, unless another package has claimed it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
@@ -94,15 +100,13 @@ class RWKV7Config(PreTrainedConfig):
         if intermediate_size is None:  # the next multiple of 32
             intermediate_size = -int(-hidden_size * (hidden_ratio or 4) // 32) * 32
         self.intermediate_size = intermediate_size
-        if value_dim is None or isinstance(value_dim, int):
-            value_dim = [value_dim or hidden_size] * num_hidden_layers
+        widths = set(value_dim) if isinstance(value_dim, list) else {value_dim or hidden_size}
         # All layers mix the first one's values into theirs.
-        if value_dim != num_hidden_layers * value_dim[:1] or any(v % self.num_heads for v in value_dim):
+        if len(widths) != 1 or any(width % self.num_heads for width in widths):
             raise ValueError(
-                f"value_dim must be one multiple of {self.num_heads} heads for all of {num_hidden_layers} "
-                f"layers: {value_dim}"
+                f"value_dim must be one multiple of {self.num_heads} heads for all layers: {value_dim}"
             )
-        self.value_dim = list(value_dim)
+        (self.value_dim,) = widths
         self.decay_low_rank_dim = decay_low_rank_dim
         self.gate_low_rank_dim = gate_low_rank_dim
         self.a_low_rank_dim = a_low_rank_dim
@@ -139,6 +143,10 @@ class RWKV7Cache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen_tokens
 
+    def reset(self) -> None:
+        super().reset()
+        self.seen_tokens = 0
+
 
 class Kept(NamedTuple):
     """What an attention layer needs beside the recurrence's outputs to finish."""
@@ -171,7 +179,7 @@ class RWKV7Attention(nn.Module):
     def __init__(self, config: RWKV7Config, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        size, value_dim = config.hidden_size, config.value_dim[layer_idx]
+        size, value_dim = config.hidden_size, config.value_dim
         self.n_heads, self.head_dim = config.num_heads, config.head_dim
         self.head_v_dim = value_dim // self.n_heads
         self.fuse_norm = config.fuse_norm
@@ -209,7 +217,8 @@ class RWKV7Attention(nn.Module):
         """
         delta = previous - hidden
         r, w, k, v, a, g = (torch.addcmul(hidden, delta, getattr(self, f"x_{name}")) for name in "rwkvag")
-        log_decay = LOWEST_LOG_DECAY * self.w_lora(w).float().sigmoid()
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        log_decay = LOWEST_LOG_DECAY * self.w_lora(w).to(wide).sigmoid()
         r, k = self.r_proj(r), self.k_proj(k)
         rate, gate = self.a_lora(a).sigmoid(), self.g_lora(g)
         value = first = self.v_proj(v)
@@ -220,7 +229,6 @@ class RWKV7Attention(nn.Module):
         r, k, log_decay, rate = (x.unflatten(-1, (self.n_heads, -1)) for x in (r, k, log_decay, rate))
         value = value.unflatten(-1, (self.n_heads, -1))
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * value
-        wide = torch.promote_types(hidden.dtype, torch.float32)
         q, g, k, v, a, b = (x.to(wide) for x in (r, log_decay, k, value, removal * rate, -removal))
         return Recurrence(q=q, g=g, k=k, v=v, a=a, b=b), Kept(bonus, gate), first
 
@@ -393,6 +401,8 @@ class RWKV7Model(RWKV7PreTrainedModel):
             raise ValueError(
                 f"past_key_values is a {type(past_key_values).__name__}: an RWKV-7 model needs an RWKV7Cache"
             )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         v_first, passed = None, [hidden]
         for layer in self.layers:
             hidden, v_first = layer(
@@ -443,11 +453,12 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         given: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": use_cache}
         given["attention_mask"] = attention_mask
-        if inputs_embeds is not None and not seen:
+        if inputs_embeds is None:
+            return {"input_ids": input_ids[:, seen:], **given}
+        if not seen:
             return {"inputs_embeds": inputs_embeds, **given}
-        if inputs_embeds is not None:
-            seen -= inputs_embeds.shape[1]
-        return {"input_ids": input_ids[:, seen:], **given}
+        # The ids may or may not begin with those of the embedded prompt.
+        return {"input_ids": input_ids[:, -1:], **given}
 
     def forward(
         self,
@@ -458,7 +469,7 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
         labels: Int[Tensor, "batch pos"] | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Int[Tensor, " kept"] = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As transformers' causal language models; ``labels`` are shifted inside."""
@@ -470,7 +481,8 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -504,12 +516,12 @@ def one_earlier(hidden: Tensor, cache: RWKV7Cache | None, layer: int) -> Tensor:
 def _unit(x: Tensor, fused: bool) -> Tensor:
     """Unit length, in the way of flash-linear-attention's kernel or of BlinkDL's code."""
     if fused:
-        return x * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6).to(x.dtype)
     return F.normalize(x, dim=-1)
 
 
-try:
+if RWKV7Config.model_type not in CONFIG_MAPPING:  # else another package answers to the name
     AutoConfig.register(RWKV7Config.model_type, RWKV7Config)
+    AutoModel.register(RWKV7Config, RWKV7Model)
     AutoModelForCausalLM.register(RWKV7Config, RWKV7ForCausalLM)
-except ValueError:  # another package's class answers to the name; ours can be called by its own
-    pass

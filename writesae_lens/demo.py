@@ -147,7 +147,7 @@ def _recording(
             power = max(float(step_input.sae_in.square().sum(-1).mean()), 1e-30)
             now = {
                 "step": count,
-                "loss": float(output.loss),
+                "loss": float(output.loss.detach()),
                 "unexplained": float(output.losses["mse_loss"]) / power,
                 "cosine": 1 - float(output.losses["write_alignment_loss"]) / power / alignment,
                 "l0": float((output.feature_acts > 0).sum(-1).float().mean()),

@@ -17,7 +17,12 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from writesae_lens.experiments.result import ExperimentResult, write_whole
 
-PAPER_WIN_RATE = 0.924
+# What the paper reports, by architecture.
+PAPER_WIN_RATES = {
+    "gated_delta_net": (0.924, "Qwen3.5-0.8B"),
+    "mamba2": (0.881, "Mamba-2-370M"),
+    "rwkv7": (0.453, "RWKV-7-1.5B"),
+}
 N_ATOMS, N_CONTEXTS, MIN_FIRINGS = 6, 4, 8
 _BEFORE, _AFTER = 24, 8
 
@@ -78,10 +83,11 @@ def verdict(summary: dict[str, Any]) -> str:
         answer = "No: deleting the write does less harm than putting the atom in its place"
     else:
         answer = "Undecided: atom and deletion cannot be told apart on these firings"
-    compared = "above" if rate > PAPER_WIN_RATE else "below"
+    paper_rate, paper_model = PAPER_WIN_RATES[summary["architecture"]]
+    compared = "above" if rate > paper_rate else "below"
     return (
         f"{answer}, at {rate:.1%} of firings (95% interval over passages {low:.1%} to {high:.1%}). "
-        f"That is {compared} the {PAPER_WIN_RATE:.1%} that the paper reports on Qwen3.5-0.8B."
+        f"That is {compared} the {paper_rate:.1%} that the paper reports on {paper_model}."
     )
 
 
@@ -138,8 +144,10 @@ def _method(summary: dict[str, Any]) -> list[str]:
     size = "its coefficient" if summary["scale"] == "coefficient" else "the native write's norm"
     other = "a random rank-1 matrix" if summary["random"] == "gaussian" else "another atom"
     direction = "KL(patched || native)" if summary["kl"] == "patched_base" else "KL(native || patched)"
+    whole = summary["replaces"] == "update" and summary["architecture"] != "mamba2"
+    replaced = "whole native update (erase and write)" if whole else "native write"
     return [
-        "At every position the SAE names one dominant atom. The native write of that cell at that token is "
+        f"At every position the SAE names one dominant atom. The {replaced} of that cell at that token is "
         f"replaced by the atom at {size}, by nothing, and by {other} of the atom's norm; the rest of the "
         f"model runs on. The score is how far the next-token distribution moves, {direction}.",
         "Points under the dashed line are firings where the atom is the better stand-in.",

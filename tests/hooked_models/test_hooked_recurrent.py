@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,10 @@ from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge import supported_architectures as stock_adapters
-from transformers import Qwen3_5ForConditionalGeneration
+from transformers import DynamicCache, Qwen3_5ForConditionalGeneration
 
 import hooked_models
-from hooked_models import HookedRecurrent, RWKV7Config, adapters
+from hooked_models import HookedRecurrent, RWKV7Config, adapters, zoo
 from hooked_models.errors import HookedModelError
 from hooked_models.mixers import HookedMixer
 
@@ -617,10 +619,10 @@ def test_hook_lists_may_be_iterators_and_arguments_positional(gdn_model):
     assert list(cache) == [name]
 
 
-@pytest.mark.parametrize("value_dim", [[32, 64], [32], 33])
+@pytest.mark.parametrize("value_dim", [[32, 64], 33])
 def test_rwkv_7_layers_have_values_of_one_width(value_dim: Any):
     """For all mix in the first layer's."""
-    with pytest.raises(ValueError, match="value_dim must be one multiple of 2 heads for all of 2 layers"):
+    with pytest.raises(ValueError, match="value_dim must be one multiple of 2 heads for all layers"):
         RWKV7Config(hidden_size=32, head_dim=16, num_hidden_layers=2, value_dim=value_dim)
 
 
@@ -684,3 +686,53 @@ def test_a_vision_checkpoint_takes_a_device_map(vision_folder):
     plain = HookedRecurrent.boot_transformers(str(vision_folder), device="cpu")
     with torch.no_grad():
         assert torch.equal(placed(tokens), plain(tokens))
+
+
+# RWKV-7 as a transformers model.
+
+
+@torch.no_grad()
+def test_rwkv_7_generates_from_ids_embeddings_or_both(rwkv7_reference: Any):
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    embedded = rwkv7_reference.get_input_embeddings()(prompt)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    expected = rwkv7_reference.generate(prompt, **options)
+    both = rwkv7_reference.generate(prompt, inputs_embeds=embedded, **options)
+    assert torch.equal(both, expected)
+    assert torch.equal(rwkv7_reference.generate(inputs_embeds=embedded, **options), expected[:, 4:])
+
+
+@torch.no_grad()
+def test_a_reset_cache_of_rwkv_7_has_seen_nothing(rwkv7_model: Any, rwkv7_reference: Any):
+    tokens, cache = torch.tensor([[5, 6, 7, 8]]), rwkv7_model.new_cache()
+    rwkv7_model(torch.tensor([[9, 10]]), past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 2
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert_close(rwkv7_model(tokens, past_key_values=cache, use_cache=True), rwkv7_reference(tokens).logits)
+
+
+def test_another_packages_claim_to_rwkv7_is_respected():
+    """In a process of its own, for claims last as long as the process."""
+    script = """
+from transformers import AutoConfig, LlamaConfig
+class Other(LlamaConfig):
+    model_type = "rwkv7"
+AutoConfig.register("rwkv7", Other)
+import hooked_models.rwkv7_model
+assert type(AutoConfig.for_model("rwkv7")) is Other
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_cache_that_does_not_fit_is_refused(pair: Pair):
+    with pytest.raises(HookedModelError, match=r"DynamicCache of 0 layers does not fit.*new_cache"):
+        pair.model(torch.tensor([[5, 6]]), past_key_values=DynamicCache(), use_cache=True)
+
+
+def test_shipped_models_read_the_same_text_as_the_same_tokens():
+    read = [
+        HookedRecurrent.boot_transformers(name, device="cpu").to_tokens("It is a truth").tolist()
+        for name in zoo.SHIPPED
+    ]
+    assert read[0] == read[1] == read[2]

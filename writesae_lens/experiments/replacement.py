@@ -112,6 +112,7 @@ def replacement_test(
     settings = {
         "experiment": "replacement",
         "model": model.cfg.model_name,
+        "architecture": site.cell.architecture,
         "hook_name": sae.cfg.metadata.hook_name,
         "scale": scale,
         "random": random,
