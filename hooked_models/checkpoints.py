@@ -12,14 +12,17 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
+from beartype import BeartypeConf
+from beartype.door import is_bearable
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from hooked_models.errors import HookedModelError, one_line
@@ -63,9 +66,25 @@ def read_tensors(path: Path) -> Tensors:
                 f"{path} wants to run code ({named[1]}) and was not loaded: only plain tensors are read"
             ) from error
         raise HookedModelError(f"{path} is truncated or damaged, or no PyTorch file of tensors") from error
-    if not isinstance(held, dict) or not held or not all(isinstance(x, Tensor) for x in held.values()):
-        raise HookedModelError(f"{path} must hold tensors by name and nothing else")
+    _check_held(path, held)
     return dict(held)
+
+
+def _check_held(path: Path, held: Any) -> None:
+    needed = f"{path} must hold tensors by name and nothing else"
+    if not isinstance(held, dict) or not held:
+        found = "an empty dict" if isinstance(held, dict) else f"a {type(held).__name__}"
+        raise HookedModelError(f"{needed}, not {found}")
+    others = [
+        f"{str(name)[:60]!r} ({type(x).__name__})" for name, x in held.items() if not isinstance(x, Tensor)
+    ]
+    nested = next((str(name) for name, x in held.items() if isinstance(x, dict)), None)
+    if others:
+        advice = "" if nested is None else f": save what {nested[:60]!r} holds to a file of its own"
+        raise HookedModelError(f"{needed}, but also holds {_some(others)}{advice}")
+    unnamed = [repr(name)[:60] for name in held if not isinstance(name, str)]
+    if unnamed:
+        raise HookedModelError(f"{needed}, but has keys that are no names: {_some(unnamed)}")
 
 
 # mamba_ssm. Its parameter names are transformers' except for the embedding's.
@@ -74,6 +93,8 @@ _EMBEDDING, _MAMBA_SSM_EMBEDDING = "backbone.embeddings.weight", "backbone.embed
 # Fields of ssm_cfg that only choose initial values or kernels.
 _WITHOUT_EFFECT = ("A_init_range", "conv_init", "dt_min", "dt_max", "dt_init_floor")
 _WITHOUT_EFFECT += ("use_mem_eff_path", "sequence_parallel")
+# Fields of ssm_cfg that are sizes, with mamba_ssm's defaults.
+_SSM_SIZES = {"d_state": 128, "headdim": 64, "expand": 2, "ngroups": 1, "d_conv": 4, "chunk_size": 256}
 
 
 def from_mamba_ssm(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
@@ -105,7 +126,18 @@ def _mamba2_config(source: str, raw: dict[str, Any]) -> Mamba2Config:
     ssm = raw.get("ssm_cfg") or {}
     try:
         hidden, layers, vocabulary = raw["d_model"], raw["n_layer"], raw["vocab_size"]
-        inner, head_dim = ssm.get("expand", 2) * hidden, ssm.get("headdim", 64)
+        multiple = raw.get("pad_vocab_size_multiple", 8)
+        sizes = {field: ssm.get(field, default) for field, default in _SSM_SIZES.items()}
+        for field, size in {
+            "d_model": hidden,
+            "n_layer": layers,
+            "vocab_size": vocabulary,
+            "pad_vocab_size_multiple": multiple,
+            **{f"ssm_cfg.{name}": size for name, size in sizes.items()},
+        }.items():
+            if not isinstance(size, int) or size < 1:
+                raise _bad_field(source, field, size, "a whole number above 0")
+        inner, head_dim = sizes["expand"] * hidden, sizes["headdim"]
         asked = {
             "ssm_cfg.layer": (ssm.get("layer", "Mamba1"), "Mamba2"),
             "attn_layer_idx": (list(raw.get("attn_layer_idx") or []), []),
@@ -123,8 +155,7 @@ def _mamba2_config(source: str, raw: dict[str, Any]) -> Mamba2Config:
                     f"with {field} = {needed!r} can be loaded"
                 )
         known = {field.removeprefix("ssm_cfg.") for field in asked}.union(_WITHOUT_EFFECT)
-        known |= {"d_state", "headdim", "expand", "ngroups", "d_conv"}
-        known |= {"bias", "conv_bias", "chunk_size", "dt_limit"}
+        known |= {*_SSM_SIZES, "bias", "conv_bias", "dt_limit"}
         unknown = sorted(set(ssm) - known)
         if unknown:
             raise HookedModelError(f"{source} has unknown fields in ssm_cfg: {', '.join(unknown)}")
@@ -133,16 +164,16 @@ def _mamba2_config(source: str, raw: dict[str, Any]) -> Mamba2Config:
                 f"{source} has {inner} inner channels, which heads of {head_dim} (headdim) do not fill"
             )
         return Mamba2Config(
-            vocab_size=vocabulary + -vocabulary % raw.get("pad_vocab_size_multiple", 8),
+            vocab_size=vocabulary + -vocabulary % multiple,
             hidden_size=hidden,
             num_hidden_layers=layers,
-            expand=ssm.get("expand", 2),
+            expand=sizes["expand"],
             num_heads=inner // head_dim,
             head_dim=head_dim,
-            state_size=ssm.get("d_state", 128),
-            n_groups=ssm.get("ngroups", 1),
-            conv_kernel=ssm.get("d_conv", 4),
-            chunk_size=ssm.get("chunk_size", 256),
+            state_size=sizes["d_state"],
+            n_groups=sizes["ngroups"],
+            conv_kernel=sizes["d_conv"],
+            chunk_size=sizes["chunk_size"],
             time_step_limit=tuple(ssm.get("dt_limit", (0.0, math.inf))),
             use_bias=ssm.get("bias", False),
             use_conv_bias=ssm.get("conv_bias", True),
@@ -163,6 +194,9 @@ def _mamba2_config(source: str, raw: dict[str, Any]) -> Mamba2Config:
 
 # flash-linear-attention. Its parameter names are ours.
 
+FLA_TYPES = ("rwkv7", "rwkv7_fla")
+"""The model types of its RWKV-7 configurations, of which the second is an early one."""
+
 
 def from_fla(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
     """An RWKV-7 model as flash-linear-attention saves it, and as we do.
@@ -177,11 +211,20 @@ def from_fla(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
     Raises:
         HookedModelError: tensors that do not fit, or a configuration that is not supported (hybrids).
     """
-    raw = {name: value for name, value in raw.items() if name not in ("auto_map", "architectures")}
+    dropped = ("auto_map", "architectures", "model_type")
+    raw = {name: value for name, value in raw.items() if name not in dropped}
+    for field, hint in get_type_hints(RWKV7Config.__init__).items():
+        # Of these transformers takes lists too.
+        if field not in raw or hint is Any or field.endswith("_token_id"):
+            continue
+        if not is_bearable(raw[field], hint, conf=BeartypeConf(is_pep484_tower=True)):
+            raise _bad_field(source, field, raw[field], RWKV7Config.__init__.__annotations__[field])
+    if raw.get("hidden_act") != "sqrelu":  # flash-linear-attention's own name of one
+        check_activation(source, raw.get("hidden_act"))
     try:
         config = RWKV7Config.from_dict({**raw, "architectures": ["RWKV7ForCausalLM"]})
         shapes = _shapes(RWKV7ForCausalLM, config)
-    except (TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise HookedModelError(f"the config.json of {source} cannot be used: {one_line(error)}") from error
     ours: Tensors = {}
     for name, tensor in tensors.items():
@@ -210,9 +253,10 @@ _MODULES = {
 }
 _LOW_RANK = re.compile(r"attn\.([wavg])_lora\.lora\.(0\.weight|2\.weight|2\.bias)")
 _LOW_RANK_PARTS = {"0.weight": "1", "2.weight": "2", "2.bias": "0"}
-# By a name that only this version (or a later one in this order) has.
+# By a name in a block that only this version (or a later one in this order) has.
+_BLOCK = r"blocks\.\d+\."
 _VERSIONS = {
-    r"\.s_emb": "RWKV-7 with DeepEmbed",
+    r"\w+\.s_emb": "RWKV-7 with DeepEmbed",
     r"att\.(r_k|k_k|x_r)$": "RWKV-7",
     r"att\.time_maa": "RWKV-6 (x060)",
     r"att\.(ln_x|gate)\.": "RWKV-5 (x050 to x052)",
@@ -263,7 +307,10 @@ def from_blinkdl(source: str, tensors: Tensors) -> Checkpoint:
     Raises:
         HookedModelError: tensors that do not fit, or another version of RWKV.
     """
-    version = next((v for mark, v in _VERSIONS.items() if any(re.search(mark, n) for n in tensors)), None)
+    _check_prefix(source, tensors)
+    version = next(
+        (v for mark, v in _VERSIONS.items() if any(re.match(_BLOCK + mark, name) for name in tensors)), None
+    )
     if version != "RWKV-7":
         seems = "no RWKV checkpoint that is known here" if version is None else f"{version}, by its tensors"
         raise HookedModelError(f"{source} is {seems}: only plain RWKV-7 (x070) is supported in this form")
@@ -279,6 +326,18 @@ def from_blinkdl(source: str, tensors: Tensors) -> Checkpoint:
     _check(source, used, expected)
     ours = {name: there.to_ours(used[there.name], shapes[name]) for name, there in theirs.items()}
     return Checkpoint(RWKV7ForCausalLM, config, ours)
+
+
+def _check_prefix(source: str, tensors: Tensors) -> None:
+    """Refuse names that all have something before ``blocks.``, as training code wraps models."""
+    if any(re.match(_BLOCK, name) for name in tensors):
+        return
+    prefixed = next((m for m in (re.match(rf"(.*?\.){_BLOCK}", name) for name in tensors) if m), None)
+    if prefixed is not None:
+        raise HookedModelError(
+            f"the tensors of {source} have names that begin with {prefixed[1]!r} ({prefixed.string}): save "
+            "them without it, BlinkDL's begin with 'blocks.'"
+        )
 
 
 def to_blinkdl(model: RWKV7ForCausalLM) -> Tensors:
@@ -320,7 +379,7 @@ def _blinkdl_config(source: str, tensors: Tensors) -> RWKV7Config:
             raise HookedModelError(f"{source} lacks the matrix {name}, which an RWKV-7 (x070) checkpoint has")
         return tensors[name].shape[axis]
 
-    blocks = {int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)}
+    blocks = {int(name.split(".")[1]) for name in tensors if re.match(_BLOCK, name)}
     n_layers = max(blocks) + 1
     try:
         return RWKV7Config(
@@ -351,9 +410,24 @@ def _blinkdl_config(source: str, tensors: Tensors) -> RWKV7Config:
 
 
 def listed(names: list[str]) -> str:
-    """How many there are, and the first few."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} tensor(s): {', '.join(names[:3])}{more}"
+    """How many tensors there are, and the first few."""
+    return f"{len(names)} tensor(s): {_some(names)}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_activation(source: str, name: Any) -> None:
+    """Refuse a ``hidden_act`` that transformers does not know."""
+    if name is not None and name not in ACT2FN:
+        raise _bad_field(source, "hidden_act", name, "the name of an activation in transformers' ACT2FN")
+
+
+def _bad_field(source: str, field: str, found: Any, expected: str) -> HookedModelError:
+    return HookedModelError(
+        f"the config.json of {source} has {field} = {repr(found)[:80]}: expected {expected}"
+    )
 
 
 def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Size]:
@@ -363,7 +437,7 @@ def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dic
 
 
 def _check(source: str, found: Tensors, expected: dict[str, torch.Size], tied: str | None = None) -> None:
-    """Refuse tensors that lack, exceed or differ from the expected ones.
+    """Refuse tensors that lack, exceed or differ from the expected ones, or hold whole numbers.
 
     Args:
         source: whose tensors, for the message.
@@ -384,7 +458,11 @@ def _check(source: str, found: Tensors, expected: dict[str, torch.Size], tied: s
         for name, shape in expected.items()
         if name in found and found[name].shape != shape
     ]
+    whole = [
+        f"{name} ({x.dtype})" for name, x in found.items() if name in expected and not x.is_floating_point()
+    ]
     problems = {"lacks": missing, "has unexpected": unexpected, "has the wrong shape for": wrong}
+    problems["needs floating-point numbers in"] = whole
     lines = [f"{what} {listed(names)}" for what, names in problems.items() if names]
     if lines:
         raise HookedModelError(f"the checkpoint {source} {'; '.join(lines)}")

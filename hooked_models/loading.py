@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,14 +27,35 @@ from hooked_models.checkpoints import Checkpoint, Tensors, listed
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.rwkv7_model import RWKV7Config
 
+Name = str | os.PathLike[str]
 # The text parts of checkpoints that are published with a vision tower, by model type.
 _TEXT_MODELS: dict[str | None, str] = {
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
 }
+# What a wrong configuration or file may raise where nothing looks for it.
+UNFORESEEN = (AttributeError, TypeError, KeyError, ZeroDivisionError, StrictDataclassError)
+_UNREADABLE = (OSError, ValueError, *UNFORESEEN)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# One of these is in whatever holds a tokenizer that needs no code of its own.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_VOCABULARIES += ("vocab.json", "vocab.txt", "tekken.json")
 _MAMBA_SSM_TOKENIZER = "EleutherAI/gpt-neox-20b"  # what mamba_ssm's own scripts take
 _WORLD_SIZES = range(65530, 65537)  # the tokens of the World vocabulary, up to what models pad it to
+
+
+def name_of(model: object) -> str:
+    """A model's name, of a name or path.
+
+    Raises:
+        HookedModelError: it is neither.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        raise HookedModelError(
+            f"a model's name must be a str or a pathlib.Path, not {type(model).__name__}: give a hub id, a "
+            f"folder, a .pth file, or one of {', '.join(zoo.SHIPPED)}"
+        )
+    return str(model)
 
 
 def prepare(model_name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -59,7 +83,10 @@ def prepare(model_name: str, options: dict[str, Any]) -> tuple[str, dict[str, An
         return source, options
     checkpoint = _other_form(source, options)
     if checkpoint is None:
-        options["hf_model"] = _text_model(source, options)
+        config = _configuration(source, options)
+        if options.get("tokenizer") is None:
+            _check_tokenizer(source, options)
+        options["hf_model"] = _text_model(source, config, options)
         return source, options
     if options.get("tokenizer") is None:
         options["tokenizer"] = _tokenizer(source, checkpoint, options)
@@ -116,34 +143,47 @@ def _other_form(source: str, options: dict[str, Any]) -> Checkpoint | None:
     revision = options.get("revision")
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except TypeError:  # a number or null: of these it cannot say so
+        raw = None
+    except _UNREADABLE as error:
         raise _no_configuration(source, error) from error
+    if not isinstance(raw, dict):
+        raise HookedModelError(f"the config.json of {source} does not hold a JSON object: {{...}}")
     # By the type's name, for another package's class may answer to it and the hub's configurations name code.
-    if raw.get("model_type") == RWKV7Config.model_type:
+    if raw.get("model_type") in checkpoints.FLA_TYPES:
         return checkpoints.from_fla(source, raw, _tensors(source, revision))
     if "ssm_cfg" in raw and not raw.get("model_type"):
         return checkpoints.from_mamba_ssm(source, raw, _tensors(source, revision))
     return None
 
 
-def _text_model(source: str, options: dict[str, Any]) -> Any:
+def _shared(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("revision", "trust_remote_code")
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def _configuration(source: str, options: dict[str, Any]) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(source, **_shared(options))
+    except _UNREADABLE as error:
+        raise _no_configuration(source, error) from error
+    text_config: Any = config.get_text_config()
+    checkpoints.check_activation(source, getattr(text_config, "hidden_act", None))
+    return config
+
+
+def _text_model(source: str, config: Any, options: dict[str, Any]) -> Any:
     """The text part of a checkpoint that was published with a vision tower, or None for any other.
 
     TransformerLens would load the whole of it, through an adapter of its own.
     """
-    shared = {
-        name: options[name] for name in ("revision", "trust_remote_code") if options.get(name) is not None
-    }
-    try:
-        config = AutoConfig.from_pretrained(source, **shared)
-    except (OSError, ValueError, KeyError) as error:
-        raise _no_configuration(source, error) from error
     text_config: Any = getattr(config, "text_config", None)
     architecture = _TEXT_MODELS.get(getattr(text_config, "model_type", None))
     if architecture is None:
         return None
     text_config.architectures = [architecture]
     load = AutoModelForCausalLM.from_pretrained
+    shared = _shared(options)
     return _placed(lambda **how: load(source, config=text_config, **shared, **how), options)
 
 
@@ -200,6 +240,7 @@ def _tensors(source: str, revision: str | None) -> Tensors:
             continue
         try:
             parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            "".join(parts)  # all are names
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise HookedModelError(f"{index} does not say which tensors are where (weight_map)") from error
         tensors: Tensors = {}
@@ -209,10 +250,31 @@ def _tensors(source: str, revision: str | None) -> Tensors:
                 raise HookedModelError(f"{source} lacks {part}, which its {index.name} names")
             tensors |= checkpoints.read_tensors(path)
         return tensors
-    raise HookedModelError(f"{source} has no weights: neither {' nor '.join(_WEIGHTS)} was found")
+    raise _no_weights(source)
+
+
+def _no_weights(source: str) -> HookedModelError:
+    return HookedModelError(f"{source} has no weights: neither {' nor '.join(_WEIGHTS)} was found")
 
 
 # Tokenizers, for sources that do not tell transformers which one they need.
+
+
+def _check_tokenizer(source: str, options: dict[str, Any]) -> None:
+    """Refuse a source in Hugging Face form without a tokenizer: transformers would make an empty one up."""
+    revision = options.get("revision")
+    names = _VOCABULARIES + (("tokenizer_config.json",) if options.get("trust_remote_code") else ())
+    found = next((path for name in names if (path := _file(source, name, revision))), None)
+    if found is None:
+        weights = (name + end for name in _WEIGHTS for end in ("", ".index.json"))
+        if options.get("load_weights", True) and not any(_file(source, x, revision) for x in weights):
+            raise _no_weights(source)
+        raise _no_tokenizer(source, f"none of {', '.join(_VOCABULARIES)}")
+    if found.name == "tokenizer.json":
+        try:
+            Tokenizer.from_file(str(found))
+        except Exception as error:  # the tokenizers package raises no narrower one
+            raise HookedModelError(f"{found} cannot be read as a tokenizer: {one_line(error)}") from error
 
 
 def _tokenizer(source: str, checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedTokenizerBase:

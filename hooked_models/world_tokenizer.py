@@ -26,7 +26,11 @@ class WorldTokenizer(PreTrainedTokenizer):
 
     Tokens are bytes, not always whole characters; as strings they appear with one character a byte
     (Latin-1). Decoding joins the bytes before it reads them as UTF-8. Encoding puts token 0 before the
-    text, unless told ``add_special_tokens=False``.
+    text, unless told ``add_special_tokens=False``. Half a surrogate pair, which UTF-8 has no bytes for, is
+    read as the replacement character.
+
+    A folder that ``save_pretrained`` writes is read by this class's ``from_pretrained``, not by
+    ``AutoTokenizer``, which does not know the class.
     """
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  (the base class declares it so)
@@ -51,6 +55,7 @@ class WorldTokenizer(PreTrainedTokenizer):
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
         words = _vocabulary()
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return [words.idx2token[index].decode("latin-1") for index in words.encode(text)]
 
     def _convert_token_to_id(self, token: str) -> int | None:

@@ -33,6 +33,7 @@ from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from hooked_models import HookedModelError, HookedRecurrent, RWKV7Config, RWKV7ForCausalLM, checkpoints
 from hooked_models.checkpoints import to_blinkdl
+from hooked_models.loading import name_of
 from hooked_models.world_tokenizer import WorldTokenizer
 
 VOCABULARY = 200
@@ -275,7 +276,10 @@ def test_mamba_ssm_head_left_out_where_it_is_tied(mamba_folder: Path, mamba_refe
         ({"ssm_cfg": {"layer": "Mamba2", "d_ssm": 128}}, ("ssm_cfg.d_ssm = 128",)),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 48}}, ("256", "heads of 48")),
         ({"ssm_cfg": {"layer": "Mamba2", "wings": 2}}, ("unknown fields", "wings")),
-        ({"ssm_cfg": {"layer": "Mamba2", "d_state": "many"}}, ("config.json", "state_size")),
+        ({"ssm_cfg": {"layer": "Mamba2", "d_state": "many"}}, ("config.json", "ssm_cfg.d_state = 'many'")),
+        ({"ssm_cfg": {"layer": "Mamba2", "ngroups": 0}}, ("ssm_cfg.ngroups = 0", "above 0")),
+        ({"pad_vocab_size_multiple": 0}, ("pad_vocab_size_multiple = 0", "above 0")),
+        ({"n_layer": 2.5}, ("n_layer = 2.5",)),
         ({"ssm_cfg": ["Mamba2"]}, ("config.json",)),
         ({"d_model": "wide"}, ("config.json",)),
     ],
@@ -536,8 +540,9 @@ def test_fla_weights_in_parts(fla_folder: Path, rwkv_reference: Any, tokenizer: 
     if parts > 1:
         (fla_folder / file).unlink()
         refuses(fla_folder, "lacks", file, index.name, tokenizer=tokenizer)
-        index.write_text(json.dumps({"weights": 1}))
-        refuses(fla_folder, str(index), "weight_map", tokenizer=tokenizer)
+        for wrong in ({"weights": 1}, {"weight_map": {"a": 3}}, {"weight_map": {"a": "b", "c": None}}):
+            index.write_text(json.dumps(wrong))
+            refuses(fla_folder, str(index), "weight_map", tokenizer=tokenizer)
 
 
 def test_our_class_even_where_another_package_answers_to_the_name(
@@ -551,6 +556,14 @@ def test_our_class_even_where_another_package_answers_to_the_name(
     assert isinstance(AutoConfig.for_model("rwkv7"), Foreign)
     assert AutoModelForCausalLM._model_mapping[Foreign] is object
     assert isinstance(boot(fla_folder, tokenizer=tokenizer).original_model, RWKV7ForCausalLM)
+
+
+def test_fla_model_type_of_an_early_revision(fla_folder: Path, tokenizer: Any):
+    config = json.loads((fla_folder / "config.json").read_text())
+    (fla_folder / "config.json").write_text(json.dumps({**config, "model_type": "rwkv7_fla"}))
+    model = boot(fla_folder, tokenizer=tokenizer)
+    assert isinstance(model.original_model, RWKV7ForCausalLM)
+    assert model.original_model.config.model_type == "rwkv7"
 
 
 def test_fla_tied_embeddings(randomised: Randomised, tmp_path: Path, tokenizer: Any):
@@ -569,7 +582,12 @@ def test_fla_tied_embeddings(randomised: Randomised, tmp_path: Path, tokenizer: 
         ({"head_dim": 48}, "heads do not fill"),
         ({"value_dim": [128, 64, 128]}, "value_dim"),
         ({"decay_low_rank_dim": -1}, "config.json"),
-        ({"hidden_act": "flop"}, "flop"),
+        ({"hidden_act": "flop"}, "hidden_act = 'flop'"),
+        ({"hidden_size": "64"}, "hidden_size = '64': expected int"),
+        ({"norm_eps": None}, "norm_eps = None: expected float"),
+        ({"norm_eps": "small"}, "norm_eps = 'small'"),
+        ({"value_dim": ["wide"]}, "value_dim = ['wide']: expected int | list[int] | None"),
+        ({"a_low_rank_dim": None}, "a_low_rank_dim = None: expected int"),
         ({"num_hidden_layers": 4, "value_dim": 128}, "model.layers.3"),
         ({"vocab_size": 300}, "lm_head.weight [200, 128] instead of [300, 128]"),
     ],
@@ -633,6 +651,14 @@ def test_a_tensor_of_another_shape(a_form: tuple[Path, Path, str], tokenizer: An
     refuses(source, str(source), "has the wrong shape for 1 tensor(s)", line, tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_tensor_of_whole_numbers(a_form: tuple[Path, Path, str], tokenizer: Any, dtype: torch.dtype):
+    source, file, name = a_form
+    rewrite(file, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    line = f"needs floating-point numbers in 1 tensor(s): {name} ({dtype})"
+    refuses(source, str(source), line, tokenizer=tokenizer)
+
+
 def test_all_that_is_wrong_in_one_line(a_form: tuple[Path, Path, str], tokenizer: Any):
     source, file, name = a_form
     layer = name.split(".1.")[0] + ".1."
@@ -681,6 +707,13 @@ def test_another_version(tmp_path: Path, version: str):
     refuses(tmp_path / "RWKV.pth", version, "only plain RWKV-7 (x070)")
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_forward_module.model."])
+def test_names_with_a_prefix(pth: Path, tmp_path: Path, prefix: str):
+    tensors = {prefix + name: tensor for name, tensor in torch.load(pth).items()}
+    torch.save(tensors, tmp_path / "RWKV.pth")
+    refuses(tmp_path / "RWKV.pth", f"begin with {prefix!r} ({prefix}blocks.0.", "without it")
+
+
 class Code:
     """Unpickled, it would leave a file behind."""
 
@@ -706,7 +739,8 @@ def write_bad_file(kind: str, path: Path, good: bytes) -> None:
         path.write_bytes(pickle.dumps({"emb.weight": Code(path.parent / MARKER)}))
     else:
         held = {"code": {"a": Code(path.parent / MARKER)}, "list": [torch.ones(2)], "nothing": {}}
-        held |= {"nested": {"model": {"emb.weight": torch.ones(2)}}, "numbers": {"emb.weight": 3}}
+        held |= {"nested": {"state_dict": {"emb.weight": torch.ones(2)}, "epoch": 3}}
+        held |= {"numbers": {"emb.weight": 3}, "keys": {0: torch.ones(2), "emb.weight": torch.ones(2)}}
         torch.save(held[kind], path)
 
 
@@ -722,8 +756,9 @@ def write_bad_file(kind: str, path: Path, good: bytes) -> None:
         ("pickle", "truncated or damaged, or no PyTorch file"),
         ("code", "wants to run code"),
         ("list", "tensors by name"),
-        ("nested", "tensors by name"),
-        ("numbers", "tensors by name"),
+        ("nested", "'state_dict' (dict), 'epoch' (int): save what 'state_dict' holds"),
+        ("numbers", "tensors by name and nothing else, but also holds 'emb.weight' (int)"),
+        ("keys", "tensors by name and nothing else, but has keys that are no names: 0"),
         ("nothing", "tensors by name"),
     ],
 )
@@ -761,6 +796,55 @@ def test_a_folder_without_weights(request: pytest.FixtureRequest, tokenizer: Any
     for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
         file.unlink()
     refuses(folder, "no weights", "model.safetensors", "pytorch_model.bin", tokenizer=tokenizer)
+
+
+# Hugging Face's form, and what is asked for.
+
+
+@pytest.fixture
+def hf_folder(build_folder: Any) -> Path:
+    return build_folder("mamba2", mamba2(num_hidden_layers=1), 17)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"num_heads": 7}, "num_heads"),
+        ({"time_step_limit": None}, "time_step_limit"),
+        ({"hidden_size": "64"}, "'hidden_size' expected int"),
+        ({"hidden_act": "nope"}, "hidden_act = 'nope'"),
+        ({"n_groups": 0}, "ZeroDivisionError"),
+        ({"model_type": ["mamba2"]}, "configuration"),
+    ],
+)
+def test_configurations_that_do_not_fit(hf_folder: Path, changes: dict[str, Any], part: str):
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps({**config, **changes}))
+    refuses(hf_folder, str(hf_folder), part)
+
+
+@pytest.mark.parametrize("text", ["[]", '["model_type"]', '"mamba2"', "3", "null"])
+def test_a_configuration_that_is_no_object(hf_folder: Path, text: str):
+    (hf_folder / "config.json").write_text(text)
+    refuses(hf_folder, f"the config.json of {hf_folder} does not hold a JSON object")
+
+
+def test_an_index_that_names_no_files(hf_folder: Path):
+    (hf_folder / "model.safetensors").unlink()
+    (hf_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 3, "b": "c"}}))
+    refuses(hf_folder, f"could not load {hf_folder}: ")
+
+
+@pytest.mark.parametrize("as_path", [Path, str])
+def test_a_path_is_a_name(hf_folder: Path, as_path: Any):
+    model = HookedRecurrent.boot_transformers(as_path(hf_folder), device="cpu")
+    assert model.cfg.model_name == str(hf_folder)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"tiny-gdn", ["tiny-gdn"]])
+def test_what_is_no_name(name: Any):
+    with pytest.raises(HookedModelError, match=f"must be a str or a pathlib.Path, not {type(name).__name__}"):
+        name_of(name)
 
 
 # The hub.
@@ -818,6 +902,33 @@ def test_the_tokenizer_of_a_folder_is_used(request: pytest.FixtureRequest, token
     assert model.to_tokens("w9").tolist() == [[0, 9]]
     (folder / "tokenizer.json").write_text("{}")
     refuses(folder, "could not load the tokenizer", str(folder))
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_hugging_face_form_without_a_tokenizer(
+    hub: Any, hf_folder: Path, tokenizer: Any, kept: tuple[str, ...], on_hub: bool
+):
+    """Transformers would make an empty one up."""
+    for file in hf_folder.glob("tokenizer*"):
+        if file.name not in kept:
+            file.unlink()
+    hub("someone/mamba2", hf_folder)
+    source = "someone/mamba2" if on_hub else str(hf_folder)
+    refuses(source, f"no tokenizer in {source}, none of tokenizer.json", "pass tokenizer=")
+    model = boot(source, tokenizer=tokenizer)
+    assert model.to_tokens("w9", prepend_bos=False).tolist() == [[9]]
+
+
+def test_hugging_face_form_with_its_tokenizer(hub: Any, hf_folder: Path):
+    hub("someone/mamba2", hf_folder)
+    assert boot("someone/mamba2").to_tokens("w9", prepend_bos=False).tolist() == [[9]]
+
+
+@pytest.mark.parametrize("text", ["{}", "oops", ""])
+def test_hugging_face_form_with_a_broken_tokenizer(hf_folder: Path, text: str):
+    (hf_folder / "tokenizer.json").write_text(text)
+    refuses(hf_folder, f"{hf_folder / 'tokenizer.json'} cannot be read as a tokenizer")
 
 
 def test_mamba_ssm_without_a_tokenizer(mamba_folder: Path):
@@ -930,6 +1041,19 @@ def test_world_round_trip(world: WorldTokenizer, text: str):
 @given(text=st.text(min_size=1))
 def test_world_tokens_are_the_packages(world: WorldTokenizer, trie: Any, text: str):
     assert world(text, add_special_tokens=False)["input_ids"] == trie.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("a\ud800 b", "a\ufffd b"),
+        ("\udc00", "\ufffd"),
+        ("\ud83d\ude00", "\U0001f600"),
+        ("\ufeffa", "\ufeffa"),
+    ],
+)
+def test_world_reads_surrogates(world: WorldTokenizer, text: str, read: str):
+    assert world.decode(world(text, add_special_tokens=False)["input_ids"]) == read
 
 
 def test_world_tokenizer_as_a_tokenizer(tmp_path: Path, world: WorldTokenizer):
