@@ -111,7 +111,8 @@ def complete_checkpoints() -> Iterator[None]:
         mismatched = sorted(str(key) for key in info["mismatched_keys"])
         for what, names in (("lacks", missing), ("has the wrong shape for", mismatched)):
             if names:
-                raise HookedModelError(f"the checkpoint of {cls.__name__} {what} {listed(names)}")
+                where = "" if not args or args[0] is None else f" in {args[0]}"
+                raise HookedModelError(f"the checkpoint of {cls.__name__}{where} {what} {listed(names)}")
         return model
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
