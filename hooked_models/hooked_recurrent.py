@@ -97,12 +97,14 @@ class HookedRecurrent(SAETransformerBridge):
         Transformers calls Mamba-2's ``cache_params`` and ignores one of the other name.
         """
         cache = kwargs.get("past_key_values")
-        if cache is not None and len(cache.layers) != len(self.new_cache().layers):
+        held = len(getattr(cache, "layers", ()))
+        if cache is not None and held != len(self.new_cache().layers):
             raise HookedModelError(
-                f"this {type(cache).__name__} of {len(cache.layers)} layers does not fit the model: make one "
-                "with model.new_cache()"
+                f"this {type(cache).__name__} of {held} layers does not fit the model: make one with "
+                "model.new_cache()"
             )
-        if "past_key_values" in kwargs and "cache_params" in self._forward_names:
+        taken = inspect.signature(self.original_model.forward).parameters
+        if "past_key_values" in kwargs and "cache_params" in taken:
             kwargs["cache_params"] = kwargs.pop("past_key_values")
         return super().forward(input, *args, **kwargs)
 
@@ -111,10 +113,6 @@ class HookedRecurrent(SAETransformerBridge):
         return self.adapter.create_stateful_cache(
             self.original_model, batch_size=1, device=self.cfg.device, dtype=self.cfg.dtype
         )
-
-    @property
-    def _forward_names(self) -> Iterable[str]:
-        return inspect.signature(self.original_model.forward).parameters
 
     @property
     def mixers(self) -> dict[int, HookedMixer]:

@@ -275,7 +275,7 @@ class HookedMixer(BranchAware):
             elif edited.requires_grad:
                 out = _UnchangedWrite.apply(edited, *(getattr(rec, f) for f in "kvqgab"))
                 change = (out, rec.k.new_zeros(()).expand(len(out), 1, *self.write_shape))
-        native, after = rec, rec
+        after = rec  # with the erases that are set left out
         if on_erase:
             after, moved = self._fire_erase(head, rec, start, difference)
             if moved is not None:
@@ -284,7 +284,7 @@ class HookedMixer(BranchAware):
             change = respond(after, difference)
         if on_state:
             # Kept apart from what the hook sees, for a hook may edit in place.
-            states = Trajectory(native, start).states()
+            states = Trajectory(rec, start).states()
             if difference is not None:
                 states = states + respond_states(after, difference)
             edited, touched = _fire(self.hook_state[head], states.clone())

@@ -44,10 +44,15 @@ EVALUATION_WINDOWS = 64
 PROMPT = "It was a fine morning, and"
 
 
+def shared_fields(vocab_size: int, end_id: int) -> dict[str, Any]:
+    """What the configurations of all models say alike."""
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id)
+    return {"vocab_size": vocab_size, "tie_word_embeddings": True, **tokens}
+
+
 def build_tiny_gdn(vocab_size: int, end_id: int) -> PreTrainedModel:
     """Three Gated DeltaNet layers and one of full attention; key and value sizes differ."""
     config = Qwen3_5TextConfig(
-        vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
@@ -61,10 +66,7 @@ def build_tiny_gdn(vocab_size: int, end_id: int) -> PreTrainedModel:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=end_id,
-        eos_token_id=end_id,
-        pad_token_id=end_id,
+        **shared_fields(vocab_size, end_id),
     )
     model: Any = Qwen3_5ForCausalLM(config)
     for module in model.modules():
@@ -76,7 +78,6 @@ def build_tiny_gdn(vocab_size: int, end_id: int) -> PreTrainedModel:
 def build_tiny_mamba2(vocab_size: int, end_id: int) -> PreTrainedModel:
     """Five Mamba-2 layers of ten heads; state and head sizes differ."""
     config = Mamba2Config(
-        vocab_size=vocab_size,
         hidden_size=160,
         num_hidden_layers=5,
         expand=2,
@@ -86,10 +87,7 @@ def build_tiny_mamba2(vocab_size: int, end_id: int) -> PreTrainedModel:
         n_groups=1,
         conv_kernel=4,
         chunk_size=32,
-        tie_word_embeddings=True,
-        bos_token_id=end_id,
-        eos_token_id=end_id,
-        pad_token_id=end_id,
+        **shared_fields(vocab_size, end_id),
     )
     model: Any = Mamba2ForCausalLM(config)
     for layer in model.backbone.layers:
@@ -100,7 +98,6 @@ def build_tiny_mamba2(vocab_size: int, end_id: int) -> PreTrainedModel:
 def build_tiny_rwkv7(vocab_size: int, end_id: int) -> PreTrainedModel:
     """Four RWKV-7 layers of four heads."""
     config = RWKV7Config(
-        vocab_size=vocab_size,
         hidden_size=128,
         num_hidden_layers=4,
         head_dim=32,
@@ -112,10 +109,7 @@ def build_tiny_rwkv7(vocab_size: int, end_id: int) -> PreTrainedModel:
         v_low_rank_dim=16,
         fuse_norm=False,
         max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        bos_token_id=end_id,
-        eos_token_id=end_id,
-        pad_token_id=end_id,
+        **shared_fields(vocab_size, end_id),
     )
     return RWKV7ForCausalLM(config)
 
