@@ -154,6 +154,11 @@ class HookedRecurrent(SAETransformerBridge):
         """Name of the hook on one head's state after the token, shaped like its write."""
         return self._hook_name("state", layer, head)
 
+    def write_factor_hook_names(self, layer: int) -> tuple[str, str]:
+        """Names of the hooks on the key and value factors of all the layer's writes."""
+        prefix = self.write_hook_name(layer, 0).rsplit(".hook_write", 1)[0]
+        return f"{prefix}.hook_write_key", f"{prefix}.hook_write_value"
+
     def site(self, hook_name: str) -> Site:
         """What a hook name points at.
 

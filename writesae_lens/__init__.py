@@ -4,11 +4,14 @@
 >>> from writesae_lens import WriteSAETrainingConfig
 """
 
+from writesae_lens.config import PAPER_SCHEDULE, WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.sae import WriteSAE, WriteSAEConfig, WriteSAETrainingConfig, WriteTrainingSAE
+from writesae_lens.sae import WriteSAE
 from writesae_lens.saelens_plugin import register
+from writesae_lens.training_sae import WriteTrainingSAE
 
 __all__ = [
+    "PAPER_SCHEDULE",
     "WriteSAE",
     "WriteSAEConfig",
     "WriteSAEError",

@@ -18,13 +18,14 @@ from sae_lens import (
 from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent, zoo
+from writesae_lens.config import WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import ExperimentResult, replacement_test
 from writesae_lens.experiments.inputs import as_passages
 from writesae_lens.experiments.result import write_whole
 from writesae_lens.figures import plot_training
 from writesae_lens.report import write_report
-from writesae_lens.sae import WriteSAETrainingConfig, WriteTrainingSAE
+from writesae_lens.training_sae import WriteTrainingSAE
 
 CONTEXT_SIZE = 256
 BATCH_SIZE = 512

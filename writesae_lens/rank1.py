@@ -4,12 +4,15 @@ A write is X = key value^T; atom i is A_i = sum_r key_ir value_ir^T. Inner produ
 <key value^T, v w^T> = (key . v)(value . w), so scores, reconstruction errors and overlaps cost d_k + d_v
 multiplications a term where the flat formulas need d_k d_v.
 
+Whatever has no such factors (states, the atoms of a dense decoder) is a plain tensor [.., d_k, d_v]; every
+function takes either form.
+
 Axis letters: N rows (writes), F atoms, J chosen atoms, R rank, K = d_k, V = d_v.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -52,6 +55,9 @@ class Factors(NamedTuple):
         """Index the batch axes."""
         return Factors(self.key[index], self.value[index])  # type: ignore[index]
 
+    def detach(self) -> Factors:
+        return Factors(self.key.detach(), self.value.detach())
+
 
 def factor_rank1(rows: Float[Tensor, "row d_k_d_v"], d_k: int, d_v: int) -> Factors | None:
     """The factors of flattened rank-1 matrices, or None if any row is not rank 1.
@@ -86,8 +92,45 @@ def factor_rank1(rows: Float[Tensor, "row d_k_d_v"], d_k: int, d_v: int) -> Fact
         return Factors(key[:, None], value[:, None])
 
 
-def overlaps(left: Factors, right: Factors) -> Float[Tensor, "left right"]:
+# A batch of matrices: in factors, or built [.., d_k, d_v].
+Matrices: TypeAlias = Factors | Tensor
+
+
+def built(matrices: Matrices) -> Float[Tensor, "*batch d_k d_v"]:
+    """The matrices themselves."""
+    return matrices.matrix() if isinstance(matrices, Factors) else matrices
+
+
+def squared_norms(matrices: Matrices) -> Float[Tensor, "*batch"]:
+    """|X_n|^2."""
+    if isinstance(matrices, Factors):
+        return matrices.norm().square()
+    return matrices.square().sum((-1, -2))
+
+
+def normalized(matrices: Matrices) -> Matrices:
+    """The same directions with Frobenius norm 1."""
+    if isinstance(matrices, Factors):
+        return matrices.normalized()
+    return matrices / matrices.flatten(-2).norm(dim=-1).clamp(min=1e-12)[..., None, None]
+
+
+def leading_pairs(matrices: Matrices) -> Factors:
+    """The best rank-1 approximation of each matrix, with norm 1 (zero matrices stay zero)."""
+    if isinstance(matrices, Factors) and matrices.key.shape[-2] == 1:
+        return matrices.normalized()
+    left, _, right = torch.linalg.svd(built(matrices), full_matrices=False)
+    return Factors(left[..., :1].mT, right[..., :1, :])
+
+
+def overlaps(left: Matrices, right: Matrices) -> Float[Tensor, "left right"]:
     """<X_n, Y_i> of every left with every right matrix."""
+    if not isinstance(left, Factors):
+        if isinstance(right, Factors):
+            return _overlaps_dense(left, right)
+        return left.flatten(-2) @ right.flatten(-2).T
+    if not isinstance(right, Factors):
+        return _overlaps_dense(right, left).T
     by_key = left.key.flatten(0, 1) @ right.key.flatten(0, 1).T
     by_value = left.value.flatten(0, 1) @ right.value.flatten(0, 1).T
     terms = by_key * by_value
@@ -97,8 +140,8 @@ def overlaps(left: Factors, right: Factors) -> Float[Tensor, "left right"]:
     return terms.unflatten(1, (-1, ranks[1])).unflatten(0, (-1, ranks[0])).sum((1, 3))
 
 
-def overlaps_dense(matrices: Float[Tensor, "row d_k d_v"], atoms: Factors) -> Float[Tensor, "row atom"]:
-    """<X_n, A_i> for rows of any rank, some atoms at a time."""
+def _overlaps_dense(matrices: Float[Tensor, "row d_k d_v"], atoms: Factors) -> Float[Tensor, "row atom"]:
+    """<X_n, A_i> for built rows, some atoms at a time."""
     n_atoms, rank, d_k = atoms.key.shape
     step = max(1, _BLOCK // max(1, len(matrices) * rank * d_k))
     blocks = []
@@ -110,21 +153,45 @@ def overlaps_dense(matrices: Float[Tensor, "row d_k d_v"], atoms: Factors) -> Fl
     return torch.cat(blocks, dim=-1)
 
 
+def inner(left: Matrices, right: Matrices) -> Float[Tensor, " row"]:
+    """<X_n, Y_n>, row by row."""
+    if not isinstance(left, Factors):
+        if isinstance(right, Factors):
+            return inner(right, left)
+        return (left * right).sum((-1, -2))
+    if isinstance(right, Factors):
+        return ((left.key @ right.key.mT) * (left.value @ right.value.mT)).sum((-1, -2))
+    return ((left.key @ right) * left.value).sum((-1, -2))
+
+
 def squared_errors(
-    rows: Factors,
-    atoms: Factors,
+    rows: Matrices,
+    atoms: Matrices,
     indices: Int[Tensor, "row chosen"],
     coefficients: Float[Tensor, "row chosen"],
 ) -> Float[Tensor, " row"]:
-    """|X_n - sum_j coefficient_nj A_(index_nj)|^2, without building X or the sum.
+    """|X_n - sum_j coefficient_nj A_(index_nj)|^2; in factors neither X nor the sum is built.
 
     Args:
-        rows: the X_n, of rank 1; they get no gradient.
+        rows: the X_n; in factors they are of rank 1. They get no gradient.
     """
+    if not (isinstance(rows, Factors) and isinstance(atoms, Factors)):
+        return (built(rows) - combine(atoms, indices, coefficients)).square().sum((-1, -2))
     rank = atoms.key.shape[1]
     weights = coefficients.repeat_interleave(rank, dim=1) if rank > 1 else coefficients
     key, value = (x[indices].flatten(1, 2) for x in atoms)
     return _SquaredErrors.apply(key, value, weights, rows.key[:, 0], rows.value[:, 0])
+
+
+def squared_errors_of_codes(
+    along: Float[Tensor, "row atom"],
+    squared_norm: Float[Tensor, " row"],
+    atoms: Matrices,
+    codes: Float[Tensor, "row atom"],
+) -> Float[Tensor, " row"]:
+    """|X_n - sum_i codes_ni A_i|^2 where many codes are not zero, given <X_n, A_i> and |X_n|^2."""
+    rebuilt = ((codes @ overlaps(atoms, atoms)) * codes).sum(-1)
+    return squared_norm - 2 * (codes * along).sum(-1) + rebuilt
 
 
 class _SquaredErrors(torch.autograd.Function):
@@ -161,13 +228,13 @@ class _SquaredErrors(torch.autograd.Function):
 
 
 def combine(
-    atoms: Factors, indices: Int[Tensor, "row chosen"], coefficients: Float[Tensor, "row chosen"]
+    atoms: Matrices, indices: Int[Tensor, "row chosen"], coefficients: Float[Tensor, "row chosen"]
 ) -> Float[Tensor, "row d_k d_v"]:
     """sum_j coefficient_nj A_(index_nj), built."""
+    if not isinstance(atoms, Factors):
+        flat = torch.nn.functional.embedding_bag(
+            indices, atoms.flatten(-2), per_sample_weights=coefficients, mode="sum"
+        )
+        return flat.unflatten(-1, atoms.shape[-2:])
     key = atoms.key[indices] * coefficients[..., None, None]
     return key.flatten(1, 2).transpose(1, 2) @ atoms.value[indices].flatten(1, 2)
-
-
-def inner_with_matrix(rows: Factors, matrix: Float[Tensor, "d_k d_v"]) -> Float[Tensor, " row"]:
-    """<X_n, M> for one matrix M."""
-    return ((rows.key @ matrix) * rows.value).sum((-1, -2))

@@ -19,14 +19,11 @@ from sae_lens.registry import (
 )
 
 from hooked_models import HookedRecurrent
+from writesae_lens.config import ARCHITECTURE, WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.sae import (
-    ARCHITECTURE,
-    WriteSAE,
-    WriteSAEConfig,
-    WriteSAETrainingConfig,
-    WriteTrainingSAE,
-)
+from writesae_lens.sae import WriteSAE
+from writesae_lens.saelens_store import keep_writes_packed
+from writesae_lens.training_sae import WriteTrainingSAE
 
 MODEL_CLASS_NAME = "HookedRecurrent"
 # Modules of SAELens that hold load_model under that name; those that a version lacks are passed over.
@@ -58,6 +55,7 @@ def register() -> None:
         except ModuleNotFoundError:
             continue
         _teach_load_model(module)
+    keep_writes_packed()
 
 
 def _teach_load_model(module: Any) -> None:

@@ -9,9 +9,8 @@ from writesae_lens.rank1 import (
     Factors,
     combine,
     factor_rank1,
-    inner_with_matrix,
+    inner,
     overlaps,
-    overlaps_dense,
     squared_errors,
 )
 
@@ -38,11 +37,11 @@ def test_products_equal_those_of_the_matrices(size, seed):
     x, a = dense(rows), dense(atoms)
     expected = torch.einsum("nkv,fkv->nf", x, a)
     torch.testing.assert_close(overlaps(rows, atoms), expected)
-    torch.testing.assert_close(overlaps_dense(x, atoms), expected)
+    torch.testing.assert_close(overlaps(x, atoms), expected)
     torch.testing.assert_close(overlaps(atoms, atoms), torch.einsum("nkv,fkv->nf", a, a))
     torch.testing.assert_close(atoms.norm(), a.flatten(1).norm(dim=1))
     m = dense(factors(1, 3, d_k, d_v, seed + 2))[0]
-    torch.testing.assert_close(inner_with_matrix(atoms, m), (a * m).sum((1, 2)))
+    torch.testing.assert_close(inner(atoms, m), (a * m).sum((1, 2)))
     unit = dense(atoms.normalized())
     torch.testing.assert_close(unit, a / a.flatten(1).norm(dim=1)[:, None, None])
 

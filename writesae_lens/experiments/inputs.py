@@ -14,7 +14,7 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.rank1 import Factors
-from writesae_lens.sae import WriteSAE, WriteTrainingSAE
+from writesae_lens.sae import MatrixSAE
 
 DEFAULT_CONTEXT = 256
 
@@ -115,8 +115,7 @@ def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[
         WriteSAEError: the cell's activations are not finite.
     """
     cell = site.cell
-    prefix = model.write_hook_name(cell.layer, 0).rsplit(".hook_write", 1)[0]
-    names = [f"{prefix}.hook_write_key", f"{prefix}.hook_write_value"]
+    names = list(model.write_factor_hook_names(cell.layer))
     state_name = model.state_hook_name(cell.layer, cell.head)
     on_states = site.kind == "state"
     _, cache = model.run_with_cache(
@@ -133,7 +132,7 @@ def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[
         )
     if on_states:
         acts = sae.encode(cache[state_name][0])
-    elif isinstance(sae, WriteSAE | WriteTrainingSAE):
+    elif isinstance(sae, MatrixSAE):
         acts = sae.encode_factors(key, value)
     else:
         acts = sae.encode((key[:, :, None] * value[:, None, :]).flatten(1))
@@ -145,8 +144,8 @@ def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[
 @torch.no_grad()
 def atom_factors(sae: SAE[Any], atoms: Int[Tensor, " atom"], d_k: int, d_v: int) -> Factors:
     """Chosen decoder atoms as factors; the atoms of a flat SAE get rank d_v (column by column)."""
-    if isinstance(sae, WriteSAE | WriteTrainingSAE):
-        return Factors(*(f.float() for f in sae.atoms()[atoms]))
+    if isinstance(sae, MatrixSAE) and sae.cfg.decoder == "factored":
+        return Factors(*(f[atoms].float() for f in sae.decoder_factors()))
     matrices = sae.W_dec[atoms].float().view(-1, d_k, d_v)
     columns = torch.eye(d_v, device=matrices.device).expand(len(matrices), -1, -1)
     return Factors(matrices.mT, columns)

@@ -1,0 +1,222 @@
+"""From scores to coefficients: the activation functions of the WriteSAE family.
+
+Each is a module with the same four parts: the function itself, how many atoms it lets through, its own
+losses in training, and how it follows a change of the inputs' scale. Parameters that are compared with
+scores, which have the units of the inputs, are kept as logarithms where they can be, so that a step of the
+optimiser means the same for writes of norm 0.01 as for writes of norm 10.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "gated")
+# Share of the distance to the newest threshold that BatchTopK's own moves in a step (as in SAELens).
+_THRESHOLD_RATE = 0.01
+
+
+class Activation(nn.Module):
+    """What all share: no losses of their own, nothing to adapt to a scale."""
+
+    coefficients: dict[str, tuple[float, int]]  # name: value and warm-up steps, for SAELens's trainer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coefficients = {}
+
+    def count(self, acts: Float[Tensor, "*batch d_sae"]) -> int:
+        """The most atoms that are active in any row."""
+        return int((acts != 0).sum(-1).max()) if acts.numel() else 0
+
+    def begin(self, unit: Float[Tensor, ""]) -> None:
+        """Called once, before training, with the root mean square norm of a batch's inputs."""
+
+    def losses(
+        self,
+        scores: Float[Tensor, "row d_sae"],
+        unit: Float[Tensor, ""],
+        coefficients: dict[str, float],
+    ) -> dict[str, Tensor]:
+        """Sparsity losses, in units of the squared error (``unit``: as in `begin`)."""
+        return {}
+
+    def gate_codes(self, scores: Float[Tensor, "row d_sae"]) -> Float[Tensor, "row d_sae"] | None:
+        """Codes that must reconstruct the input by themselves, if there are any (Gated SAEs)."""
+        return None
+
+    @torch.no_grad()
+    def fold(self, scale: float) -> None:
+        """Inputs were multiplied by ``scale`` in training and no longer are."""
+
+
+class TopK(Activation):
+    """The k largest scores of a row, then ReLU."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        values, indices = scores.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(scores).scatter_(-1, indices, values.relu())
+
+    def count(self, acts: Float[Tensor, "*batch d_sae"]) -> int:
+        return self.k
+
+
+class JumpReLU(Activation):
+    """A score passes where it exceeds its atom's threshold (Rajamanoharan et al., 2024).
+
+    The thresholds learn through straight-through estimates: the step's derivative is a box of width
+    ``bandwidth * threshold`` around it. Their loss pulls the mean number of active atoms to k.
+    """
+
+    log_threshold: nn.Parameter
+
+    def __init__(
+        self,
+        shape: Tensor,
+        k: int,
+        bandwidth: float = 0.5,
+        init_threshold: float = 0.1,
+        l0_coefficient: float = 1.0,
+        l0_warm_up_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        self.k, self.bandwidth, self.init_threshold = k, bandwidth, init_threshold
+        self.coefficients = {"l0": (l0_coefficient, l0_warm_up_steps)}
+        self.log_threshold = nn.Parameter(torch.full_like(shape, math.log(init_threshold)))
+
+    @torch.no_grad()
+    def begin(self, unit: Float[Tensor, ""]) -> None:
+        self.log_threshold.fill_(math.log(self.init_threshold * max(float(unit), 1e-30)))
+
+    def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        threshold = self.log_threshold.exp()
+        passed = scores * (scores > threshold)
+        if not self._learns:
+            return passed
+        # Zero in value; its derivative is that of the score's jump from 0 to the threshold.
+        return passed - threshold.detach() * self._box(scores, threshold)
+
+    def losses(
+        self, scores: Float[Tensor, "row d_sae"], unit: Float[Tensor, ""], coefficients: dict[str, float]
+    ) -> dict[str, Tensor]:
+        threshold = self.log_threshold.exp()
+        active = (scores > threshold) - self._box(scores, threshold)
+        surplus = active.sum(-1).mean() / self.k - 1
+        return {"l0_loss": coefficients["l0"] * unit.square() * surplus.square()}
+
+    @property
+    def _learns(self) -> bool:
+        return torch.is_grad_enabled() and self.log_threshold.requires_grad
+
+    def _box(self, scores: Tensor, threshold: Tensor) -> Tensor:
+        width = (self.bandwidth * threshold).detach().clamp(min=torch.finfo(threshold.dtype).tiny)
+        near = (scores.detach() - threshold.detach()).abs() < width / 2
+        return near / width * (threshold - threshold.detach())
+
+    @torch.no_grad()
+    def fold(self, scale: float) -> None:
+        self.log_threshold.sub_(math.log(scale))
+
+
+class BatchTopK(JumpReLU):
+    """k atoms a row on average over the batch, in training; afterwards a threshold (Bussmann et al., 2024).
+
+    The threshold is a running mean of the smallest score that passed. It is a `JumpReLU`'s, with the same
+    state, so that inference needs nothing else.
+    """
+
+    def __init__(self, shape: Tensor, k: int) -> None:
+        super().__init__(shape, k, init_threshold=torch.finfo(torch.float32).tiny)
+        self.coefficients = {}
+        self.log_threshold.requires_grad_(False)
+
+    def begin(self, unit: Float[Tensor, ""]) -> None:
+        pass
+
+    def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        acts = scores.relu()
+        flat = acts.flatten()
+        values, indices = flat.topk(min(self.k * acts[..., 0].numel(), flat.numel()), sorted=False)
+        kept = torch.zeros_like(flat).scatter(-1, indices, values).view_as(acts)
+        if self.training and torch.is_grad_enabled():
+            self._follow(kept.detach())
+        return kept
+
+    def losses(
+        self, scores: Float[Tensor, "row d_sae"], unit: Float[Tensor, ""], coefficients: dict[str, float]
+    ) -> dict[str, Tensor]:
+        return {}
+
+    @torch.no_grad()
+    def _follow(self, kept: Tensor) -> None:
+        least = kept.masked_fill(kept <= 0, float("inf")).min()
+        if not bool(torch.isfinite(least)):
+            return
+        before = self.log_threshold[:1].double().exp()
+        started = before > 2 * torch.finfo(torch.float32).tiny
+        rate = torch.where(started, _THRESHOLD_RATE, 1.0)
+        self.log_threshold.copy_(((1 - rate) * before + rate * least).log().expand_as(self.log_threshold))
+
+
+class Gated(Activation):
+    """A gate decides which atoms are active, a rescaled score how much (Rajamanoharan et al., 2024).
+
+    gate = score + gate_bias > 0; magnitude = ReLU(exp(log_gain) score + magnitude_bias).
+    """
+
+    def __init__(self, shape: Tensor, l1_coefficient: float = 0.1, l1_warm_up_steps: int = 0) -> None:
+        super().__init__()
+        self.coefficients = {"l1": (l1_coefficient, l1_warm_up_steps)}
+        self.gate_bias, self.log_gain, self.magnitude_bias = (
+            nn.Parameter(torch.zeros_like(shape)) for _ in range(3)
+        )
+
+    def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        magnitude = (self.log_gain.exp() * scores + self.magnitude_bias).relu()
+        return magnitude * (scores + self.gate_bias > 0)
+
+    def gate_codes(self, scores: Float[Tensor, "row d_sae"]) -> Float[Tensor, "row d_sae"]:
+        return (scores + self.gate_bias).relu()
+
+    def losses(
+        self, scores: Float[Tensor, "row d_sae"], unit: Float[Tensor, ""], coefficients: dict[str, float]
+    ) -> dict[str, Tensor]:
+        return {"l1_loss": coefficients["l1"] * unit * self.gate_codes(scores).sum(-1).mean()}
+
+    @torch.no_grad()
+    def fold(self, scale: float) -> None:
+        self.gate_bias /= scale
+        self.magnitude_bias /= scale
+
+
+def for_inference(cfg: Any, shape: Tensor) -> Activation:
+    """The activation of a trained SAE; ``shape`` is a tensor [d_sae] of the SAE's dtype and device."""
+    if cfg.activation == "topk":
+        return TopK(cfg.k)
+    return Gated(shape) if cfg.activation == "gated" else JumpReLU(shape, cfg.k)
+
+
+def for_training(cfg: Any, shape: Tensor) -> Activation:
+    """The activation of an SAE in training, with its losses."""
+    if cfg.activation == "batchtopk":
+        return BatchTopK(shape, cfg.k)
+    if cfg.activation == "jumprelu":
+        return JumpReLU(
+            shape,
+            cfg.k,
+            cfg.jumprelu_bandwidth,
+            cfg.jumprelu_init_threshold,
+            cfg.l0_coefficient,
+            cfg.l0_warm_up_steps,
+        )
+    if cfg.activation == "gated":
+        return Gated(shape, cfg.l1_coefficient, cfg.l1_warm_up_steps)
+    return TopK(cfg.k)

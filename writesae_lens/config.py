@@ -1,0 +1,213 @@
+"""Configurations of the WriteSAE family, for inference and for training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, no_type_check
+
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
+
+from writesae_lens.activations import ACTIVATIONS
+from writesae_lens.errors import WriteSAEError
+
+ARCHITECTURE = "writesae"
+# Settings of normalize_activations that leave the matrices as they come to the SAE.
+PLAIN_INPUTS = ("none", "expected_average_only_in")
+
+
+def _settle(cfg: Any) -> None:
+    """Derive d_in and refuse contradictions; shared by the two config classes."""
+    if cfg.d_k < 1 or cfg.d_v < 1 or cfg.rank < 1 or cfg.d_sae < 1:
+        raise WriteSAEError(
+            f"d_k, d_v, d_sae and rank must be positive, got d_k={cfg.d_k}, d_v={cfg.d_v}, "
+            f"d_sae={cfg.d_sae}, rank={cfg.rank}"
+        )
+    cfg.d_in = cfg.d_k * cfg.d_v
+    if not 1 <= cfg.k <= cfg.d_sae:
+        raise WriteSAEError(
+            f"k={cfg.k} atoms cannot be active out of d_sae={cfg.d_sae}: give 1 <= k <= d_sae"
+        )
+    for name, allowed in (
+        ("encoder", ("bilinear", "tied", "dense")),
+        ("decoder", ("factored", "dense")),
+        ("activation", ACTIVATIONS),
+    ):
+        if getattr(cfg, name) not in allowed:
+            raise WriteSAEError(f"{name}={getattr(cfg, name)!r} is unknown: choose {', '.join(allowed)}")
+    if cfg.normalize_activations == "covariance_whitening":
+        raise WriteSAEError(
+            "covariance_whitening would mix matrix entries, and whitened writes are no longer rank 1: "
+            "use normalize_activations='none' or 'expected_average_only_in'"
+        )
+    if cfg.apply_b_dec_to_input:
+        raise WriteSAEError(
+            "a WriteSAE adds its decoder bias at decode and does not subtract it before encoding: "
+            "leave apply_b_dec_to_input False"
+        )
+
+
+# SAELens fills configs from dictionaries, metadata last: run-time type checks would refuse that.
+@no_type_check
+@dataclass(kw_only=True)
+class WriteSAEConfig(SAEConfig):
+    """A WriteSAE for inference.
+
+    Args:
+        d_k: key side of the cell (rows of the matrix).
+        d_v: value side of the cell (columns).
+        k: atoms active per input: at most (topk), on average in training (batchtopk, jumprelu).
+        rank: rank of the factored encoder and decoder; 1 is the shape of a native write.
+        encoder: bilinear (its own factors), tied (the atoms themselves, so a coefficient is the projection on
+            its atom) or dense (a linear map of the flattened matrix).
+        decoder: factored, or dense (any matrix of unit norm; no longer a stand-in for one write).
+        activation: topk, batchtopk (a threshold once trained), jumprelu or gated.
+        d_in: always d_k * d_v; whatever is given is overwritten.
+
+    Raises:
+        WriteSAEError: k above d_sae, a size below 1, an unknown member of the family, whitening, or a bias
+            subtracted from the input.
+    """
+
+    d_k: int
+    d_v: int
+    k: int = 32
+    rank: int = 1
+    encoder: Literal["bilinear", "tied", "dense"] = "bilinear"
+    decoder: Literal["factored", "dense"] = "factored"
+    activation: Literal["topk", "batchtopk", "jumprelu", "gated"] = "topk"
+    d_in: int = 0
+    apply_b_dec_to_input: bool = False
+
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    def __post_init__(self) -> None:
+        _settle(self)
+        super().__post_init__()
+
+
+@no_type_check
+@dataclass(kw_only=True)
+class WriteSAETrainingConfig(TrainingSAEConfig):
+    """A WriteSAE in training; the first arguments are those of `WriteSAEConfig`.
+
+    Args:
+        d_k, d_v, k, rank, encoder, decoder, activation, d_in: as in `WriteSAEConfig`.
+        init_from_writes: start the atoms as writes of the first batches (of states: their leading singular
+            pairs) rather than at random; then few die.
+        encoder_bias: learn a threshold for each atom. Without it (TopK needs none) the SAE is as good on
+            writes of norm 0.01 as of norm 10; with it atoms of small writes die, for a step of the
+            optimiser is large against their coefficients.
+        decoder_bias: learn the matrix B that is added at decode. Atoms stand in for writes better without
+            it: with a bias they learn differences from the mean write.
+        aux_loss_coefficient: weight of the dead-atom loss, the squared error with which dead atoms
+            reconstruct what the live ones left over.
+        k_aux: dead atoms that take part in it, by pre-activation.
+        write_alignment_coefficient: weight of 1 - cos(X, A) of each input's dominant atom, in units of
+            the batch's mean |X|^2; 0 is the paper's recipe (MSE alone).
+        renormalize_every: steps after which the raw factors are put back to norm 1. Atoms have norm 1
+            whatever the factors' norms; this keeps the optimiser's steps as large as the learning rate says.
+        resample_every: steps after which atoms still dead start anew as the leading singular pairs of
+            badly reconstructed inputs, with the optimiser's moments cleared; 0 for never.
+        jumprelu_init_threshold: first threshold, in units of the inputs' root mean square norm.
+        jumprelu_bandwidth: width of the straight-through estimate, in units of the threshold.
+        l0_coefficient, l0_warm_up_steps: weight of JumpReLU's (L0 / k - 1)^2, in units of mean |X|^2.
+        l1_coefficient, l1_warm_up_steps: weight of Gated's sum of gate activations, in units of the root
+            mean square norm.
+    """
+
+    d_k: int
+    d_v: int
+    k: int = 32
+    rank: int = 1
+    encoder: Literal["bilinear", "tied", "dense"] = "bilinear"
+    decoder: Literal["factored", "dense"] = "factored"
+    activation: Literal["topk", "batchtopk", "jumprelu", "gated"] = "topk"
+    d_in: int = 0
+    apply_b_dec_to_input: bool = False
+    init_from_writes: bool = True
+    encoder_bias: bool = False
+    decoder_bias: bool = False
+    aux_loss_coefficient: float = 1e-2
+    k_aux: int = 256
+    write_alignment_coefficient: float = 2.0
+    renormalize_every: int = 100
+    resample_every: int = 250
+    jumprelu_init_threshold: float = 0.1
+    jumprelu_bandwidth: float = 0.5
+    l0_coefficient: float = 1.0
+    l0_warm_up_steps: int = 0
+    l1_coefficient: float = 0.1
+    l1_warm_up_steps: int = 0
+
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    @classmethod
+    def paper(cls, **options: Any) -> WriteSAETrainingConfig:
+        """The paper's recipe (section "Training"): squared error and dead-atom loss on k = 32 of 2,048 atoms.
+
+        Its schedule belongs to the runner: ``LanguageModelSAERunnerConfig(sae=..., **PAPER_SCHEDULE)``.
+
+        Args:
+            **options: d_k and d_v, and whatever else is to differ.
+        """
+        recipe: dict[str, Any] = {
+            "d_sae": 2048,
+            "k": 32,
+            "init_from_writes": False,
+            "encoder_bias": True,
+            "decoder_bias": True,
+            "write_alignment_coefficient": 0.0,
+            "renormalize_every": 100,
+            "resample_every": 250,
+        }
+        return cls(**(recipe | options))
+
+    def __post_init__(self) -> None:
+        _settle(self)
+        least = {"jumprelu_init_threshold": 1e-9, "jumprelu_bandwidth": 1e-9} | dict.fromkeys(
+            (
+                "aux_loss_coefficient",
+                "k_aux",
+                "write_alignment_coefficient",
+                "renormalize_every",
+                "resample_every",
+                "l0_coefficient",
+                "l1_coefficient",
+            ),
+            0,
+        )
+        too_low = [name for name, value in least.items() if getattr(self, name) < value]
+        if too_low:
+            raise WriteSAEError(f"{' and '.join(too_low)} must not be negative, nor zero for JumpReLU's own")
+        if self.activation == "gated" and self.normalize_activations not in PLAIN_INPUTS:
+            raise WriteSAEError(
+                f"the gate's own reconstruction is compared with the raw input, which "
+                f"normalize_activations={self.normalize_activations!r} puts in other units: use 'none' or "
+                "'expected_average_only_in'"
+            )
+        if self.aux_loss_coefficient and self.normalize_activations not in PLAIN_INPUTS:
+            raise WriteSAEError(
+                f"the dead-atom loss compares coefficients with what is left of the raw input, which "
+                f"normalize_activations={self.normalize_activations!r} puts in other units: set "
+                "aux_loss_coefficient=0 or normalize_activations='none'"
+            )
+        super().__post_init__()
+
+
+# What the paper's recipe sets in SAELens's runner config (paper, section "Training").
+PAPER_SCHEDULE: dict[str, Any] = {
+    "lr": 3e-4,
+    "lr_end": 3e-5,
+    "lr_scheduler_name": "cosineannealing",
+    "lr_warm_up_steps": 50,
+    "train_batch_size_tokens": 256,
+    "dead_feature_window": 100,
+}
+
+# SAELens's command line reads the annotations of configs, which the mark would hide.
+for _config in (WriteSAEConfig, WriteSAETrainingConfig):
+    delattr(_config, "__no_type_check__")

@@ -1,0 +1,267 @@
+"""WriteSAEs in training: SAELens's trainer sees a `TrainingSAE`, the losses are in closed form on writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
+from torch import Tensor, nn
+
+from writesae_lens import activations
+from writesae_lens.config import PLAIN_INPUTS, WriteSAETrainingConfig
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.optimizer import forget_moments
+from writesae_lens.rank1 import (
+    Factors,
+    Matrices,
+    inner,
+    leading_pairs,
+    overlaps,
+    squared_errors,
+    squared_errors_of_codes,
+    squared_norms,
+)
+from writesae_lens.sae import MatrixSAE
+
+# Dead atoms that take part in one step's loss, in units of k_aux; it costs their number squared.
+_POOL = 4
+
+
+class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
+    """A WriteSAE in training: squared error, dead-atom loss and write alignment, in closed form on writes."""
+
+    cfg: WriteSAETrainingConfig
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.b_enc.requires_grad_(self.cfg.encoder_bias)
+        self.b_dec.requires_grad_(self.cfg.decoder_bias)
+        self._n_from_inputs = 0
+        self.n_resampled = 0
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; loaded atoms and thresholds are not started anew from inputs."""
+        self._n_from_inputs = self.cfg.d_sae
+        return super().load_state_dict(*args, **kwargs)
+
+    # TrainingSAE overrides these in the base class; here they are the shared ones.
+    encode = MatrixSAE.encode
+    decode = MatrixSAE.decode
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return activations.for_training(
+            self.cfg, torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
+        )
+
+    def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
+        return {n: TrainCoefficientConfig(*c) for n, c in self.activation_fn.coefficients.items()}
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.hook_sae_acts_pre(self._scores(self.process_sae_in(x)))
+        return self.hook_sae_acts_post(self.activation_fn(scores)), scores
+
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """The losses beside the squared error, where inputs are normalised at run time."""
+        rows = step_input.sae_in.unflatten(-1, (self.cfg.d_k, self.cfg.d_v))
+        return self._losses(rows, self.atoms(), hidden_pre, feature_acts, step_input)[1]
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """One step's losses. ``sae_out`` is built for logging steps only, else it is NaN.
+
+        Raises:
+            WriteSAEError: the batch has another width, or holds infinite or undefined numbers.
+        """
+        x = step_input.sae_in
+        self._check_width(x)
+        if self.cfg.normalize_activations not in PLAIN_INPUTS:
+            return self._with_metrics(super().training_forward_pass(step_input), step_input)
+        # Sums of products of inner products: not for half precision, nor slow at single.
+        with torch.autocast(x.device.type, enabled=False):
+            rows = self._rows(x)
+            if not all(bool(torch.isfinite(part).all()) for part in _tensors(rows)):
+                raise WriteSAEError(
+                    "the activations of this batch are not finite: check the model's dtype and the hook"
+                )
+            self._prepare(rows, step_input)
+            atoms = self.atoms()
+            encoder = atoms if self.cfg.encoder == "tied" else self._raw("enc")
+            scores = self.hook_sae_acts_pre(overlaps(rows, encoder) + self.b_enc)
+            acts = self.hook_sae_acts_post(self.activation_fn(scores))
+            error, others = self._losses(rows, atoms, scores, acts, step_input)
+            losses = {"mse_loss": error.mean(), **others}
+        with torch.no_grad():
+            if step_input.is_logging_step:
+                sae_out = self.decode(acts.detach())
+            else:
+                sae_out = torch.full((1, 1), float("nan"), dtype=x.dtype, device=x.device).expand(x.shape)
+        output = TrainStepOutput(
+            sae_in=x,
+            sae_out=sae_out,
+            feature_acts=acts,
+            hidden_pre=scores,
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
+        )
+        return self._with_metrics(output, step_input)
+
+    @torch.no_grad()
+    def _with_metrics(self, output: TrainStepOutput, step_input: TrainStepInput) -> TrainStepOutput:
+        """What SAELens logs beside its own metrics, on logging steps."""
+        if step_input.is_logging_step:
+            rows = self._rows(step_input.sae_in.detach())
+            best = self.atoms()[output.feature_acts.argmax(-1)]
+            fires = output.feature_acts.amax(-1) > 0
+            cosine = inner(rows, best) / squared_norms(rows).sqrt().clamp(min=1e-30)
+            dead = step_input.dead_neuron_mask
+            n_dead = 0 if dead is None else int(dead.sum())
+            output.metrics |= {
+                "write_cosine": float(cosine[fires].mean()) if bool(fires.any()) else 0.0,
+                "alive_atoms": self.cfg.d_sae - n_dead,
+                "dead_atoms": n_dead,
+                "resampled_atoms": self.n_resampled,
+            }
+        return output
+
+    @torch.no_grad()
+    def _prepare(self, rows: Matrices, step_input: TrainStepInput) -> None:
+        """What happens between steps: the start from inputs, renormalisation, resampling."""
+        cfg, step = self.cfg, step_input.n_training_steps
+        if self._n_from_inputs == 0:
+            self.activation_fn.begin(squared_norms(rows).mean().sqrt())
+            if not cfg.init_from_writes:
+                self._n_from_inputs = cfg.d_sae
+        if self._n_from_inputs < cfg.d_sae:
+            first = self._n_from_inputs
+            rows_for = leading_pairs(rows[squared_norms(rows) > 0][: cfg.d_sae - first])
+            self._n_from_inputs += len(rows_for.key)
+            self._set_atoms(torch.arange(first, self._n_from_inputs, device=self.b_enc.device), rows_for)
+        if step and cfg.renormalize_every and step % cfg.renormalize_every == 0:
+            atoms = self.atoms()
+            for parameter, value in zip(_tensors(self._raw("dec")), _tensors(atoms)):
+                parameter.copy_(value)
+        dead = step_input.dead_neuron_mask
+        if step and cfg.resample_every and step % cfg.resample_every == 0 and dead is not None:
+            self._resample(rows, dead.nonzero().squeeze(-1))
+
+    @torch.no_grad()
+    def _resample(self, rows: Matrices, dead: Tensor) -> None:
+        """Start dead atoms anew from inputs drawn by their squared error, and forget their moments."""
+        acts = self.activation_fn(overlaps(rows, self._encoder) + self.b_enc)
+        error = self._squared_error(rows, self.atoms(), acts)
+        n = min(len(dead), int((error > 0).sum()))
+        if n == 0:
+            return
+        worst = torch.multinomial(error, n)
+        self._set_atoms(dead[:n], leading_pairs(rows[worst]))
+        forget_moments(self._per_atom(), dead[:n])
+        self.n_resampled += n
+
+    def _per_atom(self) -> list[nn.Parameter]:
+        """The parameters with a row for each atom."""
+        return [p for p in self.parameters() if len(p) == self.cfg.d_sae and p is not self.b_dec]
+
+    @torch.no_grad()
+    def _set_atoms(self, slots: Tensor, rows: Factors) -> None:
+        """Make these atoms, decoder and encoder alike, rank-1 matrices of norm 1."""
+        for side in ("dec", "enc"):
+            if side == "enc" and self.cfg.encoder == "tied":
+                continue
+            raw = self._raw(side)
+            if not isinstance(raw, Factors):
+                raw[slots] = rows.matrix().to(raw.dtype)
+                continue
+            for parameter, factor in zip(raw, rows):
+                parameter[slots] *= 0.1  # further ranks keep their direction, at little weight
+                parameter[slots, :1] = factor.to(parameter.dtype)
+        self.b_enc[slots] = 0
+
+    def _squared_error(self, rows: Matrices, atoms: Matrices, acts: Tensor) -> Tensor:
+        """|X - X^|^2 of each input."""
+        bias = self.bias_matrix
+        count = self.activation_fn.count(acts)
+        if count > self.cfg.d_sae // 8:
+            along = overlaps(rows, atoms)
+            error = squared_errors_of_codes(along, squared_norms(rows), atoms, acts)
+        else:
+            values, indices = acts.topk(count, dim=-1)
+            error = squared_errors(rows, atoms, indices, values)
+        if self.cfg.decoder_bias:
+            on_bias = (acts * inner(atoms, bias)).sum(-1)
+            error = error + 2 * (on_bias - inner(rows, bias)) + bias.square().sum()
+        return error
+
+    def _losses(
+        self, rows: Matrices, atoms: Matrices, scores: Tensor, acts: Tensor, step_input: TrainStepInput
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of each input, and the losses beside it, from inner products."""
+        squared = squared_norms(rows)
+        unit = squared.mean().sqrt().detach()
+        error = self._squared_error(rows, atoms, acts)
+        losses = {
+            "auxiliary_reconstruction_loss": self._dead_loss(
+                rows, atoms, scores, acts, error, step_input.dead_neuron_mask
+            )
+        }
+        codes = self.activation_fn.gate_codes(scores)
+        if codes is not None:
+            # The gate learns from this; the atoms do not.
+            fixed = atoms.detach()
+            via_gate = squared_errors_of_codes(overlaps(rows, fixed), squared, fixed, codes)
+            losses["gate_reconstruction_loss"] = via_gate.mean()
+        if self.cfg.write_alignment_coefficient:
+            cosine = inner(rows, atoms[acts.argmax(-1)]) / squared.sqrt().clamp(min=1e-30)
+            fires = (acts.amax(-1) > 0).to(cosine)
+            misaligned = ((1 - cosine) * fires).sum() / fires.sum().clamp(min=1)
+            losses["write_alignment_loss"] = self.cfg.write_alignment_coefficient * unit.square() * misaligned
+        losses |= self.activation_fn.losses(scores, unit, step_input.coefficients)
+        return error, losses
+
+    def _dead_loss(
+        self,
+        rows: Matrices,
+        atoms: Matrices,
+        scores: Tensor,
+        acts: Tensor,
+        error: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """How well the strongest dead atoms reconstruct what the live ones left over.
+
+        The weights are the scores of the k_aux strongest of a row, elsewhere zero.
+        """
+        cfg = self.cfg
+        n_dead = 0 if mask is None else int(mask.sum())
+        if mask is None or n_dead == 0 or not (cfg.aux_loss_coefficient and cfg.k_aux):
+            return scores.new_zeros(())
+        pool = mask.nonzero().squeeze(-1)
+        if n_dead > _POOL * cfg.k_aux:
+            pool = pool[scores.detach()[:, pool].amax(0).topk(_POOL * cfg.k_aux).indices]
+        weights = scores[:, pool]
+        if len(pool) > cfg.k_aux:
+            values, indices = weights.topk(cfg.k_aux, dim=-1, sorted=False)
+            weights = torch.zeros_like(weights).scatter(-1, indices, values)
+        dead, fixed = atoms[pool], atoms.detach()
+        # What the live atoms left over is given: no gradient flows into it.
+        left_over = overlaps(rows, dead) - acts.detach() @ overlaps(fixed, dead)
+        if cfg.decoder_bias:
+            left_over = left_over - inner(dead, self.bias_matrix.detach())
+        loss = squared_errors_of_codes(left_over, error.detach(), dead, weights).mean()
+        return cfg.aux_loss_coefficient * min(1.0, n_dead / cfg.k_aux) * loss
+
+    @torch.no_grad()
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        """Norms of the encoder's rows; the atoms' own norms are 1."""
+        return {"weights/encoder_norms": squared_norms(self._encoder).sqrt().float().cpu().numpy()}
+
+
+def _tensors(matrices: Matrices) -> tuple[Tensor, ...]:
+    return tuple(matrices) if isinstance(matrices, Factors) else (matrices,)
