@@ -22,6 +22,8 @@ from torch import Tensor
 RANK1_TOLERANCE = 1e-5
 # Elements of the temporary that a dense score may build at once.
 _BLOCK = 2**26
+# A gradient with fewer than one in so many entries is taken entry by entry.
+_SPARSE = 16
 
 
 class Factors(NamedTuple):
@@ -138,6 +140,41 @@ def overlaps(left: Matrices, right: Matrices) -> Float[Tensor, "left right"]:
     if ranks == (1, 1):
         return terms
     return terms.unflatten(1, (-1, ranks[1])).unflatten(0, (-1, ranks[0])).sum((1, 3))
+
+
+def scores(rows: Matrices, encoder: Matrices) -> Float[Tensor, "row atom"]:
+    """`overlaps` of inputs that need no gradient; cheap to differentiate where few of its entries matter."""
+    if isinstance(rows, Factors) and isinstance(encoder, Factors):
+        return _Scores.apply(rows.key[:, 0], rows.value[:, 0], *encoder)
+    return overlaps(rows, encoder)
+
+
+class _Scores(torch.autograd.Function):
+    """z_nf = sum_r (x_n . k_fr)(y_n . v_fr); TopK lets gradients through to k entries of a row only."""
+
+    @staticmethod
+    def forward(ctx: Any, x_key: Tensor, x_value: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        by_key, by_value = x_key @ key.flatten(0, 1).T, x_value @ value.flatten(0, 1).T
+        ctx.save_for_backward(x_key, x_value, by_key, by_value)
+        ctx.rank = key.shape[1]
+        terms = by_key * by_value
+        return terms if ctx.rank == 1 else terms.unflatten(1, (-1, ctx.rank)).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_key, x_value, by_key, by_value = ctx.saved_tensors
+        grad = grads[0] if ctx.rank == 1 else grads[0].repeat_interleave(ctx.rank, dim=1)
+        out = []
+        sides = (x_key, by_value), (x_value, by_key)
+        if int(grad.count_nonzero()) * _SPARSE > grad.numel():
+            out = [(grad * other).T @ x for x, other in sides]
+        else:
+            row, atom = grad.nonzero(as_tuple=True)
+            chosen = grad[row, atom]
+            for x, other in sides:
+                terms = x[row] * (chosen * other[row, atom])[:, None]
+                out.append(x.new_zeros(grad.shape[1], x.shape[1]).index_add_(0, atom, terms))
+        return None, None, *(g.unflatten(0, (-1, ctx.rank)) for g in out)
 
 
 def _overlaps_dense(matrices: Float[Tensor, "row d_k d_v"], atoms: Factors) -> Float[Tensor, "row atom"]:

@@ -107,8 +107,8 @@ class MatrixSAE(SAE[Any]):
         Args:
             x: flattened matrices. Rank-1 rows that need no gradient take the factored path.
         """
-        scores = self.hook_sae_acts_pre(self._scores(self.process_sae_in(x)))
-        return self.hook_sae_acts_post(self.activation_fn(scores))
+        hidden = self.hook_sae_acts_pre(self._hidden(self.process_sae_in(x)))
+        return self.hook_sae_acts_post(self.activation_fn(hidden))
 
     def encode_factors(
         self, key: Float[Tensor, "row d_k"], value: Float[Tensor, "row d_v"]
@@ -148,7 +148,7 @@ class MatrixSAE(SAE[Any]):
             return x.unflatten(-1, (self.cfg.d_k, self.cfg.d_v)).to(self.dtype)
         return Factors(*(f.to(self.dtype) for f in rows))
 
-    def _scores(self, x: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor) -> Tensor:
         rows = self._rows(x.reshape(-1, self.cfg.d_in))
         return (overlaps(rows, self._encoder) + self.b_enc).view(*x.shape[:-1], self.cfg.d_sae)
 

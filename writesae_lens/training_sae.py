@@ -20,6 +20,7 @@ from writesae_lens.rank1 import (
     inner,
     leading_pairs,
     overlaps,
+    scores,
     squared_errors,
     squared_errors_of_codes,
     squared_norms,
@@ -60,8 +61,8 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         return {n: TrainCoefficientConfig(*c) for n, c in self.activation_fn.coefficients.items()}
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.hook_sae_acts_pre(self._scores(self.process_sae_in(x)))
-        return self.hook_sae_acts_post(self.activation_fn(scores)), scores
+        hidden = self.hook_sae_acts_pre(self._hidden(self.process_sae_in(x)))
+        return self.hook_sae_acts_post(self.activation_fn(hidden)), hidden
 
     def calculate_aux_loss(
         self,
@@ -94,9 +95,9 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
             self._prepare(rows, step_input)
             atoms = self.atoms()
             encoder = atoms if self.cfg.encoder == "tied" else self._raw("enc")
-            scores = self.hook_sae_acts_pre(overlaps(rows, encoder) + self.b_enc)
-            acts = self.hook_sae_acts_post(self.activation_fn(scores))
-            error, others = self._losses(rows, atoms, scores, acts, step_input)
+            hidden = self.hook_sae_acts_pre(scores(rows, encoder) + self.b_enc)
+            acts = self.hook_sae_acts_post(self.activation_fn(hidden))
+            error, others = self._losses(rows, atoms, hidden, acts, step_input)
             losses = {"mse_loss": error.mean(), **others}
         with torch.no_grad():
             if step_input.is_logging_step:
@@ -107,7 +108,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
             sae_in=x,
             sae_out=sae_out,
             feature_acts=acts,
-            hidden_pre=scores,
+            hidden_pre=hidden,
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
         )
@@ -200,7 +201,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         return error
 
     def _losses(
-        self, rows: Matrices, atoms: Matrices, scores: Tensor, acts: Tensor, step_input: TrainStepInput
+        self, rows: Matrices, atoms: Matrices, hidden: Tensor, acts: Tensor, step_input: TrainStepInput
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of each input, and the losses beside it, from inner products."""
         squared = squared_norms(rows)
@@ -208,10 +209,10 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         error = self._squared_error(rows, atoms, acts)
         losses = {
             "auxiliary_reconstruction_loss": self._dead_loss(
-                rows, atoms, scores, acts, error, step_input.dead_neuron_mask
+                rows, atoms, hidden, acts, error, step_input.dead_neuron_mask
             )
         }
-        codes = self.activation_fn.gate_codes(scores)
+        codes = self.activation_fn.gate_codes(hidden)
         if codes is not None:
             # The gate learns from this; the atoms do not.
             fixed = atoms.detach()
@@ -222,14 +223,14 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
             fires = (acts.amax(-1) > 0).to(cosine)
             misaligned = ((1 - cosine) * fires).sum() / fires.sum().clamp(min=1)
             losses["write_alignment_loss"] = self.cfg.write_alignment_coefficient * unit.square() * misaligned
-        losses |= self.activation_fn.losses(scores, unit, step_input.coefficients)
+        losses |= self.activation_fn.losses(hidden, unit, step_input.coefficients)
         return error, losses
 
     def _dead_loss(
         self,
         rows: Matrices,
         atoms: Matrices,
-        scores: Tensor,
+        hidden: Tensor,
         acts: Tensor,
         error: Tensor,
         mask: Tensor | None,
@@ -241,11 +242,11 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         cfg = self.cfg
         n_dead = 0 if mask is None else int(mask.sum())
         if mask is None or n_dead == 0 or not (cfg.aux_loss_coefficient and cfg.k_aux):
-            return scores.new_zeros(())
+            return hidden.new_zeros(())
         pool = mask.nonzero().squeeze(-1)
         if n_dead > _POOL * cfg.k_aux:
-            pool = pool[scores.detach()[:, pool].amax(0).topk(_POOL * cfg.k_aux).indices]
-        weights = scores[:, pool]
+            pool = pool[hidden.detach()[:, pool].amax(0).topk(_POOL * cfg.k_aux).indices]
+        weights = hidden[:, pool]
         if len(pool) > cfg.k_aux:
             values, indices = weights.topk(cfg.k_aux, dim=-1, sorted=False)
             weights = torch.zeros_like(weights).scatter(-1, indices, values)
