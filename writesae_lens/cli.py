@@ -1,4 +1,4 @@
-"""Command line: ``writesae-lens demo | replace | models``."""
+"""Command line: ``writesae-lens demo | train | replace | models``."""
 
 from __future__ import annotations
 
@@ -40,6 +40,39 @@ def demo(
     result = run_demo(out, model, _cell(cell), d_sae, k, training_tokens, seed)
     typer.echo(f"report: {out / 'report.html'}")
     _headline(result.summary)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="All other flags are SAELens's (--model_name, --dataset_path, --d_sae, --k, --lr, --training_tokens, "
+    "--output_path, --log_to_wandb, ...); --saelens-help lists them.",
+)
+def train(
+    context: typer.Context,
+    cells: Annotated[
+        str | None,
+        typer.Option(help="LAYER:HEAD, * for all, commas between: 1:*; instead of --hook_name."),
+    ] = None,
+    site: Annotated[str, typer.Option(help="With --cells: train on each write, or each state.")] = "write",
+    win_rate: Annotated[
+        int, typer.Option(min=0, help="Passages for a quick replacement test at every W&B evaluation.")
+    ] = 0,
+    saelens_help: Annotated[bool, typer.Option("--saelens-help", help="List SAELens's flags.")] = False,
+) -> None:
+    """Train WriteSAEs with SAELens's runner; several cells train from one forward pass.
+
+    For example: writesae-lens train --model_name tiny-gdn --cells "1:*" --d_sae 2048 --k 4 --lr 2e-3
+    --context_size 256 --training_tokens 200000 --output_path my_saes
+    """
+    from writesae_lens.train import run_training
+
+    if site not in ("write", "state"):
+        raise WriteSAEError(f"--site is write or state, got {site!r}")
+    if not context.args and cells is None and not saelens_help:
+        raise WriteSAEError("nothing to train: give --model_name and --cells, see writesae-lens train --help")
+    arguments = ["--help"] if saelens_help else context.args
+    for folder in run_training(arguments, cells, site, win_rate):  # type: ignore[arg-type]
+        typer.echo(f"trained: {folder}")
 
 
 @app.command()

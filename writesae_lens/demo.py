@@ -25,6 +25,7 @@ from writesae_lens.experiments.inputs import as_passages
 from writesae_lens.experiments.result import write_whole
 from writesae_lens.figures import plot_training
 from writesae_lens.report import write_report
+from writesae_lens.train import shipped_text
 from writesae_lens.training_sae import WriteTrainingSAE
 
 CONTEXT_SIZE = 256
@@ -64,11 +65,10 @@ def run_demo(
     out = Path(out)
     model = HookedRecurrent.boot_transformers(model_name, device="cpu")
     where = model.cell(*(cell or DEFAULT_CELLS[model_name]))
-    documents = [d.strip() for d in zoo.held_out_text().split("<|endoftext|>")]
-    cut = round(0.8 * len(documents))
+    training_text, test_text = shipped_text()
     text_folder = out / "text"
     text_folder.mkdir(parents=True, exist_ok=True)
-    rows = "".join(json.dumps({"text": d}) + "\n" for d in documents[:cut])
+    rows = "".join(json.dumps({"text": d}) + "\n" for d in training_text)
     write_whole(text_folder / "train.jsonl", lambda p: p.write_text(rows, encoding="utf-8"))
 
     hook_name = model.write_hook_name(where.layer, where.head)
@@ -107,7 +107,7 @@ def run_demo(
     runner.run()
 
     sae = SAE.load_from_disk(out / "sae")
-    passages = as_passages(model, "\n\n".join(documents[cut:]), CONTEXT_SIZE)[:TEST_PASSAGES]
+    passages = as_passages(model, "\n\n".join(test_text), CONTEXT_SIZE)[:TEST_PASSAGES]
     result = replacement_test(model, sae, passages, seed=seed)
     result.save(out)
     curves = pd.DataFrame(history)

@@ -15,6 +15,8 @@ is built in training; inputs of any rank (states) take the dense encoder and sti
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,9 @@ from writesae_lens.config import PLAIN_INPUTS, WriteSAEConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.packed import PackedWrites
 from writesae_lens.rank1 import Factors, Matrices, built, combine, factor_rank1, normalized, overlaps
+
+# W&B's 128 characters, less what SAELens appends ("_log_feature_sparsity").
+_NAME_LENGTH = 100
 
 
 class MatrixSAE(SAE[Any]):
@@ -100,6 +105,13 @@ class MatrixSAE(SAE[Any]):
     def bias_matrix(self) -> Float[Tensor, "d_k d_v"]:
         """The decoder bias in the shape of a write."""
         return self.b_dec.view(self.cfg.d_k, self.cfg.d_v)
+
+    def get_name(self) -> str:
+        """SAELens's name for W&B artifacts, cut to what W&B takes: letters, digits, ``-_.``, 128 in all."""
+        name = re.sub(r"[^\w.-]+", "__", super().get_name(), flags=re.ASCII)
+        if len(name) <= _NAME_LENGTH:
+            return name
+        return f"{hashlib.sha256(name.encode()).hexdigest()[:8]}_{name[9 - _NAME_LENGTH :]}"
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Coefficients of the atoms.

@@ -1,0 +1,191 @@
+"""``writesae-lens train``: SAELens's own command line, on the cells of a recurrent model.
+
+Every flag of SAELens's parser means what it means there. What is added: the architecture and the model class have this
+package's defaults, sizes come from the model, ``--cells`` names heads instead of a hook, several cells
+train from one forward pass, and a shipped model brings its own text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.training._interruption import InterruptedException
+
+from hooked_models import HookedRecurrent, zoo
+from hooked_models.hooked_recurrent import Cell
+from writesae_lens.config import WriteSAETrainingConfig
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.saelens_plugin import MODEL_CLASS_NAME
+from writesae_lens.win_rate import log_win_rate
+
+# Flags of the command line that have other defaults here than in SAELens.
+DEFAULTS = {"--architecture": "writesae", "--model_class_name": MODEL_CLASS_NAME, "--log_to_wandb": "false"}
+# Options of SAELens's runner for one SAE that its runner for several does not have.
+ONE_CELL_ONLY = ("use_cached_activations", "from_pretrained_path", "compile_sae")
+TRAINING_SHARE = 0.8
+
+
+class Runner(LanguageModelSAETrainingRunner):
+    """SAELens's runner; interrupted, it saves a whole checkpoint (SAELens's leaves the weights out)."""
+
+    def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
+        path, self.cfg.checkpoint_path = self.cfg.checkpoint_path, None
+        try:
+            return super().run_trainer_with_interruption_handling(trainer)
+        except (KeyboardInterrupt, InterruptedException):
+            if path is not None:
+                trainer.save_checkpoint(str(trainer.n_training_samples))
+            raise
+        finally:
+            self.cfg.checkpoint_path = path
+
+
+def shipped_text() -> tuple[list[str], list[str]]:
+    """Documents that the shipped models never saw: four fifths to train SAEs on, one to test them on."""
+    documents = [d.strip() for d in zoo.held_out_text().split("<|endoftext|>")]
+    cut = round(TRAINING_SHARE * len(documents))
+    return documents[:cut], documents[cut:]
+
+
+def parse_cells(model: HookedRecurrent, text: str) -> list[Cell]:
+    """Cells from ``LAYER:HEAD``, comma-separated; ``*`` stands for every layer or head.
+
+    Raises:
+        WriteSAEError: the text is no list of cells, or names none of the model's.
+        HookedModelError: one of them does not exist; the message lists the valid ones.
+    """
+    cells: list[Cell] = []
+    for part in text.split(","):
+        layer, colon, head = (piece.strip() for piece in part.partition(":"))
+        if not colon or not all(piece == "*" or piece.isdecimal() for piece in (layer, head)):
+            raise WriteSAEError(
+                f"cells are written LAYER:HEAD, with * for all and commas between, for example 1:* or "
+                f"0:2,3:1; got {text!r}"
+            )
+        if "*" not in (layer, head):
+            cells.append(model.cell(int(layer), int(head)))
+            continue
+        found = [c for c in model.cells if layer in ("*", str(c.layer)) and head in ("*", str(c.head))]
+        if not found:
+            layers = ", ".join(str(n) for n in model.mixers)
+            raise WriteSAEError(f"{part.strip()!r} names no cell: this model's recurrent layers are {layers}")
+        cells += found
+    return list(dict.fromkeys(cells))
+
+
+def run_training(
+    arguments: Sequence[str],
+    cells: str | None = None,
+    site: Literal["write", "state"] = "write",
+    win_rate_passages: int = 0,
+) -> list[Path]:
+    """Train as the command line says.
+
+    Args:
+        arguments: flags of SAELens's parser.
+        cells: as in `parse_cells`; None takes the cell of ``--hook_name``.
+        site: what of each cell to train on.
+        win_rate_passages: log the replacement test's win rate on so many passages at every evaluation.
+
+    Returns:
+        folders of the trained SAEs, in SAELens's format.
+
+    Raises:
+        WriteSAEError: flags that do not go together, or no text to train on.
+    """
+    given = {
+        a.split("=")[0].replace("-", "_").replace("__", "--", 1) for a in arguments if a.startswith("--")
+    }
+    extra = [x for flag, value in DEFAULTS.items() if flag not in given for x in (flag, value)]
+    if "--sae" in given:
+        extra = [x for x in extra if x not in ("--architecture", "writesae")]
+    # The sizes are the model's; the parser wants them now.
+    sizes = [x for flag in ("--d_k", "--d_v") if flag not in given for x in (flag, "1")]
+    is_ours = "writesae" in [*arguments, *extra]
+    cfg = _parse_cfg_args([*arguments, *extra, *(sizes if is_ours else [])])
+    if cfg.model_class_name != MODEL_CLASS_NAME:
+        raise WriteSAEError(
+            f"this command trains on {MODEL_CLASS_NAME}; for {cfg.model_class_name} use "
+            "python -m sae_lens.llm_sae_training_runner"
+        )
+    options = dict(cfg.model_from_pretrained_kwargs or {})
+    model = HookedRecurrent.boot_transformers(cfg.model_name, device=cfg.llm_device, **options)
+    chosen = [model.site(cfg.hook_name).cell] if cells is None else parse_cells(model, cells)
+    if cells is not None:
+        name_of = model.write_hook_name if site == "write" else model.state_hook_name
+        hooks = {cell: name_of(cell.layer, cell.head) for cell in chosen}
+    else:
+        hooks = {chosen[0]: cfg.hook_name}
+    fixed = {"d_k", "d_v"} & {flag.removeprefix("--") for flag in given}
+    saes = {cell: _sized(cfg.sae, cell, fixed) for cell in chosen}
+    dataset = _dataset(cfg)
+    torch.manual_seed(cfg.seed)
+    if len(chosen) == 1:
+        (cell,) = chosen
+        cfg.hook_name, cfg.sae = hooks[cell], saes[cell]
+        runner: Any = Runner(cfg, override_dataset=dataset, override_model=model)
+        folders = [Path(cfg.output_path)] if cfg.output_path else []
+    else:
+        names = {cell: f"L{cell.layer}H{cell.head}" for cell in chosen}
+        several = _several(
+            cfg, {names[c]: s for c, s in saes.items()}, {names[c]: h for c, h in hooks.items()}
+        )
+        runner = MultiSAETrainingRunner(several, override_dataset=dataset, override_model=model)
+        folders = [Path(cfg.output_path) / name for name in names.values()] if cfg.output_path else []
+    if win_rate_passages:
+        log_win_rate(runner, win_rate_passages)
+    try:
+        runner.run()
+    except (KeyboardInterrupt, InterruptedException) as error:
+        kept = runner.cfg.checkpoint_path
+        hint = "" if kept is None else f"; go on with --resume_from_checkpoint {_newest(Path(kept))}"
+        raise WriteSAEError(f"interrupted{hint}") from error
+    return folders
+
+
+def _sized(sae: Any, cell: Cell, fixed: set[str]) -> Any:
+    """The SAE's configuration with the cell's sizes, except those that the user fixed."""
+    if isinstance(sae, WriteSAETrainingConfig):
+        sizes = {"d_k": cell.d_k, "d_v": cell.d_v}
+        return dataclasses.replace(sae, **{n: v for n, v in sizes.items() if n not in fixed})
+    return dataclasses.replace(sae, d_in=cell.d_k * cell.d_v)
+
+
+def _dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> Dataset | None:
+    if cfg.dataset_path:
+        return None
+    if cfg.model_name not in zoo.SHIPPED:
+        raise WriteSAEError(f"{cfg.model_name} ships with no text: give --dataset_path")
+    return Dataset.from_dict({"text": shipped_text()[0]})
+
+
+def _several(
+    cfg: LanguageModelSAERunnerConfig[Any], saes: dict[str, Any], hooks: dict[str, str]
+) -> MultiSAETrainingRunnerConfig:
+    """The same settings for SAELens's runner of several SAEs."""
+    asked = [name for name in ONE_CELL_ONLY if getattr(cfg, name)]
+    if asked:
+        raise WriteSAEError(f"{', '.join(asked)} work for one cell at a time only")
+    known = {f.name for f in dataclasses.fields(MultiSAETrainingRunnerConfig) if not f.name.startswith("_")}
+    shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in known}
+    if cfg.checkpoint_path is not None:  # both configs append a run's id to it
+        shared["checkpoint_path"] = str(Path(cfg.checkpoint_path).parent)
+    return MultiSAETrainingRunnerConfig(saes=saes, hook_names=hooks, **shared)
+
+
+def _newest(folder: Path) -> Path:
+    return (
+        max(folder.iterdir(), key=lambda p: p.stat().st_mtime, default=folder) if folder.is_dir() else folder
+    )

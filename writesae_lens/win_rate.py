@@ -1,0 +1,51 @@
+"""The replacement test's win rate, logged while an SAE trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
+
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments import replacement_test
+
+
+def log_win_rate(
+    runner: LanguageModelSAETrainingRunner | MultiSAETrainingRunner, passages: int = 4, seed: int = 0
+) -> None:
+    """Add a quick replacement test to a runner's evaluations (``logger.eval_every_n_wandb_logs``).
+
+    ``replacement/win_rate``, ``replacement/median_kl_ratio`` and ``replacement/median_cosine`` appear beside
+    SAELens's own evaluations, for every SAE of the run. The passages are the next ones of the run's text.
+
+    Args:
+        runner: before ``run()``; its ``evaluator`` is wrapped.
+        passages: how many passages of the run's context size to test on, once drawn for the whole run.
+    """
+    evaluator: Any = runner.evaluator
+    model, store = evaluator.model, evaluator.activations_store
+    tokens: list[Any] = []
+
+    def measure(sae: Any) -> dict[str, float]:
+        if not tokens:
+            tokens.append(store.get_batch_tokens(passages))
+        try:
+            found = replacement_test(model, sae, tokens[0], seed=seed, verbose=False).summary
+        except WriteSAEError:  # nothing fires yet, or inputs are still scaled
+            return {}
+        return {
+            "replacement/win_rate": found["win_rate"],
+            "replacement/median_kl_ratio": found["kl_ratio_atom_delete_random"][1],
+            "replacement/median_cosine": found["median_cosine"],
+        }
+
+    def evaluate(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        metrics = evaluator(*args, **kwargs)
+        saes = kwargs.get("saes", args[0] if args else kwargs.get("sae"))
+        if isinstance(saes, dict):
+            for name, sae in saes.items():
+                metrics |= {f"{name}/{key}": value for key, value in measure(sae).items()}
+            return metrics
+        return metrics | measure(saes)
+
+    runner.evaluator = evaluate  # type: ignore[assignment]
