@@ -1,8 +1,8 @@
 """``writesae-lens train``: SAELens's own command line, on the cells of a recurrent model.
 
-Every flag of SAELens's parser means what it means there. What is added: the architecture and the model class have this
-package's defaults, sizes come from the model, ``--cells`` names heads instead of a hook, several cells
-train from one forward pass, and a shipped model brings its own text.
+Every flag of SAELens's parser means what it means there. What is added: the architecture and the model class
+have this package's defaults, sizes come from the model, ``--cells`` names heads instead of a hook, several
+cells train from one forward pass, and a shipped model brings its own text.
 """
 
 from __future__ import annotations
@@ -105,16 +105,12 @@ def run_training(
     Raises:
         WriteSAEError: flags that do not go together, or no text to train on.
     """
-    given = {
-        a.split("=")[0].replace("-", "_").replace("__", "--", 1) for a in arguments if a.startswith("--")
-    }
-    extra = [x for flag, value in DEFAULTS.items() if flag not in given for x in (flag, value)]
-    if "--sae" in given:
-        extra = [x for x in extra if x not in ("--architecture", "writesae")]
-    # The sizes are the model's; the parser wants them now.
+    given = {a.split("=")[0] for a in arguments if a.startswith("--")}
+    defaults = [x for flag, value in DEFAULTS.items() if flag not in given for x in (flag, value)]
+    # The sizes are the model's, but the parser wants them now.
     sizes = [x for flag in ("--d_k", "--d_v") if flag not in given for x in (flag, "1")]
-    is_ours = "writesae" in [*arguments, *extra]
-    cfg = _parse_cfg_args([*arguments, *extra, *(sizes if is_ours else [])])
+    ours = "writesae" in [*arguments, *defaults]
+    cfg = _parse_cfg_args([*arguments, *defaults, *(sizes if ours else [])])
     if cfg.model_class_name != MODEL_CLASS_NAME:
         raise WriteSAEError(
             f"this command trains on {MODEL_CLASS_NAME}; for {cfg.model_class_name} use "
@@ -130,19 +126,19 @@ def run_training(
         hooks = {chosen[0]: cfg.hook_name}
     fixed = {"d_k", "d_v"} & {flag.removeprefix("--") for flag in given}
     saes = {cell: _sized(cfg.sae, cell, fixed) for cell in chosen}
-    dataset = _dataset(cfg)
+    overrides: dict[str, Any] = {"override_dataset": _dataset(cfg), "override_model": model}
     torch.manual_seed(cfg.seed)
     if len(chosen) == 1:
         (cell,) = chosen
         cfg.hook_name, cfg.sae = hooks[cell], saes[cell]
-        runner: Any = Runner(cfg, override_dataset=dataset, override_model=model)
+        runner: Any = Runner(cfg, **overrides)
         folders = [Path(cfg.output_path)] if cfg.output_path else []
     else:
         names = {cell: f"L{cell.layer}H{cell.head}" for cell in chosen}
         several = _several(
             cfg, {names[c]: s for c, s in saes.items()}, {names[c]: h for c, h in hooks.items()}
         )
-        runner = MultiSAETrainingRunner(several, override_dataset=dataset, override_model=model)
+        runner = MultiSAETrainingRunner(several, **overrides)
         folders = [Path(cfg.output_path) / name for name in names.values()] if cfg.output_path else []
     if win_rate_passages:
         log_win_rate(runner, win_rate_passages)
@@ -186,6 +182,6 @@ def _several(
 
 
 def _newest(folder: Path) -> Path:
-    return (
-        max(folder.iterdir(), key=lambda p: p.stat().st_mtime, default=folder) if folder.is_dir() else folder
-    )
+    if not folder.is_dir():
+        return folder
+    return max(folder.iterdir(), key=lambda p: p.stat().st_mtime, default=folder)

@@ -313,7 +313,7 @@ def test_a_foreign_optimiser_in_between_keeps_its_moments():
 def test_renormalisation_leaves_the_function_and_puts_the_factors_at_norm_1(options, rank):
     if "decoder" in options and rank == 2:
         pytest.skip("a dense decoder has no rank")
-    sae = make(renormalize_every=100, rank=rank, **options).double()
+    sae = make(renormalize_every=100, rank=rank, **options).to(dtype=torch.float64)
     x = writes(32, 8, 3, torch.float64)
     sae.training_forward_pass(step_input(x))
     decoder = [p for n, p in sae.named_parameters() if n.startswith("dec_")]
