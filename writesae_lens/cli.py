@@ -44,8 +44,8 @@ def demo(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="All other flags are SAELens's (--model_name, --dataset_path, --d_sae, --k, --lr, --training_tokens, "
-    "--output_path, --log_to_wandb, ...); --saelens-help lists them.",
+    epilog="All other flags are SAELens's (--model_name, --dataset_path, --d_sae, --k, --lr, --output_path, "
+    "--training_tokens, --log_to_wandb, ...); --saelens-help lists them.",
 )
 def train(
     context: typer.Context,

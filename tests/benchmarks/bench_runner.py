@@ -1,8 +1,8 @@
 """SAELens's runners end to end on a layer of 16 heads of 128 x 128 (as in Qwen3.5-0.8B), d_sae 2,048, k 32.
 
 Tokens a second: forward pass, activation store, training steps, optimiser. The flat side is SAELens as it
-comes, its store included. The run on 16 heads is compared with what it cannot do without: their steps, and the
-forward pass.
+comes, its store included. The run on 16 heads is compared with what it cannot do without: their steps, and
+the forward pass.
 """
 
 import contextlib
