@@ -154,10 +154,10 @@ class HookedRecurrent(SAETransformerBridge):
         """Name of the hook on one head's state after the token, shaped like its write."""
         return self._hook_name("state", layer, head)
 
-    def write_factor_hook_names(self, layer: int) -> tuple[str, str]:
-        """Names of the hooks on the key and value factors of all the layer's writes."""
+    def write_factor_hook_names(self, layer: int) -> tuple[str, str, str]:
+        """Names of the hooks on all heads' write keys, write values and read vectors."""
         prefix = self.write_hook_name(layer, 0).rsplit(".hook_write", 1)[0]
-        return f"{prefix}.hook_write_key", f"{prefix}.hook_write_value"
+        return f"{prefix}.hook_write_key", f"{prefix}.hook_write_value", f"{prefix}.hook_read"
 
     def site(self, hook_name: str) -> Site:
         """What a hook name points at.
@@ -311,12 +311,17 @@ class HookedRecurrent(SAETransformerBridge):
         super().add_sae(sae, use_error_term=use_error_term)
 
     def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
+        wrapper = self._acts_to_saes.get(act_name)
         super()._reset_sae(act_name, prev_wrapper)
         # Bridge components shorten the name of a hook point that is set on them.
         name = self._resolve_hook_name(act_name)
         point = self._hook_registry.get(name)
         if prev_wrapper is None and point is not None:
             point.name = name
+        # Attached, the SAE's own hooks bore the model's names.
+        if wrapper is not None and all(w.sae is not wrapper.sae for w in self._acts_to_saes.values()):
+            for own, hook in wrapper.sae.hook_dict.items():
+                hook.name = own
 
     def _hook_name(self, kind: str, layer: int, head: int) -> str:
         self.cell(layer, head)

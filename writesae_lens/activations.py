@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "gated")
@@ -45,11 +45,17 @@ class Activation(nn.Module):
         """Sparsity losses, in units of the squared error (``unit``: as in `begin`)."""
         return {}
 
+    def coefficients_of(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """What each atom's coefficient is if it is active."""
+        return scores.relu()
+
     def gate_codes(self, scores: Float[Tensor, "row d_sae"]) -> Float[Tensor, "row d_sae"] | None:
         """Codes that must reconstruct the input by themselves, if there are any (Gated SAEs)."""
         return None
 
-    @torch.no_grad()
+    def reset(self, slots: Int[Tensor, " slot"], unit: Float[Tensor, ""]) -> None:
+        """These atoms start anew; ``unit`` as in `begin`."""
+
     def fold(self, scale: float) -> None:
         """Inputs were multiplied by ``scale`` in training and no longer are."""
 
@@ -92,9 +98,17 @@ class JumpReLU(Activation):
         self.coefficients = {"l0": (l0_coefficient, l0_warm_up_steps)}
         self.log_threshold = nn.Parameter(torch.full_like(shape, math.log(init_threshold)))
 
+    def count(self, acts: Float[Tensor, "*batch d_sae"]) -> int:
+        # Just below its threshold an atom is silent, and still has a gradient.
+        return acts.shape[-1] if self._learns else super().count(acts)
+
     @torch.no_grad()
     def begin(self, unit: Float[Tensor, ""]) -> None:
-        self.log_threshold.fill_(math.log(self.init_threshold * max(float(unit), 1e-30)))
+        self.reset(torch.arange(len(self.log_threshold), device=self.log_threshold.device), unit)
+
+    @torch.no_grad()
+    def reset(self, slots: Int[Tensor, " slot"], unit: Float[Tensor, ""]) -> None:
+        self.log_threshold[slots] = math.log(self.init_threshold * max(float(unit), 1e-30))
 
     def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         threshold = self.log_threshold.exp()
@@ -108,7 +122,7 @@ class JumpReLU(Activation):
         self, scores: Float[Tensor, "row d_sae"], unit: Float[Tensor, ""], coefficients: dict[str, float]
     ) -> dict[str, Tensor]:
         threshold = self.log_threshold.exp()
-        active = (scores > threshold) - self._box(scores, threshold)
+        active = (scores > threshold).to(scores) - self._box(scores, threshold)
         surplus = active.sum(-1).mean() / self.k - 1
         return {"l0_loss": coefficients["l0"] * unit.square() * surplus.square()}
 
@@ -138,8 +152,8 @@ class BatchTopK(JumpReLU):
         self.coefficients = {}
         self.log_threshold.requires_grad_(False)
 
-    def begin(self, unit: Float[Tensor, ""]) -> None:
-        pass
+    def reset(self, slots: Int[Tensor, " slot"], unit: Float[Tensor, ""]) -> None:
+        """All atoms share the threshold, which follows the batches."""
 
     def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         acts = scores.relu()
@@ -180,8 +194,10 @@ class Gated(Activation):
         )
 
     def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        magnitude = (self.log_gain.exp() * scores + self.magnitude_bias).relu()
-        return magnitude * (scores + self.gate_bias > 0)
+        return self.coefficients_of(scores) * (scores + self.gate_bias > 0)
+
+    def coefficients_of(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        return (self.log_gain.exp() * scores + self.magnitude_bias).relu()
 
     def gate_codes(self, scores: Float[Tensor, "row d_sae"]) -> Float[Tensor, "row d_sae"]:
         return (scores + self.gate_bias).relu()
@@ -190,6 +206,11 @@ class Gated(Activation):
         self, scores: Float[Tensor, "row d_sae"], unit: Float[Tensor, ""], coefficients: dict[str, float]
     ) -> dict[str, Tensor]:
         return {"l1_loss": coefficients["l1"] * unit * self.gate_codes(scores).sum(-1).mean()}
+
+    @torch.no_grad()
+    def reset(self, slots: Int[Tensor, " slot"], unit: Float[Tensor, ""]) -> None:
+        for parameter in self.parameters():
+            parameter[slots] = 0
 
     @torch.no_grad()
     def fold(self, scale: float) -> None:

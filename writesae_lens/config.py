@@ -103,9 +103,17 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
             it: with a bias they learn differences from the mean write.
         aux_loss_coefficient: weight of the dead-atom loss, the squared error with which dead atoms
             reconstruct what the live ones left over.
-        k_aux: dead atoms that take part in it, by pre-activation.
+        k_aux: dead atoms that take part in it for an input, by pre-activation, out of the 4 * k_aux that the
+            batch excites most.
         write_alignment_coefficient: weight of 1 - cos(X, A) of each input's dominant atom, in units of
             the batch's mean |X|^2; 0 is the paper's recipe (MSE alone).
+        read_alignment_coefficient: weight, in the same units, of what the dominant atom gets wrong about the
+            write as its own token reads it: r / (1 + r) with r = |c A^T q / s - X^T q|^2 / |X^T q|^2, c its
+            coefficient. For writes of a `HookedRecurrent`, whose read vectors q the activation store
+            brings along; other inputs train without it.
+        dominant_share: s above, the share of a write that its dominant atom is to take; the other atoms
+            complete the reconstruction. At 0.5 an atom in the write's place beats deletion more often, at
+            1 it comes nearer to the native output.
         renormalize_every: steps after which the raw factors are put back to norm 1. Atoms have norm 1
             whatever the factors' norms; this keeps the optimiser's steps as large as the learning rate says.
         resample_every: steps after which atoms still dead start anew as the leading singular pairs of
@@ -132,6 +140,8 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
     aux_loss_coefficient: float = 1e-2
     k_aux: int = 256
     write_alignment_coefficient: float = 2.0
+    read_alignment_coefficient: float = 6.0
+    dominant_share: float = 0.5
     renormalize_every: int = 100
     resample_every: int = 250
     jumprelu_init_threshold: float = 0.1
@@ -161,6 +171,7 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
             "encoder_bias": True,
             "decoder_bias": True,
             "write_alignment_coefficient": 0.0,
+            "read_alignment_coefficient": 0.0,
             "renormalize_every": 100,
             "resample_every": 250,
         }
@@ -168,21 +179,31 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
 
     def __post_init__(self) -> None:
         _settle(self)
-        least = {"jumprelu_init_threshold": 1e-9, "jumprelu_bandwidth": 1e-9} | dict.fromkeys(
+        least = {
+            "jumprelu_init_threshold": 1e-9,
+            "dominant_share": 1e-9,
+            "jumprelu_bandwidth": 1e-9,
+        } | dict.fromkeys(
             (
                 "aux_loss_coefficient",
                 "k_aux",
                 "write_alignment_coefficient",
+                "read_alignment_coefficient",
                 "renormalize_every",
                 "resample_every",
                 "l0_coefficient",
                 "l1_coefficient",
+                "l0_warm_up_steps",
+                "l1_warm_up_steps",
             ),
             0,
         )
-        too_low = [name for name, value in least.items() if getattr(self, name) < value]
+        too_low = [name for name, value in least.items() if not getattr(self, name) >= value]
         if too_low:
-            raise WriteSAEError(f"{' and '.join(too_low)} must not be negative, nor zero for JumpReLU's own")
+            raise WriteSAEError(
+                f"{' and '.join(too_low)} must not be negative (dominant_share and JumpReLU's threshold and "
+                "bandwidth: nor zero)"
+            )
         if self.activation == "gated" and self.normalize_activations not in PLAIN_INPUTS:
             raise WriteSAEError(
                 f"the gate's own reconstruction is compared with the raw input, which "

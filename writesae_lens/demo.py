@@ -85,7 +85,7 @@ def run_demo(
             train_batch_size_tokens=BATCH_SIZE,
             store_batch_size_prompts=16,
             n_batches_in_buffer=32,
-            lr=2e-3,
+            lr=4e-3,
             lr_warm_up_steps=50,
             lr_decay_steps=training_tokens // BATCH_SIZE // 2,
             dead_feature_window=100,

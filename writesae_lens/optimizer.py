@@ -1,30 +1,41 @@
 """Clearing an optimiser's memory of atoms that start anew, wherever that optimiser lives.
 
 SAELens's trainer owns the optimiser and gives the SAE no access to it. torch lets anyone watch the steps of
-all optimisers; the watch set here acts on the first one that holds the parameters, and ends.
+all optimisers; the watch set here acts on those that hold the parameters in question.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+# Parameter: the rows to forget before its next step.
+_PENDING: Any = WeakIdKeyDictionary()
 
 
 def forget_moments(parameters: list[nn.Parameter], rows: Int[Tensor, " row"]) -> None:
     """Zero the state of some rows, before the next step of the optimiser that holds these parameters."""
+    _watch()
+    for parameter in parameters:
+        _PENDING[parameter] = torch.cat([_PENDING.get(parameter, rows[:0]), rows])
 
-    def clear(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        mine = [p for p in parameters if id(p) in held]
-        if mine:
-            watch.remove()
-        for parameter in mine:
-            for state in optimizer.state[parameter].values():
-                if torch.is_tensor(state) and state.shape == parameter.shape:
-                    state[rows] = 0
 
-    watch = register_optimizer_step_pre_hook(clear)
+@functools.cache
+def _watch() -> None:
+    register_optimizer_step_pre_hook(_clear)
+
+
+def _clear(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _PENDING:
+        return
+    for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
+        rows = _PENDING.pop(parameter, None)
+        for state in optimizer.state[parameter].values() if rows is not None else ():
+            if torch.is_tensor(state) and state.shape == parameter.shape:
+                state[rows] = 0

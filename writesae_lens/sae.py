@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -138,10 +138,11 @@ class MatrixSAE(SAE[Any]):
         return self.activation_fn(overlaps(rows, self._encoder) + self.b_enc)
 
     def _check_width(self, x: Tensor) -> None:
-        if x.shape[-1] != self.cfg.d_in:
+        width = self.cfg.d_k * self.cfg.d_v
+        if x.shape[-1] != width:
             raise WriteSAEError(
-                f"expected flattened {self.cfg.d_k} x {self.cfg.d_v} matrices, last axis {self.cfg.d_in}, "
-                f"got shape {tuple(x.shape)}: is this the SAE's own cell?"
+                f"expected flattened {self.cfg.d_k} x {self.cfg.d_v} matrices, last axis {width}, got "
+                f" shape {tuple(x.shape)}: is this the SAE's own cell?"
             )
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
@@ -152,12 +153,15 @@ class MatrixSAE(SAE[Any]):
 
     def _rows(self, x: Float[Tensor, "row d_in"]) -> Matrices:
         """Flattened matrices as factors where they are rank 1 and need no gradient, else as they are."""
-        if isinstance(x, PackedWrites):
-            (rows,) = x.blocks
+        sides = (self.cfg.d_k, self.cfg.d_v)
+        if isinstance(x, PackedWrites) and [(b.key.shape[-1], b.value.shape[-1]) for b in x.blocks] == [
+            sides
+        ]:
+            rows = x.blocks[0].factors
         else:
             rows = None if x.requires_grad else factor_rank1(x, self.cfg.d_k, self.cfg.d_v)
         if rows is None:
-            return x.unflatten(-1, (self.cfg.d_k, self.cfg.d_v)).to(self.dtype)
+            return x.unflatten(-1, sides).to(self.dtype)
         return Factors(*(f.to(self.dtype) for f in rows))
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -203,6 +207,11 @@ class WriteSAE(MatrixSAE):
     """A trained WriteSAE: SAELens's ``SAE.load_from_disk`` and ``from_pretrained`` return one."""
 
     cfg: WriteSAEConfig
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch; what only training needs is left out."""
+        weights = {name: value for name, value in state_dict.items() if name != "progress"}
+        return super().load_state_dict(weights, *args, **kwargs)
 
 
 def _largest(acts: Tensor, count: int) -> tuple[Tensor, Tensor]:

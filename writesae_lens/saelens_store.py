@@ -8,7 +8,6 @@ everything else they are SAELens's own. tests/writesae_lens/test_saelens_store.p
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +23,7 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.mixers import is_listened_to
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.packed import PackedWrites
-from writesae_lens.rank1 import Factors
+from writesae_lens.packed import PackedWrites, Write
 
 
 def keep_writes_packed() -> None:
@@ -51,13 +49,17 @@ def _method(wrapper: Callable[..., Any], original: Any) -> Callable[..., Any]:
     return method
 
 
-def _cell(store: Any, hook_name: str) -> Cell | None:
-    """The cell whose native write the store reads at this hook; None if it reads anything else."""
+def _cell(store: Any, hook_name: str, live: bool = True) -> Cell | None:
+    """The cell whose native write the store reads at this hook; None if it reads anything else.
+
+    A hook that someone listens to may change what is written (``live``: not so in a cached data set).
+    """
     model = store.model
     if not isinstance(model, HookedRecurrent) or ".hook_write." not in hook_name:
         return None
+    model._check_hook_names([hook_name])
     heads = {store.hook_name: store.hook_head_index} | store._hook_head_indices
-    if heads.get(hook_name) is not None or is_listened_to(model.hook_dict[hook_name]):
+    if heads.get(hook_name) is not None or (live and is_listened_to(model.hook_dict[hook_name])):
         return None
     return model.site(hook_name).cell
 
@@ -65,8 +67,8 @@ def _cell(store: Any, hook_name: str) -> Cell | None:
 def _packed(store: Any, cells: dict[str, Cell], tokens: Tensor) -> dict[str, Tensor]:
     """Writes of some cells, packed, from one forward pass up to the last one's layer."""
     model = store.model
-    factors = {n: model.write_factor_hook_names(c.layer) for n, c in cells.items()}
-    names = [name for pair in factors.values() for name in pair]
+    parts = {n: model.write_factor_hook_names(c.layer) for n, c in cells.items()}
+    names = [name for three in parts.values() for name in three]
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=store.autocast_lm):
         _, cache = model.run_with_cache(
             tokens,
@@ -78,10 +80,8 @@ def _packed(store: Any, cells: dict[str, Cell], tokens: Tensor) -> dict[str, Ten
     here = slice(*store.seqpos_slice)
     out: dict[str, Tensor] = {}
     for name, cell in cells.items():
-        key, value = (
-            cache[n][:, here, cell.head, None].to(store.device, torch.float32) for n in factors[name]
-        )
-        out[name] = PackedWrites(Factors(key, value))
+        write = Write(*(cache[n][:, here, cell.head, None] for n in parts[name]))
+        out[name] = PackedWrites(write).to(store.device, torch.float32)
     return out
 
 
@@ -113,14 +113,14 @@ def _get_multi_hook_activations(original: Any, store: Any, batch_tokens: Tensor)
     return _packed(store, known, batch_tokens)
 
 
-# In a cached data set a write is a row [key, value].
+# In a cached data set a write is a row [key, value, read].
 
 
 def _packed_width(cell: Cell | None) -> int | None:
     """Numbers of a packed row, where that is fewer than the flat one has."""
-    if cell is None or cell.d_k + cell.d_v >= cell.d_k * cell.d_v:
+    if cell is None or 2 * cell.d_k + cell.d_v >= cell.d_k * cell.d_v:
         return None
-    return cell.d_k + cell.d_v
+    return 2 * cell.d_k + cell.d_v
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _rows_of(store: Any, width: int) -> Iterator[None]:
 
 def _cached_width(store: Any) -> int | None:
     """Width of the packed rows in the store's cached data set; None if its rows are flat."""
-    width = _packed_width(_cell(store, store.hook_name))
+    width = _packed_width(_cell(store, store.hook_name, live=False))
     if width is None or store.cached_activations_path is None:
         return None
     try:
@@ -159,13 +159,13 @@ def _load_cached_activation_dataset(original: Any, store: Any) -> Any:
 def _load_raw_llm_batch_from_cached(
     original: Any, store: Any, raise_on_epoch_end: bool
 ) -> tuple[Tensor, Tensor | None]:
-    width, cell = getattr(store, "packed_width", None), _cell(store, store.hook_name)
+    width, cell = getattr(store, "packed_width", None), _cell(store, store.hook_name, live=False)
     if width is None or cell is None:
         return original(store, raise_on_epoch_end)
     _check_width(store.hook_name, cell, store.d_in)
     with _rows_of(store, width):
         rows, token_ids = original(store, raise_on_epoch_end)
-    return PackedWrites(Factors(rows[:, None, : cell.d_k], rows[:, None, cell.d_k :])), token_ids
+    return PackedWrites(Write(*rows[:, None].split([cell.d_k, cell.d_v, cell.d_k], dim=-1))), token_ids
 
 
 def _create_shard(original: Any, runner: Any, buffer: tuple[Tensor, Tensor | None]) -> datasets.Dataset:
@@ -174,12 +174,13 @@ def _create_shard(original: Any, runner: Any, buffer: tuple[Tensor, Tensor | Non
     width = _packed_width(_cell(store, name))
     if width is None or not isinstance(rows, PackedWrites):
         return original(runner, buffer)
-    (factors,) = rows.blocks
-    packed = copy.copy(runner)
-    packed.cfg = copy.copy(runner.cfg)
-    packed.cfg.d_in = width
-    wide = runner.features[name]
-    packed.features = datasets.Features(
-        runner.features | {name: datasets.Array2D(shape=(wide.shape[0], width), dtype=wide.dtype)}
-    )
-    return original(packed, (torch.cat([factors.key, factors.value], dim=-1).squeeze(-2), token_ids))
+    write = rows.blocks[0]
+    assert write.read is not None
+    length, dtype = runner.context_size, runner.features[name].dtype
+    columns: dict[str, Any] = {
+        name: torch.cat([write.key, write.value, write.read], dim=-1).view(-1, length, width)
+    }
+    features = runner.features | {name: datasets.Array2D(shape=(length, width), dtype=dtype)}
+    if token_ids is not None:
+        columns["token_ids"] = token_ids.view(-1, length).to(torch.int32)
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

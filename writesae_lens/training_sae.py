@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from writesae_lens import activations
 from writesae_lens.config import PLAIN_INPUTS, WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.optimizer import forget_moments
+from writesae_lens.packed import PackedWrites
 from writesae_lens.rank1 import (
     Factors,
     Matrices,
@@ -29,24 +31,32 @@ from writesae_lens.sae import MatrixSAE
 
 # Dead atoms that take part in one step's loss, in units of k_aux; it costs their number squared.
 _POOL = 4
+# Read alignment looks at so many of an input's strongest atoms, weighted by a softmax of their coefficients
+# in units of this share of the input's norm.
+_CANDIDATES, _TEMPERATURE = 4, 0.1
 
 
 class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
     """A WriteSAE in training: squared error, dead-atom loss and write alignment, in closed form on writes."""
 
     cfg: WriteSAETrainingConfig
+    progress: Tensor
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self.b_enc.requires_grad_(self.cfg.encoder_bias)
         self.b_dec.requires_grad_(self.cfg.decoder_bias)
-        self._n_from_inputs = 0
+        # Atoms started from inputs, and steps made: what a resumed run must know beside the weights.
+        self.register_buffer("progress", torch.zeros(2, dtype=torch.long, device=self.device))
         self.n_resampled = 0
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in torch; loaded atoms and thresholds are not started anew from inputs."""
-        self._n_from_inputs = self.cfg.d_sae
-        return super().load_state_dict(*args, **kwargs)
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch; the atoms of an SAE saved for inference are not started anew from inputs."""
+        trained = {"progress": torch.tensor([self.cfg.d_sae, 0], device=self.device)}
+        return super().load_state_dict({**trained, **state_dict}, *args, **kwargs)
+
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        del state_dict["progress"]
 
     # TrainingSAE overrides these in the base class; here they are the shared ones.
     encode = MatrixSAE.encode
@@ -84,6 +94,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         x = step_input.sae_in
         self._check_width(x)
         if self.cfg.normalize_activations not in PLAIN_INPUTS:
+            self._prepare(self._rows(self.run_time_activation_norm_fn_in(x)), step_input.dead_neuron_mask)
             return self._with_metrics(super().training_forward_pass(step_input), step_input)
         # Sums of products of inner products: not for half precision, nor slow at single.
         with torch.autocast(x.device.type, enabled=False):
@@ -92,12 +103,13 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
                 raise WriteSAEError(
                     "the activations of this batch are not finite: check the model's dtype and the hook"
                 )
-            self._prepare(rows, step_input)
+            self._prepare(rows, step_input.dead_neuron_mask)
             atoms = self.atoms()
             encoder = atoms if self.cfg.encoder == "tied" else self._raw("enc")
             hidden = self.hook_sae_acts_pre(scores(rows, encoder) + self.b_enc)
             acts = self.hook_sae_acts_post(self.activation_fn(hidden))
-            error, others = self._losses(rows, atoms, hidden, acts, step_input)
+            read = x.blocks[0].read if isinstance(x, PackedWrites) else None
+            error, others = self._losses(rows, atoms, hidden, acts, step_input, read)
             losses = {"mse_loss": error.mean(), **others}
         with torch.no_grad():
             if step_input.is_logging_step:
@@ -133,25 +145,24 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         return output
 
     @torch.no_grad()
-    def _prepare(self, rows: Matrices, step_input: TrainStepInput) -> None:
+    def _prepare(self, rows: Matrices, dead: Tensor | None) -> None:
         """What happens between steps: the start from inputs, renormalisation, resampling."""
-        cfg, step = self.cfg, step_input.n_training_steps
-        if self._n_from_inputs == 0:
+        cfg = self.cfg
+        started, step = self.progress.tolist()
+        if started == 0:
             self.activation_fn.begin(squared_norms(rows).mean().sqrt())
-            if not cfg.init_from_writes:
-                self._n_from_inputs = cfg.d_sae
-        if self._n_from_inputs < cfg.d_sae:
-            first = self._n_from_inputs
-            rows_for = leading_pairs(rows[squared_norms(rows) > 0][: cfg.d_sae - first])
-            self._n_from_inputs += len(rows_for.key)
-            self._set_atoms(torch.arange(first, self._n_from_inputs, device=self.b_enc.device), rows_for)
+            started = 0 if cfg.init_from_writes else cfg.d_sae
+        if started < cfg.d_sae:
+            starts = leading_pairs(rows[squared_norms(rows) > 0][: cfg.d_sae - started])
+            slots = torch.arange(started, started + len(starts.key), device=self.b_enc.device)
+            self._set_atoms(slots, starts)
+            started += len(slots)
         if step and cfg.renormalize_every and step % cfg.renormalize_every == 0:
-            atoms = self.atoms()
-            for parameter, value in zip(_tensors(self._raw("dec")), _tensors(atoms)):
+            for parameter, value in zip(_tensors(self._raw("dec")), _tensors(self.atoms())):
                 parameter.copy_(value)
-        dead = step_input.dead_neuron_mask
         if step and cfg.resample_every and step % cfg.resample_every == 0 and dead is not None:
             self._resample(rows, dead.nonzero().squeeze(-1))
+        self.progress.copy_(torch.tensor([started, step + 1]))
 
     @torch.no_grad()
     def _resample(self, rows: Matrices, dead: Tensor) -> None:
@@ -161,8 +172,9 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         n = min(len(dead), int((error > 0).sum()))
         if n == 0:
             return
-        worst = torch.multinomial(error, n)
+        worst = torch.multinomial(error.clamp(min=0), n)
         self._set_atoms(dead[:n], leading_pairs(rows[worst]))
+        self.activation_fn.reset(dead[:n], squared_norms(rows).mean().sqrt())
         forget_moments(self._per_atom(), dead[:n])
         self.n_resampled += n
 
@@ -187,7 +199,6 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
 
     def _squared_error(self, rows: Matrices, atoms: Matrices, acts: Tensor) -> Tensor:
         """|X - X^|^2 of each input."""
-        bias = self.bias_matrix
         count = self.activation_fn.count(acts)
         if count > self.cfg.d_sae // 8:
             along = overlaps(rows, atoms)
@@ -195,13 +206,22 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         else:
             values, indices = acts.topk(count, dim=-1)
             error = squared_errors(rows, atoms, indices, values)
-        if self.cfg.decoder_bias:
-            on_bias = (acts * inner(atoms, bias)).sum(-1)
-            error = error + 2 * (on_bias - inner(rows, bias)) + bias.square().sum()
-        return error
+        return error + self._on_bias(rows, atoms, acts, self.bias_matrix)
+
+    def _on_bias(self, rows: Matrices, atoms: Matrices, codes: Tensor, bias: Tensor) -> Tensor | float:
+        """What the decoder bias adds to |X - sum_i codes_i A_i|^2."""
+        if not self.cfg.decoder_bias:
+            return 0.0
+        return 2 * ((codes * inner(atoms, bias)).sum(-1) - inner(rows, bias)) + bias.square().sum()
 
     def _losses(
-        self, rows: Matrices, atoms: Matrices, hidden: Tensor, acts: Tensor, step_input: TrainStepInput
+        self,
+        rows: Matrices,
+        atoms: Matrices,
+        hidden: Tensor,
+        acts: Tensor,
+        step_input: TrainStepInput,
+        read: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of each input, and the losses beside it, from inner products."""
         squared = squared_norms(rows)
@@ -214,17 +234,46 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         }
         codes = self.activation_fn.gate_codes(hidden)
         if codes is not None:
-            # The gate learns from this; the atoms do not.
-            fixed = atoms.detach()
+            # The scores learn from this; the decoder does not.
+            fixed, bias = atoms.detach(), self.bias_matrix.detach()
             via_gate = squared_errors_of_codes(overlaps(rows, fixed), squared, fixed, codes)
-            losses["gate_reconstruction_loss"] = via_gate.mean()
+            losses["gate_reconstruction_loss"] = (via_gate + self._on_bias(rows, fixed, codes, bias)).mean()
         if self.cfg.write_alignment_coefficient:
             cosine = inner(rows, atoms[acts.argmax(-1)]) / squared.sqrt().clamp(min=1e-30)
             fires = (acts.amax(-1) > 0).to(cosine)
             misaligned = ((1 - cosine) * fires).sum() / fires.sum().clamp(min=1)
             losses["write_alignment_loss"] = self.cfg.write_alignment_coefficient * unit.square() * misaligned
+        if self.cfg.read_alignment_coefficient and read is not None:
+            losses["read_alignment_loss"] = (
+                self.cfg.read_alignment_coefficient
+                * unit.square()
+                * self._misread(rows, atoms, hidden, squared, read.squeeze(-2).to(self.dtype)).mean()
+            )
         losses |= self.activation_fn.losses(hidden, unit, step_input.coefficients)
         return error, losses
+
+    def _misread(
+        self,
+        rows: Matrices,
+        atoms: Matrices,
+        hidden: Tensor,
+        squared: Float[Tensor, " row"],
+        read: Float[Tensor, "row d_k"],
+    ) -> Float[Tensor, " row"]:
+        """How far the strongest atoms are from the write where its own token reads it, 0 to 1.
+
+        r = |c A^T q / s - X^T q|^2 / |X^T q|^2, at the share s of a write that its dominant atom is meant
+        to take, counts as r / (1 + r), so that every write counts alike; the strongest atoms count by a
+        softmax of their coefficients, so that the encoder learns which to prefer.
+        """
+        values, indices = hidden.topk(min(_CANDIDATES, hidden.shape[-1]), dim=-1)
+        values = self.activation_fn.coefficients_of(hidden).gather(-1, indices) / self.cfg.dominant_share
+        weights = (values / (_TEMPERATURE * squared.sqrt().clamp(min=1e-30)[:, None])).softmax(-1)
+        native = _read_out(rows[:, None], read)[:, 0]
+        by_atoms = _read_out(atoms[indices], read) * values[..., None]
+        power = native.square().sum(-1).clamp(min=1e-30)[:, None]
+        ratio = (by_atoms - native[:, None]).square().sum(-1) / power
+        return (weights * ratio / (1 + ratio)).sum(-1)
 
     def _dead_loss(
         self,
@@ -262,6 +311,13 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
     def log_histograms(self) -> dict[str, NDArray[Any]]:
         """Norms of the encoder's rows; the atoms' own norms are 1."""
         return {"weights/encoder_norms": squared_norms(self._encoder).sqrt().float().cpu().numpy()}
+
+
+def _read_out(matrices: Matrices, read: Float[Tensor, "row d_k"]) -> Float[Tensor, "row atom d_v"]:
+    """X^T q for matrices ``[row, atom]`` and one read vector a row."""
+    if isinstance(matrices, Factors):
+        return ((matrices.key @ read[:, None, :, None]).mT @ matrices.value).squeeze(-2)
+    return (read[:, None, None] @ matrices).squeeze(-2)
 
 
 def _tensors(matrices: Matrices) -> tuple[Tensor, ...]:

@@ -7,9 +7,8 @@ import torch
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainStepInput
 
-from writesae_lens import WriteSAE
-from writesae_lens.packed import PackedWrites
-from writesae_lens.rank1 import Factors
+from writesae_lens import WriteSAE, WriteSAEError
+from writesae_lens.packed import PackedWrites, Write
 
 ENCODERS = ("bilinear", "tied", "dense")
 DECODERS = {
@@ -39,7 +38,7 @@ def inputs(kind, seed=1):
 def packed(x):
     """Rank-1 rows as the store hands them over."""
     left, size, right = torch.linalg.svd(x.unflatten(-1, (D_K, D_V)), full_matrices=False)
-    return PackedWrites(Factors((left[..., :1] * size[:, None, :1]).mT.contiguous(), right[:, :1].contiguous()))
+    return PackedWrites(Write((left[..., :1] * size[:, None, :1]).mT.contiguous(), right[:, :1].contiguous()))
 
 
 def step_input(x, dead=DEAD, logging=False):
@@ -56,7 +55,7 @@ def step_input(x, dead=DEAD, logging=False):
 def member(make_sae):
     """A member with parameters off their starts, in the units of inputs of some scale."""
 
-    def make(encoder, decoder, activation, scale=1.0, sparse=False, **options):
+    def make(encoder, decoder, activation, scale=1.0, **options):
         with_bias = activation != "gated"  # see the test of Gated's decoder bias
         sae = make_sae(
             **(
@@ -67,12 +66,8 @@ def member(make_sae):
                 | options
             )
         )
-        sae.load_state_dict(sae.state_dict())  # trained ones do not start anew
-        with torch.no_grad():
-            if sparse and activation == "jumprelu":
-                sae.activation_fn.log_threshold += math.log(40)
-            if sparse and activation == "gated":
-                sae.activation_fn.gate_bias -= 4
+        trained = {name: value for name, value in sae.state_dict().items() if name != "progress"}
+        sae.load_state_dict(trained)  # one saved for inference, which does not start anew
         rescale(sae, scale)
         return sae
 
@@ -157,8 +152,8 @@ class Oracle:
     def activate(self, z):
         kept = torch.zeros_like(z)
         if self.cfg.activation == "topk":
-            for n in range(len(z)):
-                kept[n, sorted(range(D_SAE), key=lambda i, n=n: -z[n, i])[:K]] = 1
+            for n, row in enumerate(z.tolist()):
+                kept[n, sorted(range(D_SAE), key=lambda i, row=row: -row[i])[:K]] = 1
             return z.relu() * kept
         if self.cfg.activation == "batchtopk":
             flat = z.detach().relu().flatten()
@@ -181,9 +176,8 @@ class Oracle:
         pool = [i for i in range(D_SAE) if dead[i]]
         if pool and cfg.aux_loss_coefficient and cfg.k_aux:
             weights = torch.zeros_like(z)
-            for n in range(len(z)):
-                for i in sorted(pool, key=lambda i, n=n: -z[n, i])[: cfg.k_aux]:
-                    weights[n, i] = 1
+            for n, row in enumerate(z.tolist()):
+                weights[n, sorted(pool, key=lambda i, row=row: -row[i])[: cfg.k_aux]] = 1
             rebuilt = (weights * z) @ atoms
             losses["auxiliary_reconstruction_loss"] = (
                 cfg.aux_loss_coefficient
@@ -222,21 +216,24 @@ def close(ours, theirs, tolerance, what):
     assert away <= limit, f"{what}: off by {away:.3g}, allowed {limit:.3g}"
 
 
-def check(sae, x, tolerance, dead=DEAD, given=None):
-    """Scores, coefficients, reconstruction, every loss and every gradient equal the oracle's."""
+def check(sae, x, tolerance, dead=DEAD, given=None, taking_part=None):
+    """Scores, coefficients, reconstruction, every loss and every gradient equal the oracle's.
+
+    ``given``: the same inputs in another form; ``taking_part``: the dead atoms in the loss, if not all.
+    """
     oracle = Oracle(sae)
     output = sae.training_forward_pass(step_input((x if given is None else given).to(sae.dtype), dead, True))
-    losses, z, acts = oracle.losses(x, dead)
+    losses, z, acts = oracle.losses(x, dead if taking_part is None else taking_part)
     close(output.hidden_pre, z, tolerance, "scores")
     close(output.feature_acts, acts, tolerance, "coefficients")
     close(output.sae_out, oracle.decode(acts), tolerance, "reconstruction")
     assert set(losses) <= set(output.losses)
     whole = max(float(v.detach()) for v in losses.values())
     for name, value in output.losses.items():
-        expected = losses.get(name, torch.zeros((), dtype=torch.float64))
+        expected = losses.get(name, torch.zeros((), dtype=torch.float64)).detach()
         # A loss far below the others is a difference of numbers of their size.
         allowed = tolerance * max(abs(float(expected)), 0.1 * whole) + 1e-300
-        assert abs(float(value) - float(expected)) <= allowed, (name, float(value), float(expected))
+        assert abs(float(value.detach()) - float(expected)) <= allowed, (name, value, expected)
     close(output.loss, sum(losses.values()), tolerance, "loss")
     ours = gradients(output.loss, dict(sae.named_parameters()))
     theirs = gradients(sum(losses.values()), oracle.leaves)
@@ -258,7 +255,9 @@ def test_every_member_equals_the_dense_formulas(member, encoder, decoder, activa
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("encoder", "decoder"), [("bilinear", "rank1"), ("tied", "rank2"), ("dense", "full")])
+@pytest.mark.parametrize(
+    ("encoder", "decoder"), [("bilinear", "rank1"), ("tied", "rank2"), ("dense", "full")]
+)
 def test_float32_is_within_its_rounding_of_the_formulas(member, encoder, decoder, activation):
     for kind, scale in INPUTS.items():
         sae = member(encoder, decoder, activation, scale).to(dtype=torch.float32)
@@ -270,7 +269,13 @@ def test_float32_is_within_its_rounding_of_the_formulas(member, encoder, decoder
 def test_few_active_atoms_give_the_same_gradients_as_many(member, decoder, activation):
     """An atom just below its JumpReLU threshold is silent, and still pulls at the threshold."""
     for kind in ("writes", "states"):
-        sae, x = member("bilinear", decoder, activation, sparse=True), inputs(kind)
+        sae, x = member("bilinear", decoder, activation), inputs(kind)
+        with torch.no_grad():
+            threshold = Oracle(sae).scores(x).topk(5).values[:, -1].max() * 1.001
+            if activation == "jumprelu":
+                sae.activation_fn.log_threshold.fill_(threshold.log())
+            else:
+                sae.activation_fn.gate_bias.fill_(-threshold)
         active = (Oracle(sae).losses(x, DEAD)[2] > 0).sum(1)
         assert 0 < active.max() <= D_SAE // 8
         check(sae, x, 1e-9)
@@ -285,8 +290,22 @@ def test_packed_writes_give_what_flat_ones_give(member, encoder, activation):
         with torch.no_grad():
             close(sae.encode(packed(x)), sae.encode(x), 1e-9, "encode")
             close(sae(packed(x)), sae(x), 1e-9, "forward")
-            shaped = packed(x).view(4, 8, -1 + D_K * D_V + 1)
+            shaped = packed(x).view(4, 8, D_K * D_V)
             close(sae.encode(shaped), sae.encode(x).view(4, 8, -1), 1e-9, "encode of three axes")
+
+
+@pytest.mark.parametrize("sides", [[(D_V, D_K)], [(6, 6), (6, 3)]], ids=["turned", "two heads"])
+def test_packed_rows_of_other_sides_are_refused_or_read_as_the_numbers_that_they_are(member, sides):
+    rng = torch.Generator().manual_seed(0)
+    rows = PackedWrites(
+        *(Write(*(torch.randn(8, 1, d, generator=rng, dtype=torch.float64) for d in pair)) for pair in sides)
+    )
+    sae = member("bilinear", "rank1", "topk")
+    try:
+        ours = sae.encode(rows)
+    except WriteSAEError:
+        return
+    close(ours, Oracle(sae).activate(Oracle(sae).scores(rows.dense())), 1e-9, "encode")
 
 
 def test_the_dead_atom_loss_without_dead_atoms(member):
@@ -294,8 +313,18 @@ def test_the_dead_atom_loss_without_dead_atoms(member):
         check(member("bilinear", "rank1", "topk"), inputs("writes"), 1e-9, dead)
 
 
+def test_of_very_many_dead_atoms_the_strongest_take_part(member):
+    """Four times k_aux of them, by their largest score in the batch."""
+    sae, x = member("bilinear", "rank1", "topk", k_aux=2), inputs("writes")
+    best = Oracle(sae).scores(x).detach().amax(0).masked_fill(~DEAD, -math.inf)
+    strongest = torch.zeros(D_SAE, dtype=torch.bool)
+    strongest[best.argsort(descending=True)[: 4 * 2]] = True
+    assert strongest.sum() < DEAD.sum()
+    check(sae, x, 1e-9, taking_part=strongest)
+
+
 def test_the_gates_reconstruction_has_the_decoder_bias(member):
-    """As in the paper: |x - x^_frozen(gate codes)|^2, where x^ adds the bias (Rajamanoharan et al., eq. 7)."""
+    """As in the paper: |x - x^_frozen(gate codes)|^2, where x^ adds the bias (Gated SAEs, equation 7)."""
     for kind in ("writes", "states"):
         check(member("bilinear", "rank1", "gated", decoder_bias=True), inputs(kind), 1e-9)
 

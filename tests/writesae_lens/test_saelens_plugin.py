@@ -104,7 +104,7 @@ def test_hooks_that_match_nothing_are_errors_in_the_runner_too(tmp_path):
 def test_a_sae_of_another_size_is_refused(tmp_path):
     """Before the SAE sees anything, in one line that names both widths."""
     config = runner_config(tmp_path, sae=WriteSAETrainingConfig(d_k=8, d_v=8, d_sae=64, k=4))
-    with pytest.raises(WriteSAEError, match="takes 64 numbers, .* gives 32 x 48 = 1536"):
+    with pytest.raises(WriteSAEError, match=r"takes 64 numbers, .* gives 32 x 48 = 1536"):
         LanguageModelSAETrainingRunner(config).run()
 
 

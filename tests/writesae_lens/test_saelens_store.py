@@ -295,11 +295,14 @@ def test_a_width_that_is_not_the_cells_is_named(models, token_rows):
 def test_a_cell_that_does_not_exist_is_named(models, token_rows, multi):
     model, rows = models["tiny-gdn"], token_rows["tiny-gdn"]
     hook = "blocks.1.linear_attn.hook_write.99"
-    with pytest.raises(HookedModelError, match=r"hook_write\.99"):
+
+    def read():
         if multi:
-            multi_store(model, [hook], {hook: 1536}, rows).get_multi_hook_activations(rows[:2])
-        else:
-            store_of(model, hook, 1536, rows).get_activations(rows[:2])
+            return multi_store(model, [hook], {hook: 1536}, rows).get_multi_hook_activations(rows[:2])
+        return store_of(model, hook, 1536, rows).get_activations(rows[:2])
+
+    with pytest.raises(HookedModelError, match=r"hook_write\.99"):
+        read()
 
 
 def test_packed_and_flat_batches_train_the_same(models, token_rows):
@@ -309,7 +312,9 @@ def test_packed_and_flat_batches_train_the_same(models, token_rows):
     outcomes = []
     for x in (batch, batch.dense()):
         torch.manual_seed(0)
-        sae = WriteTrainingSAE(WriteSAETrainingConfig(d_k=32, d_v=48, d_sae=64, k=4))
+        # Read vectors come with packed writes only.
+        options = {"d_k": 32, "d_v": 48, "d_sae": 64, "k": 4, "read_alignment_coefficient": 0.0}
+        sae = WriteTrainingSAE(WriteSAETrainingConfig(**options))
         step = TrainStepInput(
             sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=True
         )
@@ -365,21 +370,22 @@ def cached(models, token_rows, tmp_path_factory):
     return folder, hook
 
 
-def test_cached_writes_lie_on_disk_as_key_and_value(cached, models, token_rows):
+def test_cached_writes_lie_on_disk_as_their_parts(cached, models, token_rows):
     folder, hook = cached
     model, rows = models["tiny-gdn"], token_rows["tiny-gdn"]
     held = datasets.load_from_disk(str(folder / "cache")).with_format("torch")
     assert len(held) == 16
-    assert held.features[hook].shape == (CONTEXT, 32 + 48)
+    assert held.features[hook].shape == (CONTEXT, 32 + 48 + 32)
     tokens = rows[:16]
-    names = ["blocks.1.linear_attn.hook_write_key", "blocks.1.linear_attn.hook_write_value"]
+    names = list(model.write_factor_hook_names(1))
+    assert [name.rsplit("_", 1)[1] for name in names[:2]] == ["key", "value"]
     with torch.no_grad():
         cache = model.run_with_cache(tokens, names_filter=names, prepend_bos=False)[1]
-    key, value = (cache[name][:, :, 2] for name in names)
-    torch.testing.assert_close(held[:][hook], torch.cat([key, value], dim=-1), rtol=1e-5, atol=1e-7)
+    parts = torch.cat([cache[name][:, :, 2] for name in names], dim=-1)  # key, value, read
+    torch.testing.assert_close(held[:][hook], parts, rtol=1e-5, atol=1e-7)
     assert torch.equal(torch.as_tensor(held[:]["token_ids"]).long(), tokens.cpu())
     size = sum(f.stat().st_size for f in (folder / "cache").rglob("*.arrow"))
-    assert size < 2 * 16 * CONTEXT * (32 + 48) * 4
+    assert size < 2 * 16 * CONTEXT * (32 + 48 + 32) * 4
 
 
 def test_cached_writes_are_read_as_the_live_ones(cached, models, token_rows):

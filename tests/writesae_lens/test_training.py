@@ -1,4 +1,4 @@
-"""What happens between and during steps of SAELens's own trainer: starts, resampling, renormalisation, metrics."""
+"""Between the steps of SAELens's own trainer: starts, resampling, renormalisation, metrics."""
 
 import math
 
@@ -16,8 +16,7 @@ from writesae_lens import (
     WriteSAETrainingConfig,
     WriteTrainingSAE,
 )
-from writesae_lens.packed import PackedWrites
-from writesae_lens.rank1 import Factors
+from writesae_lens.packed import PackedWrites, Write
 
 D_K, D_V = 6, 9
 COEFFICIENTS = {"l0": 1.0, "l1": 0.1}
@@ -36,7 +35,7 @@ def writes(n, seed=0, rank=1, dtype=torch.float32):
 def packed(x):
     """The same rank-1 rows, as the store hands them over."""
     left, size, right = torch.linalg.svd(x.unflatten(-1, (D_K, D_V)), full_matrices=False)
-    return PackedWrites(Factors((left[..., :1] * size[:, None, :1]).mT.contiguous(), right[:, :1]))
+    return PackedWrites(Write((left[..., :1] * size[:, None, :1]).mT.contiguous(), right[:, :1]))
 
 
 def leading(x):
@@ -67,6 +66,12 @@ def step_input(x, step=0, dead=None, logging=False):
         n_training_steps=step,
         is_logging_step=logging,
     )
+
+
+def forward(sae, given):
+    """A forward pass at the step that ``given`` names."""
+    sae.progress[1] = given.n_training_steps
+    return sae.training_forward_pass(given)
 
 
 def trainer(sae, batches, **options):
@@ -130,7 +135,7 @@ FAMILY = {
 @pytest.mark.parametrize("rank", [1, 3], ids=["writes", "states"])
 @pytest.mark.parametrize("options", FAMILY.values(), ids=FAMILY)
 def test_resampling_starts_dead_atoms_anew_inside_the_stock_trainer(options, rank):
-    """Dead atoms become leading singular pairs, their moments are zero at that step, the others' untouched."""
+    """Dead atoms become leading singular pairs, their moments are zero there, the others' untouched."""
     sae = make(encoder_bias=True, resample_every=5, renormalize_every=0, **options)
     dead = torch.tensor([1, 4, 11])
     live = torch.tensor([i for i in range(16) if i not in (1, 4, 11)])
@@ -179,7 +184,7 @@ def test_resampled_encoders_read_what_the_atoms_write():
     dead[[2, 7]] = True
     kill(sae, dead)
     others = sae.W_dec[~dead].detach().clone(), sae.W_enc.T[~dead].detach().clone()
-    sae.training_forward_pass(step_input(writes(32, 3), 250, dead))
+    forward(sae, step_input(writes(32, 3), 250, dead))
     torch.testing.assert_close(sae.W_enc.T[dead], sae.W_dec[dead])
     assert torch.equal(sae.W_dec[~dead], others[0])
     assert torch.equal(sae.W_enc.T[~dead], others[1])
@@ -192,7 +197,7 @@ def test_resampling_happens_at_its_steps_only(step, every, happens):
     sae = make(resample_every=every)
     before = sae.W_dec.detach().clone()
     dead = torch.ones(16, dtype=torch.bool)
-    sae.training_forward_pass(step_input(writes(32), step, dead))
+    forward(sae, step_input(writes(32), step, dead))
     assert (sae.n_resampled > 0) == happens
     assert torch.equal(sae.W_dec, before) != happens
 
@@ -204,7 +209,7 @@ def test_inputs_that_are_reconstructed_badly_are_the_ones_taken():
     batch[[5, 20]] = writes(2, 4)
     dead = torch.ones(16, dtype=torch.bool)
     before = sae.W_dec.detach().clone()
-    sae.training_forward_pass(step_input(batch, 250, dead))
+    forward(sae, step_input(batch, 250, dead))
     assert sae.n_resampled == 2
     changed = (sae.W_dec - before).abs().amax(1) > 0
     assert changed.sum() == 2
@@ -219,10 +224,10 @@ def test_resampling_survives_inputs_that_are_reconstructed_exactly(options, seed
     """An error of zero may come out below zero, by rounding; it is no chance to be drawn."""
     sae = make(encoder="tied", init_from_writes=True, **options)
     batch = 3.7 * writes(16, seed)
-    sae.training_forward_pass(step_input(batch))
+    forward(sae, step_input(batch))
     torch.testing.assert_close(sae.W_dec.abs(), leading(batch).float().abs(), rtol=1e-4, atol=1e-5)
     dead = torch.arange(16) >= 8
-    sae.training_forward_pass(step_input(batch[:8], 250, dead))
+    forward(sae, step_input(batch[:8], 250, dead))
     assert torch.isfinite(sae.W_dec).all()
 
 
@@ -231,14 +236,14 @@ def test_an_atom_that_starts_anew_can_fire(activation):
     """Whatever had silenced it: a gate or a threshold that had drifted off is part of the old atom."""
     sae = make(activation=activation, jumprelu_init_threshold=0.01)
     batch = writes(4, 6)
-    sae.training_forward_pass(step_input(batch))
+    forward(sae, step_input(batch))
     dead = torch.arange(16) < 4
     with torch.no_grad():
         if activation == "gated":
             sae.activation_fn.gate_bias[dead] = -1e4
         else:
             sae.activation_fn.log_threshold[dead] = 10.0
-    sae.training_forward_pass(step_input(batch, 250, dead))
+    forward(sae, step_input(batch, 250, dead))
     assert sae.n_resampled == 4
     assert (sae.encode(batch)[:, dead] > 0).any(0).all()
 
@@ -258,7 +263,7 @@ def test_two_saes_with_two_optimisers_do_not_disturb_each_other():
     outputs = []
     for sae, mask in zip(saes, masks):
         sae.cfg.resample_every = 1
-        outputs.append(sae.training_forward_pass(step_input(writes(32, 77), 3, mask)))
+        outputs.append(forward(sae, step_input(writes(32, 77), 3, mask)))
     for run, output in zip(runs, outputs):
         run.optimizer.zero_grad()
         output.loss.backward()
@@ -276,7 +281,7 @@ def test_the_first_of_two_optimisers_may_step_first():
     optimisers = [torch.optim.Adam(sae.parameters(), lr=1e-3) for sae in (first, second)]
     dead = torch.ones(16, dtype=torch.bool)
     for sae in (first, second):
-        sae.training_forward_pass(step_input(writes(32), 1, dead)).loss.backward()
+        forward(sae, step_input(writes(32), 1, dead)).loss.backward()
     for optimiser in optimisers:
         optimiser.step()
 
@@ -291,7 +296,7 @@ def test_a_foreign_optimiser_in_between_keeps_its_moments():
         optimiser.step()
     sae.dec_key.grad = None
     dead = torch.arange(16) < 5
-    sae.training_forward_pass(step_input(writes(32), 1, dead))
+    forward(sae, step_input(writes(32), 1, dead))
     for _ in range(2):
         foreign.step()
     torch.testing.assert_close(foreign.state[other]["exp_avg"], torch.full((16, 1, D_K), 1 - 0.9**3))
@@ -315,15 +320,15 @@ def test_renormalisation_leaves_the_function_and_puts_the_factors_at_norm_1(opti
         pytest.skip("a dense decoder has no rank")
     sae = make(renormalize_every=100, rank=rank, **options).to(dtype=torch.float64)
     x = writes(32, 8, 3, torch.float64)
-    sae.training_forward_pass(step_input(x))
+    forward(sae, step_input(x))
     decoder = [p for n, p in sae.named_parameters() if n.startswith("dec_")]
     with torch.no_grad():
         for n, parameter in enumerate(decoder):
             parameter *= torch.rand(16, *[1] * (parameter.ndim - 1)).double() * 5 ** (1 - 2 * n) + 0.2
-    first, held = sae.training_forward_pass(step_input(x, 99)), [p.clone() for p in decoder]
+    first, held = forward(sae, step_input(x, 99)), [p.clone() for p in decoder]
     assert all(torch.equal(a, b) for a, b in zip(held, decoder))
     raw = sae.W_enc.clone()
-    second = sae.training_forward_pass(step_input(x, 100))
+    second = forward(sae, step_input(x, 100))
     assert not any(torch.equal(a, b) for a, b in zip(held, decoder))
     torch.testing.assert_close(second.loss, first.loss)
     torch.testing.assert_close(second.feature_acts, first.feature_acts)
@@ -342,12 +347,12 @@ def test_atoms_start_as_the_leading_singular_pairs_of_the_first_inputs(options, 
     rank = 3 if kind == "states" else 1
     first, second = writes(10, 1, rank), writes(10, 2, rank)
     for x in (first, second):
-        sae.training_forward_pass(step_input(packed(x) if kind == "packed" else x))
+        forward(sae, step_input(packed(x) if kind == "packed" else x))
     expected = torch.cat([leading(first), leading(second)[:6]])
     torch.testing.assert_close(sae.W_dec.double(), expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(sae.W_enc.T.double(), expected, rtol=1e-3, atol=1e-4)
     held = sae.W_dec.clone()
-    sae.training_forward_pass(step_input(writes(10, 3)))
+    forward(sae, step_input(writes(10, 3)))
     assert torch.equal(sae.W_dec, held)
 
 
@@ -355,17 +360,17 @@ def test_inputs_normalised_at_run_time_start_atoms_too():
     """`init_from_writes` and `resample_every` say nothing of an exception."""
     sae = make(init_from_writes=True, normalize_activations="constant_norm_rescale", aux_loss_coefficient=0.0)
     x = writes(16, 1)
-    sae.training_forward_pass(step_input(x))
+    forward(sae, step_input(x))
     torch.testing.assert_close(sae.W_dec.double(), leading(x), rtol=1e-3, atol=1e-4)
 
 
 def test_jumprelu_thresholds_start_in_units_of_the_inputs():
     sae = make(activation="jumprelu", jumprelu_init_threshold=0.25)
     x = 40 * writes(32, 1)
-    sae.training_forward_pass(step_input(x))
+    forward(sae, step_input(x))
     size = math.sqrt(sum(float((row * row).sum()) for row in x.double()) / len(x))
     torch.testing.assert_close(sae.activation_fn.log_threshold.exp(), torch.full((16,), 0.25 * size))
-    sae.training_forward_pass(step_input(1000 * x))
+    forward(sae, step_input(1000 * x))
     torch.testing.assert_close(sae.activation_fn.log_threshold.exp(), torch.full((16,), 0.25 * size))
 
 
@@ -400,26 +405,26 @@ def test_metrics_of_logging_steps(form):
     x = writes(32, 2, 3 if form == "states" else 1)
     dead = torch.arange(16) % 5 == 0
     given = packed(x) if form == "packed" else x
-    assert not sae.training_forward_pass(step_input(given, 0, dead)).metrics
-    output = sae.training_forward_pass(step_input(given, 0, dead, logging=True))
+    assert not forward(sae, step_input(given, 0, dead)).metrics
+    output = forward(sae, step_input(given, 0, dead, logging=True))
     cosines = []
     for row, acts in zip(x, output.feature_acts):
         if acts.max() > 0:
-            atom = sae.W_dec[acts.argmax()]
+            atom = sae.W_dec[acts.argmax()].detach()
             cosines.append(float((row @ atom) / (row.norm() * atom.norm())))
     assert output.metrics["write_cosine"] == pytest.approx(sum(cosines) / len(cosines), rel=1e-4)
     assert (output.metrics["alive_atoms"], output.metrics["dead_atoms"]) == (12, 4)
     assert output.metrics["resampled_atoms"] == 0
     sae.cfg.resample_every = 1
     for n in (1, 2):
-        output = sae.training_forward_pass(step_input(given, n, dead, logging=True))
+        output = forward(sae, step_input(given, n, dead, logging=True))
         assert output.metrics["resampled_atoms"] == 4 * n
-    nobody = sae.training_forward_pass(step_input(given, 0, None, logging=True)).metrics
+    nobody = forward(sae, step_input(given, 0, None, logging=True)).metrics
     assert (nobody["alive_atoms"], nobody["dead_atoms"]) == (16, 0)
 
 
 def test_metrics_where_nothing_fires():
-    output = make().training_forward_pass(step_input(torch.zeros(8, D_K * D_V), logging=True))
+    output = forward(make(), step_input(torch.zeros(8, D_K * D_V), logging=True))
     assert output.metrics["write_cosine"] == 0
     assert all(math.isfinite(float(value)) for value in output.metrics.values())
 
@@ -427,7 +432,7 @@ def test_metrics_where_nothing_fires():
 def test_metrics_reach_what_saelens_logs():
     sae = make()
     run = trainer(sae, [])
-    output = sae.training_forward_pass(step_input(writes(32), logging=True))
+    output = forward(sae, step_input(writes(32), logging=True))
     log = run.build_train_step_log_dict(output, 32)
     assert {"metrics/write_cosine", "metrics/alive_atoms", "metrics/resampled_atoms"} <= set(log)
     reconstruction = output.feature_acts @ sae.W_dec
@@ -502,3 +507,54 @@ def test_training_settings_that_make_no_sense_are_refused(options, message):
 def test_d_in_is_derived_whatever_is_given():
     for config in (WriteSAEConfig, WriteSAETrainingConfig):
         assert config(**BASE, d_in=512).d_in == D_K * D_V
+
+
+# Read alignment
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rank": 2}, {"decoder": "dense"}, {"k": 1, "encoder": "tied"}, {"activation": "gated"}],
+    ids=str,
+)
+def test_read_alignment_equals_its_formula(options):
+    """Loop by loop: what each strong atom gets wrong of X^T q, at its share, weighted by a softmax."""
+    torch.manual_seed(0)
+    sae = make(read_alignment_coefficient=3.0, dominant_share=0.4, **options).to(dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
+    key, value, read = (torch.randn(7, 1, d, dtype=torch.float64) for d in (D_K, D_V, D_K))
+    output = sae.training_forward_pass(step_input(PackedWrites(Write(key, value, read))))
+    x, q = key.mT @ value, read[:, 0]
+    atoms, encoder = sae.W_dec.view(-1, D_K, D_V), sae.W_enc.T.reshape(-1, D_K, D_V)
+    total, power = 0.0, x.square().sum((1, 2))
+    for n in range(7):
+        score = torch.stack([(x[n] * e).sum() for e in encoder])
+        size = score.relu()
+        if options.get("activation") == "gated":
+            gate = sae.activation_fn
+            size = (gate.log_gain.exp() * score + gate.magnitude_bias).relu()
+        native, strongest = x[n].T @ q[n], score.argsort(descending=True)[:4]
+        weight = (size[strongest] / 0.4 / (0.1 * power[n].sqrt())).softmax(0)
+        for w, atom in zip(weight, strongest, strict=True):
+            missed = (size[atom] / 0.4 * atoms[atom].T @ q[n] - native).square().sum() / native.square().sum()
+            total = total + w * missed / (1 + missed)
+    expected = 3.0 * power.mean() * total / 7
+    torch.testing.assert_close(output.losses["read_alignment_loss"], expected)
+    parameters = [p for p in sae.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(output.losses["read_alignment_loss"], parameters, allow_unused=True)
+    theirs = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        zero = torch.zeros(())
+        torch.testing.assert_close(zero if a is None else a.sum(), zero.to(b) if b is None else b.sum())
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_inputs_without_read_vectors_train_without_read_alignment():
+    key, value = torch.randn(7, 1, D_K), torch.randn(7, 1, D_V)
+    packed = PackedWrites(Write(key, value))
+    for x in (packed, packed.dense()):
+        assert "read_alignment_loss" not in make().training_forward_pass(step_input(x)).losses

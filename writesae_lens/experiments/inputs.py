@@ -115,7 +115,7 @@ def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[
         WriteSAEError: the cell's activations are not finite.
     """
     cell = site.cell
-    names = list(model.write_factor_hook_names(cell.layer))
+    names = list(model.write_factor_hook_names(cell.layer)[:2])
     state_name = model.state_hook_name(cell.layer, cell.head)
     on_states = site.kind == "state"
     _, cache = model.run_with_cache(
