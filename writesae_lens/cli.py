@@ -42,13 +42,16 @@ def demo(
     _headline(result.summary)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="All other flags are SAELens's (--model_name, --dataset_path, --d_sae, --k, --lr, --output_path, "
-    "--training_tokens, --log_to_wandb, ...); --saelens-help lists them.",
-)
+@app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    context: typer.Context,
+    saelens_flags: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Any of SAELens's own: --model_name, --dataset_path, --d_sae, --k, --lr, --training_tokens, "
+            "--output_path, --log_to_wandb, ...",
+            show_default=False,
+        ),
+    ] = None,
     cells: Annotated[
         str | None,
         typer.Option(help="LAYER:HEAD, * for all, commas between: 1:*; instead of --hook_name."),
@@ -61,16 +64,16 @@ def train(
 ) -> None:
     """Train WriteSAEs with SAELens's runner; several cells train from one forward pass.
 
-    For example: writesae-lens train --model_name tiny-gdn --cells "1:*" --d_sae 2048 --k 4 --lr 2e-3
+    For example: writesae-lens train --model_name tiny-gdn --cells "1:*" --d_sae 2048 --k 4 --lr 4e-3
     --context_size 256 --training_tokens 200000 --output_path my_saes
     """
     from writesae_lens.train import run_training
 
     if site not in ("write", "state"):
         raise WriteSAEError(f"--site is write or state, got {site!r}")
-    if not context.args and cells is None and not saelens_help:
+    if not saelens_flags and cells is None and not saelens_help:
         raise WriteSAEError("nothing to train: give --model_name and --cells, see writesae-lens train --help")
-    arguments = ["--help"] if saelens_help else context.args
+    arguments = ["--help"] if saelens_help else saelens_flags or []
     for folder in run_training(arguments, cells, site, win_rate):  # type: ignore[arg-type]
         typer.echo(f"trained: {folder}")
 

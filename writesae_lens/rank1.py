@@ -127,12 +127,10 @@ def leading_pairs(matrices: Matrices) -> Factors:
 
 def overlaps(left: Matrices, right: Matrices) -> Float[Tensor, "left right"]:
     """<X_n, Y_i> of every left with every right matrix."""
-    if not isinstance(left, Factors):
-        if isinstance(right, Factors):
-            return _overlaps_dense(left, right)
-        return left.flatten(-2) @ right.flatten(-2).T
     if not isinstance(right, Factors):
-        return _overlaps_dense(right, left).T
+        return built(left).flatten(-2) @ right.flatten(-2).T
+    if not isinstance(left, Factors):
+        return _overlaps_dense(left, right)
     by_key = left.key.flatten(0, 1) @ right.key.flatten(0, 1).T
     by_value = left.value.flatten(0, 1) @ right.value.flatten(0, 1).T
     terms = by_key * by_value

@@ -7,6 +7,8 @@ cells train from one forward pass, and a shipped model brings its own text.
 
 from __future__ import annotations
 
+import argparse
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,7 +112,10 @@ def run_training(
     # The sizes are the model's, but the parser wants them now.
     sizes = [x for flag in ("--d_k", "--d_v") if flag not in given for x in (flag, "1")]
     ours = "writesae" in [*arguments, *defaults]
-    cfg = _parse_cfg_args([*arguments, *defaults, *(sizes if ours else [])])
+    try:
+        cfg = _parse_cfg_args([*arguments, *defaults, *(sizes if ours else [])])
+    except argparse.ArgumentError as error:
+        raise WriteSAEError(f"{error}; writesae-lens train --saelens-help lists the flags") from error
     if cfg.model_class_name != MODEL_CLASS_NAME:
         raise WriteSAEError(
             f"this command trains on {MODEL_CLASS_NAME}; for {cfg.model_class_name} use "
@@ -153,10 +158,10 @@ def run_training(
 
 def _sized(sae: Any, cell: Cell, fixed: set[str]) -> Any:
     """The SAE's configuration with the cell's sizes, except those that the user fixed."""
+    sizes = {"d_in": cell.d_k * cell.d_v}
     if isinstance(sae, WriteSAETrainingConfig):
-        sizes = {"d_k": cell.d_k, "d_v": cell.d_v}
-        return dataclasses.replace(sae, **{n: v for n, v in sizes.items() if n not in fixed})
-    return dataclasses.replace(sae, d_in=cell.d_k * cell.d_v)
+        sizes = {n: v for n, v in (("d_k", cell.d_k), ("d_v", cell.d_v)) if n not in fixed}
+    return dataclasses.replace(sae, metadata=copy.deepcopy(sae.metadata), **sizes)
 
 
 def _dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> Dataset | None:

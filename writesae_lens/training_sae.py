@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,6 +42,10 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
 
     cfg: WriteSAETrainingConfig
     progress: Tensor
+
+    def __init__(self, cfg: WriteSAETrainingConfig, use_error_term: bool = False) -> None:
+        # Several SAEs may be made from one config, and runners write each one's hook into its own.
+        super().__init__(copy.deepcopy(cfg), use_error_term)
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -266,8 +271,9 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         to take, counts as r / (1 + r), so that every write counts alike; the strongest atoms count by a
         softmax of their coefficients, so that the encoder learns which to prefer.
         """
-        values, indices = hidden.topk(min(_CANDIDATES, hidden.shape[-1]), dim=-1)
-        values = self.activation_fn.coefficients_of(hidden).gather(-1, indices) / self.cfg.dominant_share
+        indices = hidden.topk(min(_CANDIDATES, hidden.shape[-1]), dim=-1).indices
+        share = 1.0 if self.cfg.encoder == "tied" else self.cfg.dominant_share
+        values = self.activation_fn.coefficients_of(hidden).gather(-1, indices) / share
         weights = (values / (_TEMPERATURE * squared.sqrt().clamp(min=1e-30)[:, None])).softmax(-1)
         native = _read_out(rows[:, None], read)[:, 0]
         by_atoms = _read_out(atoms[indices], read) * values[..., None]
