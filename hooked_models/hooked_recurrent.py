@@ -303,10 +303,11 @@ class HookedRecurrent(SAETransformerBridge):
         self._check_hook_names([name])
         if _SITE.fullmatch(name):
             cell = self.site(name).cell
-            if sae.cfg.d_in != cell.d_k * cell.d_v:
+            sides = getattr(sae.cfg, "d_k", cell.d_k), getattr(sae.cfg, "d_v", cell.d_v)
+            if sae.cfg.d_in != cell.d_k * cell.d_v or sides != (cell.d_k, cell.d_v):
                 raise HookedModelError(
-                    f"the SAE takes {sae.cfg.d_in} numbers, but {name} gives {cell.d_k} x {cell.d_v} = "
-                    f"{cell.d_k * cell.d_v}"
+                    f"the SAE takes {sae.cfg.d_in} numbers ({sides[0]} x {sides[1]}), but {name} gives "
+                    f"{cell.d_k} x {cell.d_v} = {cell.d_k * cell.d_v}"
                 )
         super().add_sae(sae, use_error_term=use_error_term)
 

@@ -36,6 +36,6 @@ def _clear(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
         rows = _PENDING.pop(parameter, None)
-        for state in optimizer.state[parameter].values() if rows is not None else ():
+        for state in optimizer.state.get(parameter, {}).values() if rows is not None else ():
             if torch.is_tensor(state) and state.shape == parameter.shape:
                 state[rows] = 0

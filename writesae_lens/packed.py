@@ -30,6 +30,10 @@ class Write(NamedTuple):
     read: Float[Tensor, "*batch 1 d_k"] | None = None
 
     @property
+    def sides(self) -> tuple[int, int]:
+        return self.key.shape[-1], self.value.shape[-1]
+
+    @property
     def factors(self) -> Factors:
         return Factors(self.key, self.value)
 

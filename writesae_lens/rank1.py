@@ -103,6 +103,11 @@ def built(matrices: Matrices) -> Float[Tensor, "*batch d_k d_v"]:
     return matrices.matrix() if isinstance(matrices, Factors) else matrices
 
 
+def tensors(matrices: Matrices) -> tuple[Tensor, ...]:
+    """What the matrices are stored in."""
+    return tuple(matrices) if isinstance(matrices, Factors) else (matrices,)
+
+
 def squared_norms(matrices: Matrices) -> Float[Tensor, "*batch"]:
     """|X_n|^2."""
     if isinstance(matrices, Factors):

@@ -29,7 +29,17 @@ from writesae_lens import activations
 from writesae_lens.config import PLAIN_INPUTS, WriteSAEConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.packed import PackedWrites
-from writesae_lens.rank1 import Factors, Matrices, built, combine, factor_rank1, normalized, overlaps
+from writesae_lens.rank1 import (
+    Factors,
+    Matrices,
+    built,
+    combine,
+    factor_rank1,
+    normalized,
+    overlaps,
+    squared_norms,
+    tensors,
+)
 
 # W&B's 128 characters, less what SAELens appends ("_log_feature_sparsity").
 _NAME_LENGTH = 100
@@ -67,7 +77,7 @@ class MatrixSAE(SAE[Any]):
     def decoder_factors(
         self,
     ) -> tuple[Float[Tensor, "d_sae rank d_k"], Float[Tensor, "d_sae rank d_v"]]:
-        """Key and value factors of the atoms; each atom sum_r key_r value_r^T has Frobenius norm 1.
+        """Key and value factors of the atoms sum_r key_r value_r^T; after training atoms have norm 1.
 
         Raises:
             WriteSAEError: the decoder is dense.
@@ -78,18 +88,28 @@ class MatrixSAE(SAE[Any]):
         return atoms.key, atoms.value
 
     def atoms(self) -> Matrices:
-        """The decoder atoms, normalised."""
-        return normalized(self._raw("dec"))
+        """The decoder atoms, as `decode` adds them up."""
+        return self._side("dec", self.cfg.decoder)
 
-    def _raw(self, side: str) -> Matrices:
-        """One side's parameters as they are."""
-        if getattr(self.cfg, {"dec": "decoder", "enc": "encoder"}[side]) == "dense":
+    def _side(self, side: str, kind: str) -> Matrices:
+        if kind == "dense":
             return getattr(self, f"{side}_matrix")
         return Factors(getattr(self, f"{side}_key"), getattr(self, f"{side}_value"))
 
+    # The norms of the atoms are a choice of units; what is selected and what is decoded does not depend on
+    # them: scores are those of atoms of norm 1, coefficients are divided by the norms.
+
     @property
     def _encoder(self) -> Matrices:
-        return self.atoms() if self.cfg.encoder == "tied" else self._raw("enc")
+        """What scores atoms of norm 1."""
+        if self.cfg.encoder == "tied":
+            return normalized(self.atoms())
+        return self._side("enc", self.cfg.encoder)
+
+    @torch.no_grad()
+    def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
+        """Norms of the atoms (where zero, a small number)."""
+        return squared_norms(self.atoms()).sqrt().clamp(min=1e-8)
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:  # type: ignore[override]
@@ -99,7 +119,7 @@ class MatrixSAE(SAE[Any]):
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]
         """The encoder as a flat matrix. Built anew at each access."""
-        return built(self._encoder).flatten(-2).T
+        return built(self._encoder).flatten(-2).T / self.get_W_dec_norm()
 
     @property
     def bias_matrix(self) -> Float[Tensor, "d_k d_v"]:
@@ -119,8 +139,14 @@ class MatrixSAE(SAE[Any]):
         Args:
             x: flattened matrices. Rank-1 rows that need no gradient take the factored path.
         """
-        hidden = self.hook_sae_acts_pre(self._hidden(self.process_sae_in(x)))
-        return self.hook_sae_acts_post(self.activation_fn(hidden))
+        return self._encode(self.process_sae_in(x))[0]
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients and pre-activations of processed inputs."""
+        rows, norms = self._rows(x.reshape(-1, x.shape[-1])), self.get_W_dec_norm()
+        hidden = overlaps(rows, self._encoder).view(*x.shape[:-1], self.cfg.d_sae) / norms + self.b_enc
+        hidden = self.hook_sae_acts_pre(hidden)
+        return self.hook_sae_acts_post(self.activation_fn(hidden * norms) / norms), hidden
 
     def encode_factors(
         self, key: Float[Tensor, "row d_k"], value: Float[Tensor, "row d_v"]
@@ -135,7 +161,8 @@ class MatrixSAE(SAE[Any]):
                 f"normalize_activations={self.cfg.normalize_activations!r} needs whole matrices: use encode"
             )
         rows = Factors(key[:, None].to(self.dtype), value[:, None].to(self.dtype))
-        return self.activation_fn(overlaps(rows, self._encoder) + self.b_enc)
+        norms = self.get_W_dec_norm()
+        return self.activation_fn(overlaps(rows, self._encoder) + norms * self.b_enc) / norms
 
     def _check_width(self, x: Tensor) -> None:
         width = self.cfg.d_k * self.cfg.d_v
@@ -154,24 +181,24 @@ class MatrixSAE(SAE[Any]):
     def _rows(self, x: Float[Tensor, "row d_in"]) -> Matrices:
         """Flattened matrices as factors where they are rank 1 and need no gradient, else as they are."""
         sides = (self.cfg.d_k, self.cfg.d_v)
-        if isinstance(x, PackedWrites) and [(b.key.shape[-1], b.value.shape[-1]) for b in x.blocks] == [
-            sides
-        ]:
+        found = [b.sides for b in x.blocks] if isinstance(x, PackedWrites) else []
+        if isinstance(x, PackedWrites) and found == [sides]:
             rows = x.blocks[0].factors
+        elif len(found) == 1:
+            raise WriteSAEError(
+                f"this SAE is for {sides[0]} x {sides[1]} matrices, these writes are {found[0][0]} x "
+                f"{found[0][1]}"
+            )
         else:
             rows = None if x.requires_grad else factor_rank1(x, self.cfg.d_k, self.cfg.d_v)
         if rows is None:
             return x.unflatten(-1, sides).to(self.dtype)
         return Factors(*(f.to(self.dtype) for f in rows))
 
-    def _hidden(self, x: Tensor) -> Tensor:
-        rows = self._rows(x.reshape(-1, self.cfg.d_in))
-        return (overlaps(rows, self._encoder) + self.b_enc).view(*x.shape[:-1], self.cfg.d_sae)
-
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction sum_i a_i A_i + B, flattened."""
         flat = feature_acts.reshape(-1, feature_acts.shape[-1])
-        active = int((flat != 0).sum(-1).max()) if len(flat) else 0
+        active = max(1, int((flat != 0).sum(-1).max())) if len(flat) else 1
         if (torch.is_grad_enabled() and feature_acts.requires_grad) or active > self.cfg.d_sae // 8:
             # Inactive atoms have gradients too, which a sparse product would drop; and a sum of many
             # atoms is no longer cheaper than the flat product.
@@ -185,22 +212,20 @@ class MatrixSAE(SAE[Any]):
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """Absorb a factor that inputs were multiplied by in training; coefficients are in raw units after."""
-        # z(s X) / s is z(X) with a smaller bias, and the activations commute with the division.
-        self.b_enc.data /= scaling_factor
-        self.b_dec.data /= scaling_factor
+        """Absorb a factor that inputs were multiplied by in training: into the atoms, as SAELens does."""
+        tensors(self.atoms())[0].div_(scaling_factor)
+        self.b_dec.div_(scaling_factor)
         self.activation_fn.fold(scaling_factor)
         self.cfg.normalize_activations = "none"
 
     @torch.no_grad()
-    def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
-        """Ones: atoms are normalised by construction."""
-        return torch.ones(self.cfg.d_sae, dtype=self.dtype, device=self.device)
-
-    @torch.no_grad()
     def fold_and_get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
-        """Nothing to fold: atoms have norm 1 already."""
-        return self.get_W_dec_norm()
+        """Give all atoms norm 1 and return the norms that they had; coefficients and b_enc grow by these."""
+        norms = self.get_W_dec_norm()
+        for parameter, unit in zip(tensors(self.atoms()), tensors(normalized(self.atoms()))):
+            parameter.copy_(unit)
+        self.b_enc.mul_(norms)
+        return norms
 
 
 class WriteSAE(MatrixSAE):

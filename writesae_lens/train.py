@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import wandb
 from datasets import Dataset
 from sae_lens import (
     LanguageModelSAERunnerConfig,
@@ -25,7 +26,7 @@ from sae_lens import (
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.training._interruption import InterruptedException
 
-from hooked_models import HookedRecurrent, zoo
+from hooked_models import HookedModelError, HookedRecurrent, zoo
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.config import WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
@@ -43,15 +44,17 @@ class Runner(LanguageModelSAETrainingRunner):
     """SAELens's runner; interrupted, it saves a whole checkpoint (SAELens's leaves the weights out)."""
 
     def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
-        path, self.cfg.checkpoint_path = self.cfg.checkpoint_path, None
         try:
             return super().run_trainer_with_interruption_handling(trainer)
         except (KeyboardInterrupt, InterruptedException):
-            if path is not None:
+            if self.cfg.checkpoint_path is not None:
                 trainer.save_checkpoint(str(trainer.n_training_samples))
             raise
-        finally:
-            self.cfg.checkpoint_path = path
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        if checkpoint_path is not None:  # SAELens calls this first when interrupted
+            checkpoint_path.mkdir(parents=True, exist_ok=True)
+        super().save_checkpoint(checkpoint_path)
 
 
 def shipped_text() -> tuple[list[str], list[str]]:
@@ -107,13 +110,22 @@ def run_training(
     Raises:
         WriteSAEError: flags that do not go together, or no text to train on.
     """
-    given = {a.split("=")[0] for a in arguments if a.startswith("--")}
-    defaults = [x for flag, value in DEFAULTS.items() if flag not in given for x in (flag, value)]
+    given = dict(_flags(arguments))
+    if cells is None and "--hook_name" not in given and "--help" not in given:
+        raise WriteSAEError("nothing to train on: give --cells or --hook_name")
+    if cells is not None and "--hook_name" in given:
+        raise WriteSAEError("--cells and --hook_name both say what to train on: give one of them")
+    if "--sae" in given:
+        given["--architecture"] = given["--sae"]
+    defaults = {flag: value for flag, value in DEFAULTS.items() if flag not in given}
+    architecture = given.get("--architecture", DEFAULTS["--architecture"])
     # The sizes are the model's, but the parser wants them now.
-    sizes = [x for flag in ("--d_k", "--d_v") if flag not in given for x in (flag, "1")]
-    ours = "writesae" in [*arguments, *defaults]
+    sizes = {"--d_k": "1", "--d_v": "1"} if architecture == DEFAULTS["--architecture"] else {}
+    if set(sizes) & set(given):
+        raise WriteSAEError("d_k and d_v are the cell's own: leave --d_k and --d_v out")
+    added = [x for pair in (defaults | sizes).items() for x in pair]
     try:
-        cfg = _parse_cfg_args([*arguments, *defaults, *(sizes if ours else [])])
+        cfg = _parse_cfg_args([*arguments, *added])
     except argparse.ArgumentError as error:
         raise WriteSAEError(f"{error}; writesae-lens train --saelens-help lists the flags") from error
     if cfg.model_class_name != MODEL_CLASS_NAME:
@@ -121,46 +133,67 @@ def run_training(
             f"this command trains on {MODEL_CLASS_NAME}; for {cfg.model_class_name} use "
             "python -m sae_lens.llm_sae_training_runner"
         )
+    if win_rate_passages and not cfg.logger.log_to_wandb:
+        raise WriteSAEError("the win rate is logged to W&B: give --log_to_wandb true")
+    if cfg.output_path:
+        Path(cfg.output_path).mkdir(parents=True, exist_ok=True)  # now rather than after the training
     options = dict(cfg.model_from_pretrained_kwargs or {})
     model = HookedRecurrent.boot_transformers(cfg.model_name, device=cfg.llm_device, **options)
+    if "--prepend_bos" not in given:
+        cfg.prepend_bos = bool(model.cfg.default_prepend_bos)
     chosen = [model.site(cfg.hook_name).cell] if cells is None else parse_cells(model, cells)
     if cells is not None:
         name_of = model.write_hook_name if site == "write" else model.state_hook_name
         hooks = {cell: name_of(cell.layer, cell.head) for cell in chosen}
     else:
         hooks = {chosen[0]: cfg.hook_name}
-    fixed = {"d_k", "d_v"} & {flag.removeprefix("--") for flag in given}
-    saes = {cell: _sized(cfg.sae, cell, fixed) for cell in chosen}
+    saes = {cell: _sized(cfg.sae, cell) for cell in chosen}
     overrides: dict[str, Any] = {"override_dataset": _dataset(cfg), "override_model": model}
     torch.manual_seed(cfg.seed)
-    if len(chosen) == 1:
-        (cell,) = chosen
-        cfg.hook_name, cfg.sae = hooks[cell], saes[cell]
-        runner: Any = Runner(cfg, **overrides)
-        folders = [Path(cfg.output_path)] if cfg.output_path else []
-    else:
-        names = {cell: f"L{cell.layer}H{cell.head}" for cell in chosen}
-        several = _several(
-            cfg, {names[c]: s for c, s in saes.items()}, {names[c]: h for c, h in hooks.items()}
-        )
-        runner = MultiSAETrainingRunner(several, **overrides)
-        folders = [Path(cfg.output_path) / name for name in names.values()] if cfg.output_path else []
-    if win_rate_passages:
-        log_win_rate(runner, win_rate_passages)
+    names = {cell: f"L{cell.layer}H{cell.head}" for cell in chosen}
+    several = len(chosen) > 1
+    runner: Any = None
     try:
+        if several:
+            sae_of, hook_of = ({names[c]: x for c, x in of.items()} for of in (saes, hooks))
+            runner = MultiSAETrainingRunner(_several(cfg, sae_of, hook_of), **overrides)
+        else:
+            cfg.hook_name, cfg.sae = hooks[chosen[0]], saes[chosen[0]]
+            if cfg.use_cached_activations and "--cached_activations_path" not in given:
+                raise WriteSAEError("say where the cache is: --cached_activations_path")
+            runner = Runner(cfg, **overrides)
+        if win_rate_passages:
+            log_win_rate(runner, win_rate_passages)
         runner.run()
     except (KeyboardInterrupt, InterruptedException) as error:
-        kept = runner.cfg.checkpoint_path
-        hint = "" if kept is None else f"; go on with --resume_from_checkpoint {_newest(Path(kept))}"
-        raise WriteSAEError(f"interrupted{hint}") from error
-    return folders
+        kept = None if runner is None else runner.cfg.checkpoint_path
+        again = (
+            f"; go on with the same command and --resume_from_checkpoint {_newest(Path(kept))}"
+            if kept
+            else ""
+        )
+        raise WriteSAEError(f"interrupted{again}") from error
+    except HookedModelError:
+        raise
+    except (ValueError, wandb.Error) as error:  # SAELens's own words about data, buffers and W&B
+        raise WriteSAEError(f"SAELens: {error}") from error
+    if cfg.output_path is None:
+        return []
+    return [Path(cfg.output_path) / name if several else Path(cfg.output_path) for name in names.values()]
 
 
-def _sized(sae: Any, cell: Cell, fixed: set[str]) -> Any:
-    """The SAE's configuration with the cell's sizes, except those that the user fixed."""
-    sizes = {"d_in": cell.d_k * cell.d_v}
-    if isinstance(sae, WriteSAETrainingConfig):
-        sizes = {n: v for n, v in (("d_k", cell.d_k), ("d_v", cell.d_v)) if n not in fixed}
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Flags and their values, in both forms: ``--flag value`` and ``--flag=value``."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            yield flag, value if equals else following
+
+
+def _sized(sae: Any, cell: Cell) -> Any:
+    """The SAE's configuration with the cell's sizes, and metadata of its own."""
+    ours = isinstance(sae, WriteSAETrainingConfig)
+    sizes = {"d_k": cell.d_k, "d_v": cell.d_v} if ours else {"d_in": cell.d_k * cell.d_v}
     return dataclasses.replace(sae, metadata=copy.deepcopy(sae.metadata), **sizes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from writesae_lens.rank1 import (
     Matrices,
     inner,
     leading_pairs,
+    normalized,
     overlaps,
     scores,
     squared_errors,
@@ -35,6 +37,8 @@ _POOL = 4
 # Read alignment looks at so many of an input's strongest atoms, weighted by a softmax of their coefficients
 # in units of this share of the input's norm.
 _CANDIDATES, _TEMPERATURE = 4, 0.1
+# Cosine from which on two inputs start one atom.
+_SAME = 0.999
 
 
 class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
@@ -52,13 +56,26 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         self.b_enc.requires_grad_(self.cfg.encoder_bias)
         self.b_dec.requires_grad_(self.cfg.decoder_bias)
         # Atoms started from inputs, and steps made: what a resumed run must know beside the weights.
-        self.register_buffer("progress", torch.zeros(2, dtype=torch.long, device=self.device))
+        self.register_buffer("progress", torch.zeros(2, device=self.device))
         self.n_resampled = 0
+
+    def _apply(self, *args: Any, **kwargs: Any) -> WriteTrainingSAE:
+        progress = self.progress.float()
+        super()._apply(*args, **kwargs)
+        if not progress.is_meta:  # whole numbers, which half precision would round
+            self.progress = progress.to(self.progress.device)
+        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in torch; the atoms of an SAE saved for inference are not started anew from inputs."""
         trained = {"progress": torch.tensor([self.cfg.d_sae, 0], device=self.device)}
         return super().load_state_dict({**trained, **state_dict}, *args, **kwargs)
+
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """As in SAELens; the atoms get norm 1 first, so that coefficients are in units of the inputs."""
+        if not bool(torch.isclose(self.get_W_dec_norm(), self.b_enc.new_ones(())).all()):
+            self.fold_W_dec_norm()
+        return super().save_inference_model(path)
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         del state_dict["progress"]
@@ -76,8 +93,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         return {n: TrainCoefficientConfig(*c) for n, c in self.activation_fn.coefficients.items()}
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.hook_sae_acts_pre(self._hidden(self.process_sae_in(x)))
-        return self.hook_sae_acts_post(self.activation_fn(hidden)), hidden
+        return self._encode(self.process_sae_in(x))
 
     def calculate_aux_loss(
         self,
@@ -88,10 +104,14 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """The losses beside the squared error, where inputs are normalised at run time."""
         rows = step_input.sae_in.unflatten(-1, (self.cfg.d_k, self.cfg.d_v))
-        return self._losses(rows, self.atoms(), hidden_pre, feature_acts, step_input)[1]
+        atoms, norms = normalized(self.atoms()), self.get_W_dec_norm()
+        dead = step_input.dead_neuron_mask
+        return self._losses(rows, atoms, hidden_pre * norms, feature_acts * norms, dead, step_input)[1]
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One step's losses. ``sae_out`` is built for logging steps only, else it is NaN.
+        """One step's losses, activations being coefficients of atoms of norm 1.
+
+        ``sae_out`` is built for logging steps only, else it is NaN.
 
         Raises:
             WriteSAEError: the batch has another width, or holds infinite or undefined numbers.
@@ -104,21 +124,22 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         # Sums of products of inner products: not for half precision, nor slow at single.
         with torch.autocast(x.device.type, enabled=False):
             rows = self._rows(x)
-            if not all(bool(torch.isfinite(part).all()) for part in _tensors(rows)):
+            if not bool(torch.isfinite(squared_norms(rows)).all()):
                 raise WriteSAEError(
-                    "the activations of this batch are not finite: check the model's dtype and the hook"
+                    "the activations of this batch, or their squares, are not finite: check the model's "
+                    "dtype and the hook"
                 )
-            self._prepare(rows, step_input.dead_neuron_mask)
-            atoms = self.atoms()
-            encoder = atoms if self.cfg.encoder == "tied" else self._raw("enc")
-            hidden = self.hook_sae_acts_pre(scores(rows, encoder) + self.b_enc)
+            dead = self._prepare(rows, step_input.dead_neuron_mask)
+            atoms, norms = normalized(self.atoms()), self.get_W_dec_norm()
+            encoder = atoms if self.cfg.encoder == "tied" else self._encoder
+            hidden = self.hook_sae_acts_pre(scores(rows, encoder) + norms * self.b_enc)
             acts = self.hook_sae_acts_post(self.activation_fn(hidden))
             read = x.blocks[0].read if isinstance(x, PackedWrites) else None
-            error, others = self._losses(rows, atoms, hidden, acts, step_input, read)
+            error, others = self._losses(rows, atoms, hidden, acts, dead, step_input, read)
             losses = {"mse_loss": error.mean(), **others}
         with torch.no_grad():
             if step_input.is_logging_step:
-                sae_out = self.decode(acts.detach())
+                sae_out = self.decode(acts.detach() / norms)
             else:
                 sae_out = torch.full((1, 1), float("nan"), dtype=x.dtype, device=x.device).expand(x.shape)
         output = TrainStepOutput(
@@ -150,38 +171,46 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         return output
 
     @torch.no_grad()
-    def _prepare(self, rows: Matrices, dead: Tensor | None) -> None:
-        """What happens between steps: the start from inputs, renormalisation, resampling."""
+    def _prepare(self, rows: Matrices, dead: Tensor | None) -> Tensor | None:
+        """What happens between steps: the start from inputs, renormalisation, resampling.
+
+        Returns:
+            the mask of dead atoms, less those that started anew.
+        """
         cfg = self.cfg
-        started, step = self.progress.tolist()
+        if not self.training:
+            return dead
+        started, step = (int(n) for n in self.progress)
         if started == 0:
             self.activation_fn.begin(squared_norms(rows).mean().sqrt())
             started = 0 if cfg.init_from_writes else cfg.d_sae
         if started < cfg.d_sae:
-            starts = leading_pairs(rows[squared_norms(rows) > 0][: cfg.d_sae - started])
+            known = normalized(self.atoms())[:started]
+            starts = _distinct(leading_pairs(rows[squared_norms(rows) > 0]), known)[: cfg.d_sae - started]
             slots = torch.arange(started, started + len(starts.key), device=self.b_enc.device)
             self._set_atoms(slots, starts)
             started += len(slots)
         if step and cfg.renormalize_every and step % cfg.renormalize_every == 0:
-            for parameter, value in zip(_tensors(self._raw("dec")), _tensors(self.atoms())):
-                parameter.copy_(value)
+            self.fold_W_dec_norm()
         if step and cfg.resample_every and step % cfg.resample_every == 0 and dead is not None:
-            self._resample(rows, dead.nonzero().squeeze(-1))
+            anew = self._resample(rows, dead.nonzero().squeeze(-1))
+            dead = dead.index_fill(0, anew, False)
         self.progress.copy_(torch.tensor([started, step + 1]))
+        return dead
 
     @torch.no_grad()
-    def _resample(self, rows: Matrices, dead: Tensor) -> None:
-        """Start dead atoms anew from inputs drawn by their squared error, and forget their moments."""
-        acts = self.activation_fn(overlaps(rows, self._encoder) + self.b_enc)
-        error = self._squared_error(rows, self.atoms(), acts)
+    def _resample(self, rows: Matrices, dead: Tensor) -> Tensor:
+        """Start dead atoms anew from inputs drawn by their squared error; returns which."""
+        acts = self.activation_fn(overlaps(rows, self._encoder) + self.get_W_dec_norm() * self.b_enc)
+        error = self._squared_error(rows, normalized(self.atoms()), acts).clamp(min=0)
         n = min(len(dead), int((error > 0).sum()))
-        if n == 0:
-            return
-        worst = torch.multinomial(error.clamp(min=0), n)
-        self._set_atoms(dead[:n], leading_pairs(rows[worst]))
-        self.activation_fn.reset(dead[:n], squared_norms(rows).mean().sqrt())
-        forget_moments(self._per_atom(), dead[:n])
-        self.n_resampled += n
+        if n:
+            starts = _distinct(leading_pairs(rows[torch.multinomial(error, n)]))
+            n = len(starts.key)
+            self._set_atoms(dead[:n], starts)
+            self.activation_fn.reset(dead[:n], squared_norms(rows).mean().sqrt())
+            self.n_resampled += n
+        return dead[:n]
 
     def _per_atom(self) -> list[nn.Parameter]:
         """The parameters with a row for each atom."""
@@ -193,14 +222,16 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         for side in ("dec", "enc"):
             if side == "enc" and self.cfg.encoder == "tied":
                 continue
-            raw = self._raw(side)
+            raw = self._side(side, self.cfg.decoder if side == "dec" else self.cfg.encoder)
             if not isinstance(raw, Factors):
                 raw[slots] = rows.matrix().to(raw.dtype)
                 continue
             for parameter, factor in zip(raw, rows):
-                parameter[slots] *= 0.1  # further ranks keep their direction, at little weight
+                # Further ranks keep their direction, at little weight.
+                parameter[slots] = 0.1 * torch.nn.functional.normalize(parameter[slots], dim=-1)
                 parameter[slots, :1] = factor.to(parameter.dtype)
         self.b_enc[slots] = 0
+        forget_moments(self._per_atom(), slots)
 
     def _squared_error(self, rows: Matrices, atoms: Matrices, acts: Tensor) -> Tensor:
         """|X - X^|^2 of each input."""
@@ -225,6 +256,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         atoms: Matrices,
         hidden: Tensor,
         acts: Tensor,
+        dead: Tensor | None,
         step_input: TrainStepInput,
         read: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -232,11 +264,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         squared = squared_norms(rows)
         unit = squared.mean().sqrt().detach()
         error = self._squared_error(rows, atoms, acts)
-        losses = {
-            "auxiliary_reconstruction_loss": self._dead_loss(
-                rows, atoms, hidden, acts, error, step_input.dead_neuron_mask
-            )
-        }
+        losses = {"auxiliary_reconstruction_loss": self._dead_loss(rows, atoms, hidden, acts, error, dead)}
         codes = self.activation_fn.gate_codes(hidden)
         if codes is not None:
             # The scores learn from this; the decoder does not.
@@ -319,12 +347,16 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         return {"weights/encoder_norms": squared_norms(self._encoder).sqrt().float().cpu().numpy()}
 
 
+def _distinct(starts: Factors, known: Matrices | None = None) -> Factors:
+    """Those with another direction than all earlier ones: equal atoms would fire together."""
+    again = (overlaps(starts, starts).abs() > _SAME).tril(-1).any(-1)
+    if known is not None:
+        again |= (overlaps(starts, known).abs() > _SAME).any(-1)
+    return starts[~again]
+
+
 def _read_out(matrices: Matrices, read: Float[Tensor, "row d_k"]) -> Float[Tensor, "row atom d_v"]:
     """X^T q for matrices ``[row, atom]`` and one read vector a row."""
     if isinstance(matrices, Factors):
         return ((matrices.key @ read[:, None, :, None]).mT @ matrices.value).squeeze(-2)
     return (read[:, None, None] @ matrices).squeeze(-2)
-
-
-def _tensors(matrices: Matrices) -> tuple[Tensor, ...]:
-    return tuple(matrices) if isinstance(matrices, Factors) else (matrices,)

@@ -16,21 +16,21 @@ def log_win_rate(
     """Add a quick replacement test to a runner's evaluations (``logger.eval_every_n_wandb_logs``).
 
     ``replacement/win_rate``, ``replacement/median_kl_ratio`` and ``replacement/median_cosine`` appear beside
-    SAELens's own evaluations, for every SAE of the run. The passages are the next ones of the run's text.
+    SAELens's own evaluations, for every SAE of the run. The passages are the first ones of the run's text,
+    which trains on what follows them.
 
     Args:
         runner: before ``run()``; its ``evaluator`` is wrapped.
-        passages: how many passages of the run's context size to test on, once drawn for the whole run.
+        passages: how many passages of the run's context size to test on.
     """
     evaluator: Any = runner.evaluator
     model, store = evaluator.model, evaluator.activations_store
-    tokens: list[Any] = []
+    # Drawn before the run, which goes on with the text after them: a thread may fetch batches during it.
+    tokens = store.get_batch_tokens(passages)
 
     def measure(sae: Any) -> dict[str, float]:
-        if not tokens:
-            tokens.append(store.get_batch_tokens(passages))
         try:
-            found = replacement_test(model, sae, tokens[0], seed=seed, verbose=False).summary
+            found = replacement_test(model, sae, tokens, seed=seed, verbose=False).summary
         except WriteSAEError:  # nothing fires yet, or inputs are still scaled
             return {}
         return {

@@ -30,8 +30,7 @@ from hooked_models import HookedRecurrent, zoo
 from tests.benchmarks.bench_hooks import gated_delta_net
 from tests.benchmarks.timing import Row
 from writesae_lens import WriteSAETrainingConfig, WriteTrainingSAE
-from writesae_lens.packed import PackedWrites
-from writesae_lens.rank1 import Factors
+from writesae_lens.packed import PackedWrites, Write
 
 D, D_SAE, K, BATCH, CONTEXT, HEADS = 128, 2048, 32, 256, 256, 16
 OURS_TOKENS, FLAT_TOKENS, MULTI_TOKENS = 24_576, 4096, 8192
@@ -135,7 +134,7 @@ def _step_seconds(config: WriteSAETrainingConfig) -> float:
     optimizer = torch.optim.Adam(sae.parameters(), lr=3e-4)
     seconds = []
     for step in range(24):
-        x = PackedWrites(Factors(torch.randn(BATCH, 1, D), torch.randn(BATCH, 1, D)))
+        x = PackedWrites(Write(*(torch.randn(BATCH, 1, D) for _ in range(3))))
         step_input = TrainStepInput(x, {}, torch.zeros(D_SAE, dtype=torch.bool), step, False)
         start = time.perf_counter()
         sae.training_forward_pass(step_input).loss.backward()

@@ -18,6 +18,7 @@ def make_sae():
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
             if not sae.cfg.decoder_bias:
                 sae.b_dec.zero_()
+            sae.fold_W_dec_norm()
         return sae
 
     return make

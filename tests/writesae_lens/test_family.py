@@ -1,5 +1,6 @@
 """Every member of the family against dense formulas in float64: matrices built, sums written out."""
 
+import copy
 import math
 
 import pytest
@@ -399,7 +400,7 @@ def test_batchtopk_keeps_k_a_row_over_the_whole_batch(make_sae):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("inference", [False, True])
 def test_folding_a_scale_changes_no_function(member, tmp_path, activation, inference):
-    """SAE(s X) / s before the fold is SAE(X) after it, and so are the coefficients."""
+    """SAE(s X) / s before the fold is SAE(X) after it; coefficients stay, as the atoms take the scale."""
     scale = 7.3
     sae = member("bilinear", "rank1", activation, normalize_activations="expected_average_only_in")
     x = inputs("states")
@@ -409,7 +410,7 @@ def test_folding_a_scale_changes_no_function(member, tmp_path, activation, infer
         sae.save_inference_model(tmp_path)
         sae = SAE.load_from_disk(tmp_path, dtype="float64")
     with torch.no_grad():
-        acts, out = sae.encode(scale * x) / scale, sae(scale * x) / scale
+        acts, out = sae.encode(scale * x), sae(scale * x) / scale
         sae.fold_activation_norm_scaling_factor(scale)
         assert (acts > 0).any()
         close(sae.encode(x), acts, 1e-9, "coefficients")
@@ -433,3 +434,26 @@ def test_losses_go_with_the_square_of_the_scale(make_sae, activation, scale):
     assert set(losses[0]) == set(losses[1])
     for name, value in losses[0].items():
         torch.testing.assert_close(losses[1][name] / scale**2, value, msg=name, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_the_norms_of_atoms_are_units_of_their_coefficients(member, encoder, decoder, activation):
+    """Atoms c times as large: coefficients 1/c, the same choice of atoms, the same reconstruction."""
+    sae, x = member(encoder, decoder, activation), inputs("states")
+    larger = copy.deepcopy(sae)
+    c = torch.linspace(0.3, 3, D_SAE, dtype=torch.float64)
+    with torch.no_grad():
+        side = larger.dec_matrix if decoder == "full" else larger.dec_key
+        side *= c[:, None, None]
+        larger.b_enc /= c
+        close(larger.W_dec, c[:, None] * sae.W_dec, 1e-9, "W_dec")
+        close(larger.W_enc, sae.W_enc / c, 1e-9, "W_enc")
+        close(larger.encode(x) * c, sae.encode(x), 1e-9, "coefficients")
+        close(larger(x), sae(x), 1e-9, "reconstruction")
+        mse = [s.training_forward_pass(step_input(x)).losses["mse_loss"] for s in (sae, larger)]
+        close(mse[1], mse[0], 1e-9, "mse")
+        larger.fold_W_dec_norm()
+        close(larger.W_dec, sae.W_dec, 1e-9, "folded W_dec")
+        close(larger.encode(x), sae.encode(x), 1e-9, "folded coefficients")

@@ -187,7 +187,11 @@ def test_atoms_start_as_writes_and_loaded_ones_are_left_alone(writes):
     sae.training_forward_pass(step_input(batch))
     expected = torch.nn.functional.normalize(batch[1:], dim=1)
     torch.testing.assert_close(sae.W_dec[:31].abs(), expected.abs(), atol=1e-5, rtol=1e-4)
-    sae.training_forward_pass(step_input(batch))
+    sae.training_forward_pass(step_input(batch))  # directions that have an atom get no second one
+    assert not torch.isclose(sae.W_dec[31:].abs(), expected[:9].abs(), atol=1e-3).all(1).any()
+    more = (torch.randn(32, 6, 1) * torch.randn(32, 1, 9)).flatten(1)
+    sae.training_forward_pass(step_input(more))
+    expected = torch.nn.functional.normalize(more, dim=1)
     torch.testing.assert_close(sae.W_dec[31:].abs(), expected[:9].abs(), atol=1e-5, rtol=1e-4)
 
     loaded = WriteTrainingSAE(WriteSAETrainingConfig(d_k=6, d_v=9, d_sae=40, k=4))

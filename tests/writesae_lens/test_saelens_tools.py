@@ -161,7 +161,16 @@ def checkpoints(runner):
 
 
 def same_weights(one, other):
-    mine, theirs = ({n: w for n, w in sae.state_dict().items() if n != "progress"} for sae in (one, other))
+    """Bit for bit, atoms at norm 1 (where saving for inference puts them)."""
+
+    def weights(sae):
+        sae = copy.deepcopy(sae)
+        norms = sae.W_dec.norm(dim=-1)
+        if not torch.isclose(norms, torch.ones_like(norms)).all():
+            sae.fold_W_dec_norm()
+        return {n: w for n, w in sae.state_dict().items() if n != "progress"}
+
+    mine, theirs = weights(one), weights(other)
     return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
@@ -215,8 +224,8 @@ def writes(model, hook, tokens):
 
 def dense_encode(sae, x):
     z = x @ sae.W_enc.detach() + sae.b_enc.detach()
-    top = z.topk(sae.cfg.k, dim=-1)
-    return torch.zeros_like(z).scatter(-1, top.indices, top.values.relu())
+    top = (z * sae.W_dec.detach().norm(dim=-1)).topk(sae.cfg.k, dim=-1).indices
+    return torch.zeros_like(z).scatter(-1, top, z.gather(-1, top).relu())
 
 
 def dense_decode(sae, acts):
@@ -309,7 +318,7 @@ def test_a_final_checkpoint_is_the_finished_sae(early, token_rows, tmp_path):
 def test_training_goes_on_from_a_pretrained_path(run, token_rows, tmp_path):
     """Learning rate 0 for a batch: the weights stay those of the path, so nothing was started anew."""
     path = checkpoints(run.runner)[EARLY]
-    options = {"from_pretrained_path": str(path), "training_tokens": BATCH}
+    options = {"from_pretrained_path": str(path), "training_tokens": BATCH, "output_path": None}
     before = load_file(path / "sae_weights.safetensors")
     still = make_runner(tmp_path / "still", token_rows["tiny-gdn"], lr=0.0, **options).run()
     assert all(torch.equal(before[n], p) for n, p in still.named_parameters())
@@ -1229,8 +1238,9 @@ def test_expected_average_norm_is_folded_into_raw_units(model, token_rows, tmp_p
     assert json.loads((saved / "activation_scaler.json").read_text())["scaling_factor"] == kept["factor"]
 
     x = writes(model, HOOK, token_rows["tiny-gdn"][-8:]).flatten(0, 1)
-    acts = dense_encode(kept["sae"], s * x) / s
-    recons = dense_decode(kept["sae"], s * acts) / s
+    scaled = dense_encode(kept["sae"], s * x)
+    acts = scaled * kept["sae"].W_dec.detach().norm(dim=-1) / s
+    recons = dense_decode(kept["sae"], scaled) / s
     assert kept["sae"].b_enc.abs().max() > 1e-4
     for finished in (sae, SAE.load_from_disk(tmp_path / "sae")):
         assert finished.cfg.normalize_activations == "none"

@@ -9,10 +9,21 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from typer.testing import CliRunner
 
 from hooked_models import HookedModelError, HookedRecurrent
-from writesae_lens import WriteSAE, WriteSAEError, WriteTrainingSAE
+from writesae_lens import WriteSAE, WriteSAEError, WriteTrainingSAE, train
 from writesae_lens.cli import app, main
 from writesae_lens.experiments import replacement_test
 from writesae_lens.train import parse_cells, run_training
+
+
+def concat_passages(model, documents, size, count):
+    """The first passages of the text as SAELens cuts them: documents one after another, BOS between."""
+    ids = []
+    for document in documents:
+        ids += [] if not ids else [model.tokenizer.bos_token_id]
+        ids += model.to_tokens(document, prepend_bos=False, truncate=False)[0].tolist()
+        if len(ids) >= size * count:
+            break
+    return torch.tensor(ids[: size * count]).view(count, size)
 
 
 def flags(folder, **options):
@@ -113,7 +124,11 @@ def test_cells_that_do_not_exist_are_refused(model):
     [
         ({"use_cached_activations": "true"}, "1:*", "use_cached_activations work for one cell"),
         ({"model_class_name": "HookedTransformer"}, "1:0", "llm_sae_training_runner"),
-        ({"d_k": 8}, "1:0", "takes 384 numbers, .* gives 32 x 48"),
+        ({"d_k": 8}, "1:0", "leave --d_k and --d_v out"),
+        ({"hook_name": "blocks.1.linear_attn.hook_write.0"}, "1:0", "give one of them"),
+        ({}, None, "give --cells or --hook_name"),
+        ({"use_cached_activations": "true"}, "1:0", "say where the cache is"),
+        ({"train_batch_size_tokens": 4096}, "1:0", "Buffer size must be"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(tmp_path, options, cells, message):
@@ -132,7 +147,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tmp_path, monkeypatch,
         return step(self, step_input)
 
     monkeypatch.setattr(WriteTrainingSAE, "training_forward_pass", interrupted)
-    with pytest.raises(WriteSAEError, match="interrupted; go on with --resume_from_checkpoint") as error:
+    with pytest.raises(WriteSAEError, match="interrupted; go on with the same command") as error:
         run_training(flags(tmp_path, training_tokens=4096), cells=cells)
     checkpoint = str(error.value).rsplit(" ", 1)[1]
     folders = run_training(
@@ -150,16 +165,11 @@ def test_the_win_rate_is_measured_on_demand(tmp_path, monkeypatch, model, runner
     made = []
     monkeypatch.setattr(runner_class, "run", lambda self: made.append(self))
     cells = "1:0" if runner_class is LanguageModelSAETrainingRunner else "1:0,1:1"
-    run_training(flags(tmp_path, n_eval_batches=1), cells=cells, win_rate_passages=2)
+    run_training(flags(tmp_path, n_eval_batches=1, log_to_wandb="true"), cells=cells, win_rate_passages=2)
     (runner,) = made
     single = runner_class is LanguageModelSAETrainingRunner
     saes = {"": runner.sae} if single else {f"{name}/": sae for name, sae in runner.saes.items()}
     runner._set_sae_metadata()
-    drawn = []
-    draw = runner.activations_store.get_batch_tokens
-    monkeypatch.setattr(
-        runner.activations_store, "get_batch_tokens", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1]
-    )
     if single:
         metrics = runner.evaluator(runner.sae, iter(()), ActivationScaler())
     else:
@@ -167,7 +177,8 @@ def test_the_win_rate_is_measured_on_demand(tmp_path, monkeypatch, model, runner
         metrics = runner.evaluator(
             saes=runner.saes, data_provider=iter(()), activation_scalers=scalers, hook_names={}
         )
-    passages = next(tokens for tokens in drawn if len(tokens) == 2)
+    text = train.shipped_text()[0]
+    passages = concat_passages(model, text, 32, 2)
     for prefix, sae in saes.items():
         expected = replacement_test(model, sae, passages, verbose=False).summary
         assert metrics[f"{prefix}replacement/win_rate"] == pytest.approx(expected["win_rate"])

@@ -327,7 +327,7 @@ def test_renormalisation_leaves_the_function_and_puts_the_factors_at_norm_1(opti
             parameter *= torch.rand(16, *[1] * (parameter.ndim - 1)).double() * 5 ** (1 - 2 * n) + 0.2
     first, held = forward(sae, step_input(x, 99)), [p.clone() for p in decoder]
     assert all(torch.equal(a, b) for a, b in zip(held, decoder))
-    raw = sae.W_enc.clone()
+    raw = sae.W_enc * sae.get_W_dec_norm()
     second = forward(sae, step_input(x, 100))
     assert not any(torch.equal(a, b) for a, b in zip(held, decoder))
     torch.testing.assert_close(second.loss, first.loss)
@@ -525,10 +525,12 @@ def test_read_alignment_equals_its_formula(options):
         for parameter in sae.parameters():
             if parameter.requires_grad:
                 parameter += 0.2 * torch.randn_like(parameter)
+    sae.fold_W_dec_norm()
     key, value, read = (torch.randn(7, 1, d, dtype=torch.float64) for d in (D_K, D_V, D_K))
     output = sae.training_forward_pass(step_input(PackedWrites(Write(key, value, read))))
     x, q = key.mT @ value, read[:, 0]
-    atoms, encoder = sae.W_dec.view(-1, D_K, D_V), sae.W_enc.T.reshape(-1, D_K, D_V)
+    flat = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
+    atoms, encoder = flat.view(-1, D_K, D_V), sae.W_enc.T.reshape(-1, D_K, D_V)
     total, power = 0.0, x.square().sum((1, 2))
     share = 1.0 if options.get("encoder") == "tied" else 0.4  # a projection has its own size
     for n in range(7):
