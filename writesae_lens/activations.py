@@ -33,6 +33,10 @@ class Activation(nn.Module):
         """The most atoms that are active in any row."""
         return int((acts != 0).sum(-1).max()) if acts.numel() else 0
 
+    def chosen(self, acts: Float[Tensor, "row d_sae"]) -> tuple[Tensor, Tensor]:
+        """Values and indices of the active atoms, as many for each row as the fullest one has."""
+        return acts.topk(self.count(acts), dim=-1, sorted=False)
+
     def begin(self, unit: Float[Tensor, ""]) -> None:
         """Called once, before training, with the root mean square norm of a batch's inputs."""
 
@@ -69,7 +73,15 @@ class TopK(Activation):
 
     def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         values, indices = scores.topk(self.k, dim=-1, sorted=False)
+        self._indices = indices
         return torch.zeros_like(scores).scatter_(-1, indices, values.relu())
+
+    def chosen(self, acts: Float[Tensor, "row d_sae"]) -> tuple[Tensor, Tensor]:
+        # The last choice, unless a hook made another one of it.
+        values = acts.gather(-1, self._indices) if self._indices.shape[:-1] == acts.shape[:-1] else None
+        if values is None or int(acts.count_nonzero()) != int(values.count_nonzero()):
+            return acts.topk(self.k, dim=-1, sorted=False)
+        return values, self._indices
 
     def count(self, acts: Float[Tensor, "*batch d_sae"]) -> int:
         return self.k

@@ -38,6 +38,8 @@ class Factors(NamedTuple):
 
     def norm(self) -> Float[Tensor, "*batch"]:
         """Frobenius norms."""
+        if self.key.shape[-2] == 1:
+            return (self.key.norm(dim=-1) * self.value.norm(dim=-1)).squeeze(-1)
         gram = (self.key @ self.key.transpose(-1, -2)) * (self.value @ self.value.transpose(-1, -2))
         return gram.sum((-1, -2)).clamp(min=0).sqrt()
 

@@ -130,16 +130,18 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
                     "dtype and the hook"
                 )
             dead = self._prepare(rows, step_input.dead_neuron_mask)
-            atoms, norms = normalized(self.atoms()), self.get_W_dec_norm()
-            encoder = atoms if self.cfg.encoder == "tied" else self._encoder
-            hidden = self.hook_sae_acts_pre(scores(rows, encoder) + norms * self.b_enc)
+            atoms = normalized(self.atoms())
+            hidden = scores(rows, atoms if self.cfg.encoder == "tied" else self._encoder)
+            if self.b_enc.requires_grad or bool(self.b_enc.any()):
+                hidden = hidden + self.get_W_dec_norm() * self.b_enc
+            hidden = self.hook_sae_acts_pre(hidden)
             acts = self.hook_sae_acts_post(self.activation_fn(hidden))
             read = x.blocks[0].read if isinstance(x, PackedWrites) else None
             error, others = self._losses(rows, atoms, hidden, acts, dead, step_input, read)
             losses = {"mse_loss": error.mean(), **others}
         with torch.no_grad():
             if step_input.is_logging_step:
-                sae_out = self.decode(acts.detach() / norms)
+                sae_out = self.decode(acts.detach() / self.get_W_dec_norm())
             else:
                 sae_out = torch.full((1, 1), float("nan"), dtype=x.dtype, device=x.device).expand(x.shape)
         output = TrainStepOutput(
@@ -240,7 +242,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
             along = overlaps(rows, atoms)
             error = squared_errors_of_codes(along, squared_norms(rows), atoms, acts)
         else:
-            values, indices = acts.topk(count, dim=-1)
+            values, indices = self.activation_fn.chosen(acts)
             error = squared_errors(rows, atoms, indices, values)
         return error + self._on_bias(rows, atoms, acts, self.bias_matrix)
 

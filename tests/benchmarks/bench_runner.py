@@ -147,6 +147,6 @@ def _step_seconds(config: WriteSAETrainingConfig) -> float:
 
 @torch.no_grad()
 def _forward(model: HookedRecurrent, data: Dataset) -> None:
-    tokens = torch.tensor(data["tokens"])[: MULTI_TOKENS // CONTEXT]
+    tokens = torch.stack([torch.as_tensor(row) for row in data["tokens"]])[: MULTI_TOKENS // CONTEXT]
     for batch in tokens.split(4):
         model(batch, stop_at_layer=1, use_cache=False)
