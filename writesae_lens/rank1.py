@@ -23,7 +23,7 @@ RANK1_TOLERANCE = 1e-5
 # Elements of the temporary that a dense score may build at once.
 _BLOCK = 2**26
 # A gradient with fewer than one in so many entries is taken entry by entry.
-_SPARSE = 16
+_SPARSE = 128
 
 
 class Factors(NamedTuple):

@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from writesae_lens import rank1
 from writesae_lens.rank1 import (
     Factors,
     combine,
     factor_rank1,
     inner,
     overlaps,
+    scores,
     squared_errors,
 )
 
@@ -88,3 +90,19 @@ def test_rows_of_higher_rank_are_not_taken_for_rank_1(share):
     x[11] += share * dense(factors(1, 1, 7, 5, 1))[0]
     assert factor_rank1(x.flatten(1).float(), 7, 5) is None
     assert factor_rank1(torch.full((2, 35), float("nan")), 7, 5) is None
+
+
+@pytest.mark.parametrize("share", [1, 10**9], ids=["always entry by entry", "never"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_scores_have_the_gradients_of_overlaps_however_few_entries_matter(monkeypatch, share, rank):
+    monkeypatch.setattr(rank1, "_SPARSE", 0 if share == 1 else share)
+    rows, encoder = factors(7, 1, 4, 6, 0), factors(9, rank, 4, 6, 1)
+    upstream = torch.zeros(7, 9, dtype=torch.float64)
+    upstream[[0, 0, 3, 6], [2, 5, 5, 8]] = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
+    for parameter in encoder:
+        parameter.requires_grad_()
+    torch.testing.assert_close(scores(rows, encoder), overlaps(rows, encoder))
+    ours = torch.autograd.grad((scores(rows, encoder) * upstream).sum(), [*encoder])
+    theirs = torch.autograd.grad((overlaps(rows, encoder) * upstream).sum(), [*encoder])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
