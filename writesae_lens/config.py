@@ -115,8 +115,8 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
             complete the reconstruction. At 0.5 an atom in the write's place beats deletion more often, at
             1 it comes nearer to the native output. A tied encoder, whose coefficients are projections, has
             share 1.
-        renormalize_every: steps after which the raw factors are put back to norm 1. Atoms have norm 1
-            whatever the factors' norms; this keeps the optimiser's steps as large as the learning rate says.
+        renormalize_every: steps after which the raw factors are put back to norm 1. The norms are units
+            and change no loss; this keeps the optimiser's steps as large as the learning rate says.
         resample_every: steps after which atoms still dead start anew as the leading singular pairs of
             badly reconstructed inputs, with the optimiser's moments cleared; 0 for never.
         jumprelu_init_threshold: first threshold, in units of the inputs' root mean square norm.

@@ -1,8 +1,8 @@
-"""Flattened writes that are stored as their factors: 1 KiB instead of 64 for a 128 x 128 write.
+"""Flattened writes that are stored as their factors: 1.5 KiB, with the read vector, instead of 64.
 
 SAELens's activation store copies, shuffles and slices rows of d_k * d_v numbers. `PackedWrites` is a tensor
-of that shape to whoever looks, but keeps key and value; the operations by which rows travel act on these,
-any other one builds the matrices first.
+of that shape to whoever looks, but keeps key, value and read vector; the operations by which rows travel act
+on these, any other one builds the matrices first.
 """
 
 from __future__ import annotations

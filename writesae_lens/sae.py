@@ -169,7 +169,7 @@ class MatrixSAE(SAE[Any]):
         if x.shape[-1] != width:
             raise WriteSAEError(
                 f"expected flattened {self.cfg.d_k} x {self.cfg.d_v} matrices, last axis {width}, got "
-                f" shape {tuple(x.shape)}: is this the SAE's own cell?"
+                f"shape {tuple(x.shape)}: is this the SAE's own cell?"
             )
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:

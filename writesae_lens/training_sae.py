@@ -159,7 +159,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         """What SAELens logs beside its own metrics, on logging steps."""
         if step_input.is_logging_step:
             rows = self._rows(step_input.sae_in.detach())
-            best = self.atoms()[output.feature_acts.argmax(-1)]
+            best = normalized(self.atoms())[output.feature_acts.argmax(-1)]
             fires = output.feature_acts.amax(-1) > 0
             cosine = inner(rows, best) / squared_norms(rows).sqrt().clamp(min=1e-30)
             dead = step_input.dead_neuron_mask

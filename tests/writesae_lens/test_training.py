@@ -563,3 +563,12 @@ def test_inputs_without_read_vectors_train_without_read_alignment():
     packed = PackedWrites(Write(key, value))
     for x in (packed, packed.dense()):
         assert "read_alignment_loss" not in make().training_forward_pass(step_input(x)).losses
+
+
+def test_the_logged_cosine_does_not_depend_on_the_norms_of_atoms():
+    sae, x = make(), writes(32, 8, 3, torch.float32)
+    given = step_input(x, logging=True)
+    cosine = sae.training_forward_pass(given).metrics["write_cosine"]
+    with torch.no_grad():
+        sae.dec_key *= 3
+    assert sae.training_forward_pass(given).metrics["write_cosine"] == pytest.approx(cosine, rel=1e-4)
