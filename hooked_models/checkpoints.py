@@ -9,8 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
@@ -25,6 +23,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedConfig, PreT
 from transformers.activations import ACT2FN
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
+from hooked_models import torch_files
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.rwkv7_model import RWKV7Config, RWKV7ForCausalLM
 
@@ -45,27 +44,12 @@ def read_tensors(path: Path) -> Tensors:
     Raises:
         HookedModelError: no such file, an empty, truncated or damaged one, or one that holds anything else.
     """
-    if not path.is_file():
-        raise HookedModelError(f"{path} is {'a folder' if path.is_dir() else 'missing'}: expected a file")
-    if not path.stat().st_size:
-        raise HookedModelError(f"{path} is empty: fetch it again")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and path.is_file() and path.stat().st_size:
         try:
             return load_file(path)
         except SafetensorError as error:
             raise HookedModelError(f"{path} is truncated or damaged ({one_line(error)})") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickles that it refuses
-            # PyTorch's older format, which is no zip file, cannot be mapped into memory.
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # what a damaged file raises depends on where the damage is
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named is not None:
-            raise HookedModelError(
-                f"{path} wants to run code ({named[1]}) and was not loaded: only plain tensors are read"
-            ) from error
-        raise HookedModelError(f"{path} is truncated or damaged, or no PyTorch file of tensors") from error
+    held = torch_files.read(path)
     _check_held(path, held)
     return dict(held)
 

@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "gated")
+# What inference knows beside these: BatchTopK of published SAEs, which have no threshold.
+BATCHWISE = "topk_of_batch"
 # Share of the distance to the newest threshold that BatchTopK's own moves in a step (as in SAELens).
 _THRESHOLD_RATE = 0.01
 
@@ -152,6 +154,20 @@ class JumpReLU(Activation):
         self.log_threshold.sub_(math.log(scale))
 
 
+class TopKOfBatch(Activation):
+    """The k largest scores a row on average over all rows given: what one gets depends on its neighbours."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        acts = scores.relu()
+        flat = acts.flatten()
+        values, indices = flat.topk(min(self.k * acts[..., 0].numel(), flat.numel()), sorted=False)
+        return torch.zeros_like(flat).scatter(-1, indices, values).view_as(acts)
+
+
 class BatchTopK(JumpReLU):
     """k atoms a row on average over the batch, in training; afterwards a threshold (Bussmann et al., 2024).
 
@@ -163,15 +179,13 @@ class BatchTopK(JumpReLU):
         super().__init__(shape, k, init_threshold=torch.finfo(torch.float32).tiny)
         self.coefficients = {}
         self.log_threshold.requires_grad_(False)
+        self.of_batch = TopKOfBatch(k)
 
     def reset(self, slots: Int[Tensor, " slot"], unit: Float[Tensor, ""]) -> None:
         """All atoms share the threshold, which follows the batches."""
 
     def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        acts = scores.relu()
-        flat = acts.flatten()
-        values, indices = flat.topk(min(self.k * acts[..., 0].numel(), flat.numel()), sorted=False)
-        kept = torch.zeros_like(flat).scatter(-1, indices, values).view_as(acts)
+        kept = self.of_batch(scores)
         if self.training and torch.is_grad_enabled():
             self._follow(kept.detach())
         return kept
@@ -195,18 +209,28 @@ class BatchTopK(JumpReLU):
 class Gated(Activation):
     """A gate decides which atoms are active, a rescaled score how much (Rajamanoharan et al., 2024).
 
-    gate = score + gate_bias > 0; magnitude = ReLU(exp(log_gain) score + magnitude_bias).
+    gate = score + gate_bias > 0; magnitude = ReLU(exp(log_gain) score + magnitude_bias). Given a temperature,
+    the gate is sigmoid((score + gate_bias) / temperature), as in published checkpoints.
     """
 
-    def __init__(self, shape: Tensor, l1_coefficient: float = 0.1, l1_warm_up_steps: int = 0) -> None:
+    def __init__(
+        self,
+        shape: Tensor,
+        l1_coefficient: float = 0.1,
+        l1_warm_up_steps: int = 0,
+        temperature: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.temperature = temperature
         self.coefficients = {"l1": (l1_coefficient, l1_warm_up_steps)}
         self.gate_bias, self.log_gain, self.magnitude_bias = (
             nn.Parameter(torch.zeros_like(shape)) for _ in range(3)
         )
 
     def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        return self.coefficients_of(scores) * (scores + self.gate_bias > 0)
+        opened = scores + self.gate_bias
+        gate = (opened / self.temperature).sigmoid() if self.temperature else opened > 0
+        return self.coefficients_of(scores) * gate
 
     def coefficients_of(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         return (self.log_gain.exp() * scores + self.magnitude_bias).relu()
@@ -234,7 +258,11 @@ def for_inference(cfg: Any, shape: Tensor) -> Activation:
     """The activation of a trained SAE; ``shape`` is a tensor [d_sae] of the SAE's dtype and device."""
     if cfg.activation == "topk":
         return TopK(cfg.k)
-    return Gated(shape) if cfg.activation == "gated" else JumpReLU(shape, cfg.k)
+    if cfg.activation == BATCHWISE:
+        return TopKOfBatch(cfg.k)
+    if cfg.activation == "gated":
+        return Gated(shape, temperature=cfg.gate_temperature)
+    return JumpReLU(shape, cfg.k)
 
 
 def for_training(cfg: Any, shape: Tensor) -> Activation:

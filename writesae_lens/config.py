@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, no_type_check
+from typing import Any, ClassVar, Literal, no_type_check
 
 from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig
 
-from writesae_lens.activations import ACTIVATIONS
+from writesae_lens.activations import ACTIVATIONS, BATCHWISE
 from writesae_lens.errors import WriteSAEError
 
 ARCHITECTURE = "writesae"
@@ -15,8 +15,11 @@ ARCHITECTURE = "writesae"
 PLAIN_INPUTS = ("none", "expected_average_only_in")
 
 
-def _settle(cfg: Any) -> None:
+def _settle(cfg: Any, allowed_activations: tuple[str, ...] = ACTIVATIONS) -> None:
     """Derive d_in and refuse contradictions; shared by the two config classes."""
+    for name in ("d_k", "d_v", "d_sae", "rank", "k"):
+        if type(getattr(cfg, name)) is not int:
+            raise WriteSAEError(f"{name} must be a whole number, got {str(getattr(cfg, name))[:40]!r}")
     if cfg.d_k < 1 or cfg.d_v < 1 or cfg.rank < 1 or cfg.d_sae < 1:
         raise WriteSAEError(
             f"d_k, d_v, d_sae and rank must be positive, got d_k={cfg.d_k}, d_v={cfg.d_v}, "
@@ -30,7 +33,7 @@ def _settle(cfg: Any) -> None:
     for name, allowed in (
         ("encoder", ("bilinear", "tied", "dense")),
         ("decoder", ("factored", "dense")),
-        ("activation", ACTIVATIONS),
+        ("activation", allowed_activations),
     ):
         if getattr(cfg, name) not in allowed:
             raise WriteSAEError(f"{name}={getattr(cfg, name)!r} is unknown: choose {', '.join(allowed)}")
@@ -60,7 +63,14 @@ class WriteSAEConfig(SAEConfig):
         encoder: bilinear (its own factors), tied (the atoms themselves, so a coefficient is the projection on
             its atom) or dense (a linear map of the flattened matrix).
         decoder: factored, or dense (any matrix of unit norm; no longer a stand-in for one write).
-        activation: topk, batchtopk (a threshold once trained), jumprelu or gated.
+        activation: topk, batchtopk (a threshold once trained), jumprelu, gated; or topk_of_batch, batchtopk
+            without a threshold as published checkpoints have it: k a row on average over what is encoded at
+            once.
+        rescale_acts_by_decoder_norm: the norms of atoms are units: atoms are selected by what their
+            coefficients would be if all had norm 1. False for published checkpoints, which select by the
+            coefficients as they are (as SAELens's TopK does by default).
+        gate_temperature: of gated: the gate is a sigmoid of this width (published checkpoints: 0.1); 0 is a
+            step.
         d_in: always d_k * d_v; whatever is given is overwritten.
 
     Raises:
@@ -74,7 +84,9 @@ class WriteSAEConfig(SAEConfig):
     rank: int = 1
     encoder: Literal["bilinear", "tied", "dense"] = "bilinear"
     decoder: Literal["factored", "dense"] = "factored"
-    activation: Literal["topk", "batchtopk", "jumprelu", "gated"] = "topk"
+    activation: Literal["topk", "batchtopk", "jumprelu", "gated", "topk_of_batch"] = "topk"
+    rescale_acts_by_decoder_norm: bool = True
+    gate_temperature: float = 0.0
     d_in: int = 0
     apply_b_dec_to_input: bool = False
 
@@ -83,7 +95,15 @@ class WriteSAEConfig(SAEConfig):
         return ARCHITECTURE
 
     def __post_init__(self) -> None:
-        _settle(self)
+        _settle(self, (*ACTIVATIONS, BATCHWISE))
+        if not self.rescale_acts_by_decoder_norm and self.normalize_activations != "none":
+            raise WriteSAEError(
+                f"normalize_activations={self.normalize_activations!r} is for SAEs whose atoms' norms are "
+                "units: use 'none' with rescale_acts_by_decoder_norm=False"
+            )
+        temperature = self.gate_temperature
+        if not (isinstance(temperature, (int, float)) and 0 <= temperature < float("inf")):
+            raise WriteSAEError(f"gate_temperature must be 0 or more, got {temperature!r}")
         super().__post_init__()
 
 
@@ -133,6 +153,7 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
     encoder: Literal["bilinear", "tied", "dense"] = "bilinear"
     decoder: Literal["factored", "dense"] = "factored"
     activation: Literal["topk", "batchtopk", "jumprelu", "gated"] = "topk"
+    rescale_acts_by_decoder_norm: ClassVar[bool] = True
     d_in: int = 0
     apply_b_dec_to_input: bool = False
     init_from_writes: bool = True

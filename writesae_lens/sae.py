@@ -97,14 +97,21 @@ class MatrixSAE(SAE[Any]):
         return Factors(getattr(self, f"{side}_key"), getattr(self, f"{side}_value"))
 
     # The norms of the atoms are a choice of units; what is selected and what is decoded does not depend on
-    # them: scores are those of atoms of norm 1, coefficients are divided by the norms.
+    # them: scores are those of atoms of norm 1, coefficients are divided by the norms. (Not so in SAEs with
+    # rescale_acts_by_decoder_norm=False, whose scores are the coefficients themselves.)
 
     @property
     def _encoder(self) -> Matrices:
-        """What scores atoms of norm 1."""
-        if self.cfg.encoder == "tied":
-            return normalized(self.atoms())
-        return self._side("enc", self.cfg.encoder)
+        """What gives the scores."""
+        if self.cfg.encoder != "tied":
+            return self._side("enc", self.cfg.encoder)
+        return normalized(self.atoms()) if self.cfg.rescale_acts_by_decoder_norm else self.atoms()
+
+    def _units(self) -> Tensor:
+        """What scores are divided by to give coefficients."""
+        if self.cfg.rescale_acts_by_decoder_norm:
+            return self.get_W_dec_norm()
+        return self.b_enc.new_ones(self.cfg.d_sae)
 
     @torch.no_grad()
     def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
@@ -119,7 +126,7 @@ class MatrixSAE(SAE[Any]):
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]
         """The encoder as a flat matrix. Built anew at each access."""
-        return built(self._encoder).flatten(-2).T / self.get_W_dec_norm()
+        return built(self._encoder).flatten(-2).T / self._units()
 
     @property
     def bias_matrix(self) -> Float[Tensor, "d_k d_v"]:
@@ -143,7 +150,7 @@ class MatrixSAE(SAE[Any]):
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients and pre-activations of processed inputs."""
-        rows, norms = self._rows(x.reshape(-1, x.shape[-1])), self.get_W_dec_norm()
+        rows, norms = self._rows(x.reshape(-1, x.shape[-1])), self._units()
         hidden = overlaps(rows, self._encoder).view(*x.shape[:-1], self.cfg.d_sae) / norms + self.b_enc
         hidden = self.hook_sae_acts_pre(hidden)
         return self.hook_sae_acts_post(self.activation_fn(hidden * norms) / norms), hidden
@@ -161,7 +168,7 @@ class MatrixSAE(SAE[Any]):
                 f"normalize_activations={self.cfg.normalize_activations!r} needs whole matrices: use encode"
             )
         rows = Factors(key[:, None].to(self.dtype), value[:, None].to(self.dtype))
-        norms = self.get_W_dec_norm()
+        norms = self._units()
         return self.activation_fn(overlaps(rows, self._encoder) + norms * self.b_enc) / norms
 
     def _check_width(self, x: Tensor) -> None:
@@ -220,7 +227,15 @@ class MatrixSAE(SAE[Any]):
 
     @torch.no_grad()
     def fold_and_get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
-        """Give all atoms norm 1 and return the norms that they had; coefficients and b_enc grow by these."""
+        """Give all atoms norm 1 and return the norms that they had; coefficients and b_enc grow by these.
+
+        Raises:
+            NotImplementedError: atoms are selected by their coefficients, which would become others.
+        """
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            raise NotImplementedError(
+                "with rescale_acts_by_decoder_norm=False, folding the norms may change which atoms are active"
+            )
         norms = self.get_W_dec_norm()
         for parameter, unit in zip(tensors(self.atoms()), tensors(normalized(self.atoms()))):
             parameter.copy_(unit)
