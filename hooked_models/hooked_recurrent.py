@@ -91,6 +91,48 @@ class HookedRecurrent(SAETransformerBridge):
             model.cfg.default_prepend_bos = False
         return model
 
+    @classmethod
+    def for_sae(cls, sae: Any, **kwargs: Any) -> HookedRecurrent:
+        """Load the model that an SAE belongs to, and make sure that the SAE fits its cell.
+
+        Args:
+            sae: an SAE of any type whose ``cfg.metadata`` has ``model_name`` and ``hook_name``.
+            **kwargs: as for `boot_transformers`; by default the SAE's device, and what its metadata has as
+                ``model_from_pretrained_kwargs``.
+
+        Raises:
+            HookedModelError: the SAE does not name its model or hook, the model cannot be loaded, has no
+                such cell, or one of other sides.
+        """
+        metadata = sae.cfg.metadata
+        for name in ("model_name", "hook_name"):
+            if getattr(metadata, name, None) is None:
+                raise HookedModelError(
+                    f"the SAE does not say which model and cell it belongs to: set sae.cfg.metadata.{name}"
+                )
+        saved = metadata.model_from_pretrained_kwargs or {}
+        model = cls.boot_transformers(metadata.model_name, **({"device": sae.cfg.device} | saved | kwargs))
+        model.check_sae(sae)
+        return model
+
+    def check_sae(self, sae: Any) -> None:
+        """Make sure that an SAE's hook exists here and that its sizes are the cell's.
+
+        Raises:
+            HookedModelError: they are not.
+        """
+        name = self._resolve_hook_name(sae.cfg.metadata.hook_name)
+        self._check_hook_names([name])
+        if _SITE.fullmatch(name) is None:
+            return
+        cell = self.site(name).cell
+        sides = getattr(sae.cfg, "d_k", cell.d_k), getattr(sae.cfg, "d_v", cell.d_v)
+        if sae.cfg.d_in != cell.d_k * cell.d_v or sides != (cell.d_k, cell.d_v):
+            raise HookedModelError(
+                f"the SAE takes {sae.cfg.d_in} numbers ({sides[0]} x {sides[1]}), but {name} gives "
+                f"{cell.d_k} x {cell.d_v} = {cell.d_k * cell.d_v}"
+            )
+
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """As `TransformerBridge.forward`; a cache is ``past_key_values`` on every architecture.
 
@@ -299,16 +341,7 @@ class HookedRecurrent(SAETransformerBridge):
         return super().add_hook(name, *args, **kwargs)
 
     def add_sae(self, sae: Any, use_error_term: bool | None = None) -> None:
-        name = self._resolve_hook_name(sae.cfg.metadata.hook_name)
-        self._check_hook_names([name])
-        if _SITE.fullmatch(name):
-            cell = self.site(name).cell
-            sides = getattr(sae.cfg, "d_k", cell.d_k), getattr(sae.cfg, "d_v", cell.d_v)
-            if sae.cfg.d_in != cell.d_k * cell.d_v or sides != (cell.d_k, cell.d_v):
-                raise HookedModelError(
-                    f"the SAE takes {sae.cfg.d_in} numbers ({sides[0]} x {sides[1]}), but {name} gives "
-                    f"{cell.d_k} x {cell.d_v} = {cell.d_k * cell.d_v}"
-                )
+        self.check_sae(sae)
         super().add_sae(sae, use_error_term=use_error_term)
 
     def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:

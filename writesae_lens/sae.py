@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from jaxtyping import Float
 from sae_lens.saes.sae import SAE
 from torch import Tensor, nn
 
-from writesae_lens import activations
+from writesae_lens import activations, checkpoints
 from writesae_lens.config import PLAIN_INPUTS, WriteSAEConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.packed import PackedWrites
@@ -43,6 +44,8 @@ from writesae_lens.rank1 import (
 
 # W&B's 128 characters, less what SAELens appends ("_log_feature_sparsity").
 _NAME_LENGTH = 100
+# What only training needs to remember.
+_OF_TRAINING = {"progress"}
 
 
 class MatrixSAE(SAE[Any]):
@@ -248,9 +251,65 @@ class WriteSAE(MatrixSAE):
 
     cfg: WriteSAEConfig
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        model_name: str | None = None,
+        layer: int | None = None,
+        head: int | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> SAE[Any]:
+        """A published checkpoint: a ``best.pt`` of any type, or a folder that holds one. No code in it runs.
+
+        Where it comes from, its SHA-256 and how its matrices lay are in ``cfg.metadata`` (``provenance``,
+        ``orientation``).
+
+        Args:
+            path: the file or folder.
+            model_name: its base model, where the path does not tell (``.../qwen0p8b/L9_H4/best.pt``).
+            layer, head: its cell, where neither the file nor the path tells.
+
+        Returns:
+            a `WriteSAE`; of type ``flat``, SAELens's ``TopKSAE``.
+
+        Raises:
+            WriteSAEError: it is no such checkpoint, wants code to be run, contradicts itself, its path or
+                a ``manifest.json`` above it, or has tensors that are missing, misshapen or not finite.
+        """
+        source = checkpoints.Source(model_name, layer, head)
+
+        def converted(path: str | Path, device: str | None, cfg_overrides: dict[str, Any] | None) -> Any:
+            cfg, weights = checkpoints.load(path, source)
+            return cfg | {"device": device} | (cfg_overrides or {}), weights
+
+        return SAE.load_from_disk(path, device=device, dtype=dtype, converter=converted)
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Refuse weights that are not those of the configuration, in one line.
+
+        Raises:
+            WriteSAEError: tensors are missing, misshapen, unexpected or not finite.
+        """
+        super().process_state_dict_for_loading(state_dict)
+        expected = {name: list(x.shape) for name, x in self.state_dict().items()}
+        found = {name: list(x.shape) for name, x in state_dict.items() if name not in _OF_TRAINING}
+        wrong = [
+            f"{name} of shape {found.get(name, 'missing')} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name) != shape
+        ]
+        wrong += [f"an unexpected {name[:40]!r}" for name in found if name not in expected]
+        wrong += [
+            f"{name} with NaN or infinite numbers" for name, x in state_dict.items() if not x.isfinite().all()
+        ]
+        if wrong:
+            raise WriteSAEError(f"the weights are not those of the configuration: {'; '.join(wrong[:4])}")
+
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in torch; what only training needs is left out."""
-        weights = {name: value for name, value in state_dict.items() if name != "progress"}
+        weights = {name: value for name, value in state_dict.items() if name not in _OF_TRAINING}
         return super().load_state_dict(weights, *args, **kwargs)
 
 

@@ -1,8 +1,9 @@
-"""Registration with SAELens: the SAE type ``writesae`` and the model class ``HookedRecurrent``.
+"""Registration with SAELens: the SAE type ``writesae``, the model class ``HookedRecurrent``, pretrained SAEs.
 
-SAE types have a registry. Model classes have none: ``sae_lens.load_model.load_model`` compares names, and the
-runners import it by name. `_teach_load_model` is the one adapter for that; it leaves every other name to
-SAELens, and tests/writesae_lens/test_saelens_plugin.py fails when SAELens moves it.
+SAE types and the functions that load pretrained SAEs have registries. Two things have none, and are taught
+here to functions that SAELens's modules import by name: `load_model`, which compares names of model classes,
+and `get_pretrained_saes_directory`, whose entries come from a file. Both leave everything else to SAELens;
+tests/writesae_lens/test_saelens_plugin.py fails when it moves them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import functools
 import importlib
 from typing import Any
 
+from sae_lens.loading.pretrained_sae_loaders import (
+    NAMED_PRETRAINED_SAE_CONFIG_GETTERS,
+    NAMED_PRETRAINED_SAE_LOADERS,
+)
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
     get_sae_class,
@@ -19,6 +24,7 @@ from sae_lens.registry import (
 )
 
 from hooked_models import HookedRecurrent
+from writesae_lens import hub, releases
 from writesae_lens.config import ARCHITECTURE, WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.sae import WriteSAE
@@ -26,12 +32,20 @@ from writesae_lens.saelens_store import keep_writes_packed
 from writesae_lens.training_sae import WriteTrainingSAE
 
 MODEL_CLASS_NAME = "HookedRecurrent"
+_RELEASES = releases.releases()
 # Modules of SAELens that hold load_model under that name; those that a version lacks are passed over.
 LOADERS = (
     "sae_lens.load_model",
     "sae_lens.llm_sae_training_runner",
     "sae_lens.multi_sae_training_runner",
     "sae_lens.cache_activations_runner",
+)
+# Likewise of get_pretrained_saes_directory.
+DIRECTORIES = (
+    "sae_lens.loading.pretrained_saes_directory",
+    "sae_lens.loading.pretrained_sae_loaders",
+    "sae_lens.saes.sae",
+    "sae_lens.evals",
 )
 
 
@@ -49,12 +63,17 @@ def register() -> None:
             f"another package has registered the SAE architecture {ARCHITECTURE!r} with SAELens; "
             "import only one of the two"
         )
-    for name in LOADERS:
-        try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-        _teach_load_model(module)
+    for names, teach in ((LOADERS, _teach_load_model), (DIRECTORIES, _teach_directory)):
+        for name in names:
+            try:
+                module = importlib.import_module(name)
+            except ModuleNotFoundError:
+                continue
+            teach(module)
+    loaders, configs = NAMED_PRETRAINED_SAE_LOADERS, NAMED_PRETRAINED_SAE_CONFIG_GETTERS
+    loaders[releases.LOADER], configs[releases.LOADER] = hub.load_published, hub.published_config
+    # For repositories that no release names.
+    loaders["sae_lens"], configs["sae_lens"] = hub.load_any, hub.any_config
     keep_writes_packed()
 
 
@@ -71,6 +90,23 @@ def _teach_load_model(module: Any) -> None:
 
     load_model.loads_hooked_recurrent = True  # type: ignore[attr-defined]
     module.load_model = load_model
+
+
+def _teach_directory(module: Any) -> None:
+    original = module.get_pretrained_saes_directory
+    if getattr(original, "knows_write_saes", False):
+        return
+
+    @functools.wraps(original)
+    def get_pretrained_saes_directory() -> dict[str, Any]:
+        # Not at import: SAELens reads a large file for it, once.
+        directory = original()
+        if not directory.keys() >= _RELEASES.keys():
+            directory.update(_RELEASES)
+        return directory
+
+    get_pretrained_saes_directory.knows_write_saes = True  # type: ignore[attr-defined]
+    module.get_pretrained_saes_directory = get_pretrained_saes_directory
 
 
 def _load(
