@@ -1,4 +1,4 @@
-"""Command line: ``writesae-lens demo | train | replace | models``."""
+"""Command line: ``writesae-lens demo | train | replace | models | pull | convert | push``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hooked_models.errors import HookedModelError
+from hooked_models.errors import HookedModelError, one_line
 from writesae_lens.errors import WriteSAEError
 
 # Everything heavy is imported inside the commands, so that --help answers at once.
@@ -19,6 +19,12 @@ app = typer.Typer(
     help="Sparse autoencoders on the cache writes of recurrent language models.",
 )
 
+SAEReference = Annotated[
+    str,
+    typer.Option(
+        help="An SAE: a folder that SAELens wrote, a best.pt, or RELEASE:ID from the Hub (see models)."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 
 
@@ -80,7 +86,7 @@ def train(
 
 @app.command()
 def replace(
-    sae: Annotated[Path, typer.Option(help="Folder of an SAE in SAELens format.")],
+    sae: SAEReference,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: the model's held-out text.")] = None,
     model: Annotated[str | None, typer.Option(help="Default: the model that the SAE names.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for records, figures and report.")] = Path(
@@ -136,17 +142,104 @@ def replace(
 def models(
     model: Annotated[str | None, typer.Option(help="List this model's cells.")] = None,
 ) -> None:
-    """List the shipped models, or a model's cells and their hook names."""
+    """List the shipped models and the pretrained SAEs, or a model's cells and their hook names."""
     from hooked_models import HookedRecurrent, zoo
 
     if model is None:
+        from writesae_lens import hub
+
         for name in zoo.SHIPPED:
             typer.echo(name)
+        table = hub.published_table()
+        typer.echo()
+        typer.echo(table.to_string(index=False))
+        if "?" in set(table["size"]):
+            typer.echo("The Hub was out of reach: sizes are known of what is cached only.", err=True)
         return
     booted = HookedRecurrent.boot_transformers(model, device="cpu")
     for cell in booted.cells:
         hook = booted.write_hook_name(cell.layer, cell.head)
         typer.echo(f"{cell.layer}:{cell.head}\t{cell.d_k} x {cell.d_v}\t{cell.architecture}\t{hook}")
+
+
+@app.command()
+def pull(
+    release: Annotated[str, typer.Argument(help="A release (see models), or a repository, owner/name.")],
+    ids: Annotated[
+        list[str] | None, typer.Argument(help="SAEs in it; default: all of a release.", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Fetch again what the cache has.")] = False,
+) -> None:
+    """Fetch published SAEs into the cache, check them, and say what they are."""
+    from writesae_lens import hub, releases
+
+    known = releases.releases().get(release)
+    if known is None and "/" not in release:
+        raise WriteSAEError(f"no release {release!r}: there are {', '.join(releases.releases())}")
+    paths = {} if known is None else known.saes_map
+    unknown = [] if known is None else [name for name in ids or [] if name not in paths]
+    if unknown or not (ids or paths):
+        what = (
+            f"no {', '.join(unknown)} in {release}" if unknown else f"which SAE of {release}? Give its folder"
+        )
+        raise WriteSAEError(f"{what}{': there are ' if paths else ''}{', '.join(paths)}")
+    repository = release if known is None else known.repo_id
+    for name in ids or list(paths):
+        _tell(hub.fetch_config(repository, paths.get(name, name), revision, force))
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A published best.pt, or the folder of one.")],
+    out: Annotated[Path, typer.Argument(help="Folder for cfg.json and sae_weights.safetensors.")],
+    model: Annotated[str | None, typer.Option(help="Base model, where the path does not tell.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Layer, where the file does not tell.")] = None,
+    head: Annotated[int | None, typer.Option(min=0, help="Head, where the file does not tell.")] = None,
+) -> None:
+    """Turn a published checkpoint into SAELens's form: safetensors and cfg.json."""
+    from writesae_lens.sae import WriteSAE
+
+    sae = WriteSAE.from_checkpoint(checkpoint, model, layer, head)
+    out.mkdir(parents=True, exist_ok=True)
+    sae.save_model(out)
+    _tell(sae.cfg.to_dict())
+    typer.echo(f"converted: {out}")
+
+
+@app.command()
+def push(
+    sae: Annotated[str, typer.Argument(help="A folder that SAELens wrote, a best.pt, or RELEASE:ID.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if it does not exist.")],
+    sae_id: Annotated[
+        str | None, typer.Option("--id", help="Its folder there; default: its cell, L9_H4.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of its replacement test, for the model card.")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="Branch.")] = "main",
+    private: Annotated[bool, typer.Option("--private", help="If the repository is made now.")] = False,
+) -> None:
+    """Publish an SAE on the Hugging Face Hub, with a model card."""
+    from writesae_lens.sharing import push as push_to_hub
+
+    name = push_to_hub(_load_sae(sae, "cpu"), repository, sae_id, results, revision, private)
+    typer.echo(f'published: SAE.from_pretrained("{repository}", "{name}")')
+
+
+def _tell(cfg: dict[str, Any]) -> None:
+    """What a published SAE is, and where it is from."""
+    metadata = cfg["metadata"]
+    source, sides = (
+        metadata["provenance"],
+        f"{cfg.get('d_k', metadata.get('d_k'))} x {cfg.get('d_v', metadata.get('d_v'))}",
+    )
+    checked = "as manifest.json says" if source["sha256_checked"] else "no manifest.json vouches for it"
+    typer.echo(f"{source.get('repository', '')} {source['file']} {source.get('revision', '')}".strip())
+    typer.echo(f"  {metadata['sae_type']}, {cfg['d_sae']:,} atoms for {sides} matrices, k {cfg['k']}")
+    typer.echo(f"  {metadata['model_name'] or 'unknown model'}, {metadata['hook_name'] or 'unknown hook'}")
+    typer.echo(f"  {metadata['orientation']}")
+    typer.echo(f"  SHA-256 {source['sha256']}: {checked}")
 
 
 def _cell(text: str | None) -> tuple[int, int] | None:
@@ -165,17 +258,25 @@ def _read(path: Path) -> str:
         raise WriteSAEError(f"could not read {path} as UTF-8 text: {error}") from error
 
 
-def _load_sae(folder: Path, device: str) -> Any:
+def _load_sae(reference: str, device: str) -> Any:
     from sae_lens import SAE
     from safetensors import SafetensorError
 
-    import writesae_lens  # noqa: F401  (registers the architecture)
+    from writesae_lens import WriteSAE
+    from writesae_lens.hub import transport_errors
 
+    folder = Path(reference)
+    release, separator, sae_id = reference.rpartition(":")
+    if not folder.exists() and separator:
+        with transport_errors(f"fetching {sae_id} of {release}"):
+            return SAE.from_pretrained(release, sae_id, device=device)
+    if folder.is_file() or (folder / "best.pt").is_file():
+        return WriteSAE.from_checkpoint(folder, device=device)
     missing = [n for n in ("cfg.json", "sae_weights.safetensors") if not (folder / n).is_file()]
     if missing:
         raise WriteSAEError(
             f"{folder} is no SAE folder: {' and '.join(missing)} not found in it; give the folder that "
-            "SAELens wrote (in a demo's output: sae/)"
+            "SAELens wrote (in a demo's output: sae/), a best.pt, or RELEASE:ID"
         )
     try:
         return SAE.load_from_disk(folder, device=device)
@@ -198,7 +299,7 @@ def main() -> None:
     try:
         app()
     except (HookedModelError, OSError) as error:
-        typer.echo(f"writesae-lens: {error}", err=True)
+        typer.echo(f"writesae-lens: {one_line(error)}", err=True)
         sys.exit(2)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from sae_lens.loading import pretrained_sae_loaders as saelens
 from sae_lens.util import str_to_dtype
@@ -15,8 +19,25 @@ from hooked_models.errors import one_line
 from writesae_lens import checkpoints, manifest
 from writesae_lens.checkpoints import FILE
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.releases import REPOSITORY, releases
 
 Loaded = tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]
+
+
+# Of the HTTP client underneath, which differs by version: what it raises beside the Hub's answers.
+_TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]  # type: ignore[assignment]
+
+
+@contextmanager
+def transport_errors(what: str) -> Iterator[None]:
+    """Say in one line of this package's that a connection broke; the Hub's own answers stay as they are."""
+    try:
+        yield
+    except (OSError, EntryNotFoundError):
+        raise
+    except _TRANSPORT as error:
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise WriteSAEError(f"{what} broke off ({why}): try again") from error
 
 
 def fetch(
@@ -41,13 +62,8 @@ def fetch(
     """
 
     def download(name: str, revision: str | None) -> Path:
-        try:
+        with transport_errors(f"fetching {name} of {repo_id}"):
             return Path(hf_hub_download(repo_id, name, revision=revision, force_download=force_download))
-        except (OSError, ValueError, EntryNotFoundError):
-            raise
-        except Exception as error:  # of the HTTP client underneath, which differs by version
-            why = f"{type(error).__name__}: {one_line(error)}"
-            raise WriteSAEError(f"fetching {name} of {repo_id} broke off ({why}): try again") from error
 
     name = folder if Path(folder).suffix in (".pt", ".pth", ".bin") else f"{folder}/{FILE}"
     try:
@@ -80,6 +96,45 @@ def _only_file(repo_id: str, folder: str, revision: str | None) -> str | None:
         return None
     below = [name for name in names if name.startswith(f"{folder}/") and name.endswith(f"/{FILE}")]
     return below[0] if len(below) == 1 else None
+
+
+def fetch_config(
+    repo_id: str, folder: str, revision: str | None = None, force_download: bool = False
+) -> dict[str, Any]:
+    """`fetch` a checkpoint, read all of it, and give what became its configuration."""
+    path, provenance = fetch(repo_id, folder, revision, force_download)
+    return checkpoints.load(path, checkpoints.Source(provenance=provenance))[0]
+
+
+def published_table() -> pd.DataFrame:
+    """The published SAEs: release, id, base model, cell, size, and whether it is in the cache.
+
+    Sizes are asked of the Hub, or of the cache where that is out of reach.
+    """
+    try:
+        listed = HfApi().model_info(REPOSITORY, files_metadata=True, timeout=3).siblings or []
+    except Exception:  # whatever the HTTP client raises: a listing is not worth an error
+        listed = []
+    sizes = {file.rfilename: file.size for file in listed}
+    rows = []
+    for name, release in releases().items():
+        for sae_id, folder in release.saes_map.items():
+            file = f"{folder}/{FILE}"
+            cached = try_to_load_from_cache(REPOSITORY, file)
+            cached = Path(cached) if isinstance(cached, str) else None
+            size = sizes.get(file) or (cached.stat().st_size if cached else None)
+            layer, head = re.findall(r"\d+", sae_id)
+            rows.append(
+                {
+                    "release": name,
+                    "id": sae_id,
+                    "base model": release.model,
+                    "cell": f"{layer}:{head}",
+                    "size": f"{size / 1e6:.1f} MB" if size else "?",
+                    "cached": "yes" if cached else "no",
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def load_published(
