@@ -98,7 +98,7 @@ def from_mamba_ssm(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkp
             f"{source} has ssm_cfg.ngroups = {config.n_groups}: this needs transformers 5.23 or later, for "
             "earlier ones do not normalise the groups apart"
         )
-    shapes = _shapes(Mamba2ForCausalLM, config)
+    shapes = _shapes(Mamba2ForCausalLM, config, len(tensors))
     shapes[_MAMBA_SSM_EMBEDDING] = shapes.pop(_EMBEDDING)
     _check(source, tensors, shapes, _MAMBA_SSM_EMBEDDING if config.tie_word_embeddings else None)
     ours = dict(tensors)
@@ -207,7 +207,7 @@ def from_fla(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
         check_activation(source, raw.get("hidden_act"))
     try:
         config = RWKV7Config.from_dict({**raw, "architectures": ["RWKV7ForCausalLM"]})
-        shapes = _shapes(RWKV7ForCausalLM, config)
+        shapes = _shapes(RWKV7ForCausalLM, config, len(tensors))
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise HookedModelError(f"the config.json of {source} cannot be used: {one_line(error)}") from error
     ours: Tensors = {}
@@ -299,7 +299,7 @@ def from_blinkdl(source: str, tensors: Tensors) -> Checkpoint:
         seems = "no RWKV checkpoint that is known here" if version is None else f"{version}, by its tensors"
         raise HookedModelError(f"{source} is {seems}: only plain RWKV-7 (x070) is supported in this form")
     config = _blinkdl_config(source, tensors)
-    shapes = _shapes(RWKV7ForCausalLM, config)
+    shapes = _shapes(RWKV7ForCausalLM, config, len(tensors))
     theirs = {name: _counterpart(name) for name in shapes}
     # The first block may hold a mix of its values with its values.
     used = {name: x for name, x in tensors.items() if not re.fullmatch(r"blocks\.0\.att\.v[012]", name)}
@@ -351,7 +351,7 @@ def to_blinkdl(model: RWKV7ForCausalLM) -> Tensors:
                 f"BlinkDL's files cannot say {field} = {found!r}: they mean {field} = {needed!r}"
             )
     ours = model.state_dict()
-    if ours.keys() != _shapes(RWKV7ForCausalLM, config).keys():
+    if ours.keys() != _shapes(RWKV7ForCausalLM, config, len(ours)).keys():
         raise HookedModelError("write the model before a bridge takes it: this one's modules are changed")
     theirs = {_counterpart(name): tensor for name, tensor in ours.items()}
     return {there.name: there.from_ours(tensor) for there, tensor in theirs.items()}
@@ -414,8 +414,10 @@ def _bad_field(source: str, field: str, found: Any, expected: str) -> HookedMode
     )
 
 
-def _shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Size]:
+def _shapes(model_class: type[PreTrainedModel], config: Any, n_tensors: int) -> dict[str, torch.Size]:
     """Shapes of a model's tensors by name, without making them."""
+    if config.num_hidden_layers > n_tensors:
+        raise HookedModelError(f"{config.num_hidden_layers} layers cannot be made of {n_tensors} tensors")
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
 

@@ -241,7 +241,8 @@ def _tensors(source: str, revision: str | None) -> Tensors:
             continue
         try:
             parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            "".join(parts)  # all are names
+            if any(Path(part).name != part for part in parts):
+                raise ValueError("a part outside of the folder")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise HookedModelError(f"{index} does not say which tensors are where (weight_map)") from error
         tensors: Tensors = {}

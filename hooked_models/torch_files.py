@@ -162,7 +162,7 @@ def _check_entries(infos: list[zipfile.ZipInfo]) -> None:
 
 def _read_legacy(mapped: mmap.mmap, objects: bool) -> Any:
     """Pickles of a number, the version, the system, what was saved and the storages' keys; then data."""
-    head = io.BytesIO(mapped[: 2 * _LONGEST_PICKLE])
+    head = io.BytesIO(mapped[:_LONGEST_PICKLE])
     plain = _Machine(_no_storage, objects=False)
     if plain.run(head) != _LEGACY_MAGIC or plain.run(head) != 1001:
         raise ValueError("another format")

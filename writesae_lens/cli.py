@@ -268,8 +268,11 @@ def _load_sae(reference: str, device: str) -> Any:
     folder = Path(reference)
     release, separator, sae_id = reference.rpartition(":")
     if not folder.exists() and separator:
-        with transport_errors(f"fetching {sae_id} of {release}"):
-            return SAE.from_pretrained(release, sae_id, device=device)
+        try:
+            with transport_errors(f"fetching {sae_id} of {release}"):
+                return SAE.from_pretrained(release, sae_id, device=device)
+        except (ValueError, KeyError) as error:  # SAELens's own, of what it does not know
+            raise WriteSAEError(f"could not load {reference}: {one_line(error)}") from error
     if folder.is_file() or (folder / "best.pt").is_file():
         return WriteSAE.from_checkpoint(folder, device=device)
     missing = [n for n in ("cfg.json", "sae_weights.safetensors") if not (folder / n).is_file()]

@@ -26,6 +26,10 @@ def _settle(cfg: Any, allowed_activations: tuple[str, ...] = ACTIVATIONS) -> Non
             f"d_sae={cfg.d_sae}, rank={cfg.rank}"
         )
     cfg.d_in = cfg.d_k * cfg.d_v
+    if cfg.d_in * cfg.d_sae * cfg.rank >= 2**62:
+        raise WriteSAEError(
+            f"no dictionary has d_sae={cfg.d_sae} atoms of rank {cfg.rank} for {cfg.d_k} x {cfg.d_v} matrices"
+        )
     if not 1 <= cfg.k <= cfg.d_sae:
         raise WriteSAEError(
             f"k={cfg.k} atoms cannot be active out of d_sae={cfg.d_sae}: give 1 <= k <= d_sae"

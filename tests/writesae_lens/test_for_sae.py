@@ -1,0 +1,59 @@
+"""The base model that belongs to an SAE."""
+
+import pytest
+import torch
+from published import checkpoint, save
+
+from hooked_models import HookedModelError, HookedRecurrent
+from writesae_lens import WriteSAE
+
+
+def sae(folder, tag="tiny-gdn", cell="L1_H2", d_k=32, d_v=48, kind="bilinear", **metadata):
+    layer, head = (int(part[1:]) for part in cell.split("_"))
+    held = checkpoint(kind, d_k=d_k, d_v=d_v, layer=layer, head=head)
+    made = WriteSAE.from_checkpoint(save(folder / tag / cell, held))
+    for name, value in metadata.items():
+        made.cfg.metadata[name] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    ("tag", "d_k", "d_v"), [("tiny-gdn", 32, 48), ("tiny-mamba2", 32, 48), ("tiny-rwkv7", 32, 32)]
+)
+@pytest.mark.parametrize("kind", ["bilinear", "flat"])
+def test_it_boots_and_the_sae_runs_on_it(tmp_path, tag, d_k, d_v, kind):
+    """On tiny-mamba2 [head_dim, d_state] as published: the loader has turned it."""
+    made = sae(tmp_path, tag, "L1_H2", d_k, d_v, kind)
+    model = HookedRecurrent.for_sae(made)
+    assert model.cfg.model_name == tag
+    assert made.cfg.metadata.hook_name == model.state_hook_name(1, 2)
+    tokens = model.to_tokens("It is a truth universally acknowledged", prepend_bos=False)
+    _, cache = model.run_with_cache_with_saes(tokens, saes=[made])
+    found = [name for name in cache if name.endswith("hook_sae_acts_post")]
+    assert found
+    assert cache[found[0]].shape == (*tokens.shape, 24)
+
+
+def test_options_of_the_metadata_and_of_the_caller(tmp_path):
+    made = sae(tmp_path, model_from_pretrained_kwargs={"dtype": "bfloat16"})
+    assert next(HookedRecurrent.for_sae(made).parameters()).dtype == torch.bfloat16
+    assert next(HookedRecurrent.for_sae(made, dtype=torch.float64).parameters()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"model_name": None}, ["set sae.cfg.metadata.model_name"]),
+        ({"hook_name": None}, ["set sae.cfg.metadata.hook_name"]),
+        ({"model_name": "tiny-nothing"}, ["no model 'tiny-nothing'", "tiny-gdn"]),
+        ({"hook_name": "blocks.1.linear_attn.hook_state.9"}, ["no hook point is named", "hook_state"]),
+        ({"model_name": "tiny-rwkv7"}, ["no hook point is named 'blocks.1.linear_attn.hook_state.2'"]),
+        ({"d_k": 6, "d_v": 4}, ["24 numbers (6 x 4)", "32 x 48 = 1536"]),
+    ],
+)
+def test_an_sae_without_its_model(tmp_path, options, parts):
+    with pytest.raises(HookedModelError) as error:
+        HookedRecurrent.for_sae(sae(tmp_path, **options))
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
