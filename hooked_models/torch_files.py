@@ -127,7 +127,7 @@ def _read_zip(file: Any, mapped: mmap.mmap, objects: bool) -> Any:
         with memoryview(mapped) as whole, whole[begin : begin + info.file_size] as part:
             # PyTorch can be told to leave the checksum out.
             if len(part) != info.file_size or info.CRC not in (0, zlib.crc32(part)):
-                raise HookedModelError(f"is damaged: {info.filename[:60]!a} is not what was saved")
+                raise HookedModelError(f"is truncated or damaged: {info.filename[:60]!a} is not as saved")
         return begin
 
     def content(name: str) -> bytes:

@@ -753,7 +753,7 @@ def write_bad_file(kind: str, path: Path, good: bytes) -> None:
         ("damaged", "truncated or damaged"),
         ("text", "truncated or damaged"),
         ("gibberish", "truncated or damaged"),
-        ("pickle", "truncated or damaged, or no PyTorch file"),
+        ("pickle", "wants to run code (io.open)"),
         ("code", "wants to run code"),
         ("list", "tensors by name"),
         ("nested", "'state_dict' (dict), 'epoch' (int): save what 'state_dict' holds"),
