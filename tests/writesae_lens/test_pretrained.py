@@ -383,19 +383,30 @@ def test_push_of_what_cannot_be_published(client, hub, tiny, options, part):
     assert "user/refused" not in hub.repos
 
 
-def test_stock_upload_publishes_ours(client, hub, tiny):
+def test_stock_upload_publishes_ours(client, hub, tiny, tmp_path):
+    """As an object and as a folder, which may hold a sparsity."""
     assert client.run(
         """
+        from safetensors.torch import save_file
         from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
         from writesae_lens import WriteSAE
         sae = WriteSAE.from_checkpoint(path)
-        upload_saes_to_huggingface({"one": sae}, "user/stock", show_progress=False)
-        back = SAE.from_pretrained("user/stock", "one")
+        sae.save_model(folder)
+        save_file({"sparsity": torch.full((24,), -2.0)}, folder + "/sparsity.safetensors")
+        upload_saes_to_huggingface({"layer1/head2": sae, "b": folder}, "user/stock", show_progress=False)
         x = torch.randn(4, 32 * 48)
-        result = torch.equal(sae.encode(x), back.encode(x))
+        for name in ("layer1/head2", "b"):
+            back, cfg, sparsity = SAE.from_pretrained_with_cfg_and_sparsity("user/stock", name)
+            assert type(back) is WriteSAE and torch.equal(sae.encode(x), back.encode(x))
+            assert back.cfg.metadata.hook_name == sae.cfg.metadata.hook_name == cfg["metadata"]["hook_name"]
+            assert (sparsity is None) == (name != "b")
+        result = True
         """,
         path=str(tiny),
+        folder=str(tmp_path / "sae"),
     )
+    files = hub.files("user/stock")
+    assert files["b/sae_weights.safetensors"] == (tmp_path / "sae/sae_weights.safetensors").read_bytes()
 
 
 def test_from_the_hub_to_an_experiment(client, hub, tiny):

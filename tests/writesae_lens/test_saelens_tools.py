@@ -7,10 +7,7 @@ that must agree; never with what a WriteSAE says of itself.
 import copy
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -1597,87 +1594,3 @@ def test_an_sae_has_its_own_hook_names_again_after_a_spliced_run(run, model, tok
         model.run_with_saes(tokens, saes=[sae])
         _, cache = sae.run_with_cache(writes(model, HOOK, tokens))
     assert "hook_sae_acts_post" in cache
-
-
-# The Hub
-
-# A hub in memory, then SAELens's upload and download; arguments: the folder of an SAE, and one for the cache.
-HUB = """
-import base64, hashlib, http.server, json, os, sys, threading
-
-files, created, commit = {}, [], "0" * 40
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-    def answer(self, body, status=200, **headers):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_POST(self):
-        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path == "/api/repos/create":
-            created.append(json.loads(data)["name"])
-            return self.answer({"url": "http://127.0.0.1/user/saes"})
-        if self.path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        if "/preupload/" in self.path:
-            asked = json.loads(data)["files"]
-            plain = {"uploadMode": "regular", "shouldIgnore": False}
-            return self.answer({"files": [{"path": f["path"], **plain} for f in asked]})
-        for item in map(json.loads, data.splitlines()):
-            if item["key"] == "file":
-                files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
-        self.answer({"commitUrl": "http://127.0.0.1/user/saes/commit/" + commit, "commitOid": commit})
-
-    def do_GET(self):
-        if self.path.startswith("/api/models/user/saes") and created:
-            return self.answer({"id": "user/saes", "sha": commit, "siblings": []})
-        name = self.path.partition("/resolve/main/")[2]
-        if name not in files:
-            code = "EntryNotFound" if name else "RepoNotFound"
-            return self.answer({"error": code}, 404, X_Error_Code=code, X_Repo_Commit=commit)
-        tag = hashlib.sha256(files[name]).hexdigest()
-        self.answer(files[name], ETag=f'"{tag}"', X_Repo_Commit=commit)
-
-    do_HEAD = do_GET
-
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": sys.argv[2]}
-os.environ |= {"HF_TOKEN": "hf_local", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-
-import torch
-import writesae_lens
-from sae_lens import SAE
-from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
-
-sae = SAE.load_from_disk(sys.argv[1])
-upload_saes_to_huggingface({"layer1/head2": sae, "folder": sys.argv[1]}, "user/saes", show_progress=False)
-assert files["folder/sae_weights.safetensors"] == open(sys.argv[1] + "/sae_weights.safetensors", "rb").read()
-for name in ("layer1/head2", "folder"):
-    back, cfg, sparsity = SAE.from_pretrained_with_cfg_and_sparsity("user/saes", name)
-    assert type(back) is writesae_lens.WriteSAE
-    assert back.cfg.metadata.hook_name == sae.cfg.metadata.hook_name == cfg["metadata"]["hook_name"]
-    assert back.state_dict().keys() == sae.state_dict().keys()
-    assert all(torch.equal(value, back.state_dict()[key]) for key, value in sae.state_dict().items())
-    assert (sparsity is None) == (name != "folder")
-"""
-
-
-@pytest.mark.slow
-def test_saes_are_uploaded_and_come_back(run, tmp_path):
-    """In a process of its own, for the hub's address is read when its client is imported."""
-    command = [sys.executable, "-c", HUB, str(run.saved), str(tmp_path / "hub")]
-    here = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": here}, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
