@@ -10,8 +10,8 @@ MODEL ?= tiny-gdn
 demo: $(VENV)/.user  ## train a WriteSAE on a shipped model, test it, write a report
 	$(BIN)/writesae-lens demo --model $(MODEL) --out $(OUT)
 
-test: $(VENV)/.dev  ## the fast tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## the fast tests, a process a core
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -11,7 +11,6 @@ import typer
 from hooked_models.errors import HookedModelError, one_line
 from writesae_lens.errors import WriteSAEError
 
-# Everything heavy is imported inside the commands, so that --help answers at once.
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,

@@ -157,7 +157,9 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
     encoder: Literal["bilinear", "tied", "dense"] = "bilinear"
     decoder: Literal["factored", "dense"] = "factored"
     activation: Literal["topk", "batchtopk", "jumprelu", "gated"] = "topk"
+    # SAELens copies every field of the inference config from here.
     rescale_acts_by_decoder_norm: ClassVar[bool] = True
+    gate_temperature: ClassVar[float] = 0.0
     d_in: int = 0
     apply_b_dec_to_input: bool = False
     init_from_writes: bool = True

@@ -11,15 +11,14 @@ from published import checkpoint, matrices, save, truth
 
 from writesae_lens.releases import REPOSITORY, releases
 
-PRELOAD = """
-import json, time, warnings
-from pathlib import Path
+PRELOAD = f"""
+import sys, time, warnings
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch
-from typer.testing import CliRunner
 import writesae_lens
+from command_line import run as command
 from sae_lens import SAE
 from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
-from writesae_lens import cli
 
 time.sleep = lambda seconds: None  # between its attempts the client waits
 warnings.simplefilter("error")  # less those that SAELens itself gives of repositories that it lists
@@ -27,19 +26,8 @@ warnings.filterwarnings("ignore", message="You are loading an SAE using the Hugg
 
 def known(sae, x):
     acts = sae.encode(torch.tensor(x))
-    return {"type": type(sae).__name__, "acts": acts.tolist(), "out": sae.decode(acts).tolist(),
-            "metadata": sae.cfg.metadata.to_dict()}
-
-def command(*arguments):
-    import contextlib, io, sys
-    out, err = io.StringIO(), io.StringIO()
-    sys.argv = ["writesae-lens", *arguments]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-    except SystemExit as left:
-        return [left.code or 0, out.getvalue(), err.getvalue()]
-    return [0, out.getvalue(), err.getvalue()]
+    return {{"type": type(sae).__name__, "acts": acts.tolist(), "out": sae.decode(acts).tolist(),
+            "metadata": sae.cfg.metadata.to_dict()}}
 """
 ONE = "writesae/qwen0p8b/L9_H4"
 
@@ -472,6 +460,10 @@ def test_replace_of_an_sae_of_the_hub(client, hub, tiny, tmp_path):
         )
         assert code == 0, said
         assert out.splitlines()[-1].startswith("win rate")
+    arguments = ["replace", "--sae", str(tiny), *options, "--scale", "huge"]
+    code, _, said = client.run("result = command(*arguments)", arguments=arguments)
+    assert code == 2
+    assert "scale='huge' is unknown: choose coefficient or matched_norm" in said
 
 
 def test_convert(client, tiny, tmp_path):
