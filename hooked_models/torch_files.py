@@ -12,12 +12,13 @@ import io
 import math
 import mmap
 import pickletools
+import re
 import stat
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from hooked_models.errors import HookedModelError
 # A pickle holds no numbers of tensors, only what they are called: the largest seen are of some hundred KiB.
 _LONGEST_PICKLE = 16 * 2**20
 _MOST_AXES = 8
+_T = TypeVar("_T")
 _DTYPES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -109,47 +111,37 @@ def read(path: Path, objects: bool = False) -> Any:
 def _read_zip(file: Any, mapped: mmap.mmap, objects: bool) -> Any:
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
-    _check_entries(infos)
-    entries = {info.filename: info for info in infos}
-    pickles = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
+    if any(info.filename.rpartition("/")[2] == "constants.pkl" for info in infos):
+        raise HookedModelError("is a TorchScript program, which is code: only plain tensors are read")
+    places = _places(mapped, infos)
+    pickles = [name for name in places if name.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1:
         raise ValueError("no pickle, or more than one")
     root = pickles[0].removesuffix("data.pkl")
-    if f"{root}constants.pkl" in entries:
-        raise HookedModelError("is a TorchScript program, which is code: only plain tensors are read")
-    if entries[pickles[0]].file_size > _LONGEST_PICKLE:
+    if places[pickles[0]][1] > _LONGEST_PICKLE:
         raise HookedModelError(f"has a pickle of more than {_LONGEST_PICKLE:,} bytes: not a checkpoint")
 
-    def begin_of(info: zipfile.ZipInfo) -> int:
-        lengths = mapped[info.header_offset + 26 : info.header_offset + 30]
-        begin = info.header_offset + 30 + int.from_bytes(lengths[:2], "little")
-        begin += int.from_bytes(lengths[2:], "little")
-        with memoryview(mapped) as whole, whole[begin : begin + info.file_size] as part:
-            # PyTorch can be told to leave the checksum out.
-            if len(part) != info.file_size or info.CRC not in (0, zlib.crc32(part)):
-                raise HookedModelError(f"is truncated or damaged: {info.filename[:60]!a} is not as saved")
-        return begin
-
     def content(name: str) -> bytes:
-        return mapped[(begin := begin_of(entries[name])) : begin + entries[name].file_size]
+        return mapped[places[name][0] : sum(places[name])]
 
     def storage(dtype: torch.dtype, key: str, count: int) -> _Storage:
-        info = entries[f"{root}data/{key}"]
-        if info.file_size != count * dtype.itemsize:
-            held = f"{info.file_size:,} bytes of them"
-            raise HookedModelError(f"declares {_short(count)} numbers in {key[:20]!a}, but holds {held}")
-        return _flat(mapped, begin_of(info), dtype, count)
+        begin, size = places[f"{root}data/{key}"]
+        if size != count * dtype.itemsize:
+            raise HookedModelError(
+                f"declares {_short(count)} numbers in {key[:20]!a}, but holds {size:,} bytes of them"
+            )
+        return _flat(mapped, begin, dtype, count)
 
-    if f"{root}byteorder" in entries and content(f"{root}byteorder") != b"little":
+    if f"{root}byteorder" in places and content(f"{root}byteorder") != b"little":
         raise HookedModelError("was written on a big-endian machine: load and save it there first")
     return _Machine(storage, objects).run(io.BytesIO(content(pickles[0])))
 
 
-def _check_entries(infos: list[zipfile.ZipInfo]) -> None:
-    names = [info.filename for info in infos]
-    if len(set(names)) != len(names):
-        raise HookedModelError("holds two files of one name: not written by PyTorch")
-    for info in infos:
+def _places(mapped: mmap.mmap, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
+    """Where each file of an archive begins and how long it is; all must lie whole and apart."""
+    places: dict[str, tuple[int, int]] = {}
+    at = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
         name = ascii(info.filename[:60])
         parts = info.filename.replace("\\", "/").split("/")
         if ".." in parts or info.filename.startswith(("/", "\\")) or ":" in parts[0]:
@@ -158,6 +150,17 @@ def _check_entries(infos: list[zipfile.ZipInfo]) -> None:
             raise HookedModelError(f"holds a link, {name}: not written by PyTorch")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise HookedModelError(f"holds a compressed file, {name}: not written by PyTorch")
+        lengths = mapped[info.header_offset + 26 : info.header_offset + 30]
+        begin = info.header_offset + 30 + sum(int.from_bytes(x, "little") for x in (lengths[:2], lengths[2:]))
+        if info.filename in places or info.header_offset < at:
+            raise HookedModelError(f"holds two files in one place, {name}: not written by PyTorch")
+        at = begin + info.file_size
+        with memoryview(mapped) as whole, whole[begin:at] as part:
+            # PyTorch can be told to leave the checksum out.
+            if len(part) != info.file_size or info.CRC not in (0, zlib.crc32(part)):
+                raise HookedModelError(f"is truncated or damaged: {name} is not as saved")
+        places[info.filename] = begin, info.file_size
+    return places
 
 
 def _read_legacy(mapped: mmap.mmap, objects: bool) -> Any:
@@ -170,22 +173,18 @@ def _read_legacy(mapped: mmap.mmap, objects: bool) -> Any:
         raise HookedModelError("was written on a big-endian machine: load and save it there first")
     # Where data begins is known after the last pickle only: a first reading of the fourth finds its sizes.
     begin = head.tell()
-    found: dict[str, tuple[torch.dtype, int]] = {}
-
-    def without_data(dtype: torch.dtype, key: str, count: int) -> _Storage:
-        if found.setdefault(key, (dtype, count)) != (dtype, count):
-            raise ValueError("one storage, two sizes")
-        return _Storage(torch.empty(count, dtype=dtype, device="meta"))
-
-    _Machine(without_data, objects).run(head)
+    sizes = _Machine(
+        lambda dtype, key, count: _Storage(torch.empty(count, dtype=dtype, device="meta")), objects
+    )
+    sizes.run(head)
     keys = plain.run(head)
     at, places = head.tell(), {}
     for key in keys:
-        dtype, count = found[key]
-        if int.from_bytes(mapped[at : at + 8], "little") != count:
+        values = sizes.storages[key].values
+        if int.from_bytes(mapped[at : at + 8], "little") != len(values):
             raise ValueError("a storage of another size")
         places[key] = at + 8
-        at += 8 + count * dtype.itemsize
+        at += 8 + values.nbytes
     if at > len(mapped):
         raise ValueError("truncated")
     head.seek(begin)
@@ -217,11 +216,13 @@ _FROM_MARK = {"LIST": list, "TUPLE": tuple, "FROZENSET": list}
 
 
 class _Machine:
-    """Interprets one pickle; ``storage`` finds the numbers that it speaks of."""
+    """Interprets one pickle; ``storage`` finds the numbers that it speaks of, once for each name."""
 
     def __init__(self, storage: Callable[[torch.dtype, str, int], _Storage], objects: bool) -> None:
         self.storage, self.objects = storage, objects
+        self.storages: dict[str, _Storage] = {}
         self.made: list[StandIn] = []
+        self.left = _LONGEST_PICKLE
 
     def run(self, stream: io.BytesIO) -> Any:
         stack: list[Any] = []
@@ -310,48 +311,45 @@ class _Machine:
     def _call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, Global) or type(arguments) is not tuple:
             raise ValueError("a call of what is no function")
-        module, name = function
+        # What a pickle makes once it can name many times, so nothing here copies what it is given.
         match function:
             case ("torch._utils", "_rebuild_tensor_v2"):
                 return self._tensor(*arguments[:4])
             case ("torch._utils", "_rebuild_parameter"):
-                if not isinstance(arguments[0], Tensor):
-                    raise ValueError("a parameter without a tensor")
-                return arguments[0]
-            case ("collections", "OrderedDict"):
-                made: dict[Any, Any] = {}
-                for key, value in arguments[0] if arguments else ():
-                    _fill(made, [key, value])
-                return made
+                return _typed(arguments[0], Tensor)
+            case ("collections", "OrderedDict") if not arguments:
+                return {}
             case ("torch", "Size"):
-                return tuple(arguments[0])
-            case ("torch", "device"):
-                return ":".join(str(x)[:20] for x in arguments)
-            case ("_codecs", "encode") if arguments[1] in ("latin1", "latin-1"):
-                return arguments[0].encode("latin1")
+                return _typed(arguments[0], tuple)
             case ("builtins" | "__builtin__", "set" | "frozenset"):
-                return list(arguments[0])
+                return _typed(arguments[0], list)
+            case ("builtins" | "__builtin__", "bytes") if not arguments:
+                return b""
+            case ("_codecs", "encode") if arguments[1] in ("latin1", "latin-1"):
+                text = _typed(arguments[0], str)
+                self._spend(len(text))
+                return text.encode("latin1")
             case ("copyreg" | "copy_reg", "_reconstructor"):
                 kind, _, value = arguments
                 return self._object(kind, () if value is None else (value,))
             case ("numpy", "dtype"):
-                return Global("numpy", str(arguments[0])[:8])
+                return Global("numpy", _typed(arguments[0], str))
             case ("numpy.core.multiarray" | "numpy._core.multiarray", "scalar"):
-                kind = arguments[0].name
-                if kind not in ("f2", "f4", "f8", "i4", "i8", "b1"):
+                kind = _typed(arguments[0], Global).name
+                if not re.fullmatch("[fiu][1248]|b1", kind):
                     raise ValueError("a number of another kind")
-                return np.frombuffer(arguments[1], dtype=kind, count=1)[0].item()
-            case _ if module.split(".")[0] == "pathlib" and name.endswith("Path"):
-                return "/".join(str(part) for part in arguments)
+                return np.frombuffer(_typed(arguments[1], bytes), dtype=kind, count=1)[0].item()
+        module, name = function
+        if function == ("torch", "device") or (module.split(".")[0] == "pathlib" and name.endswith("Path")):
+            return function  # which one does not matter
         raise WantsCode(str(function))
 
     def _object(self, kind: Any, arguments: tuple[Any, ...]) -> Any:
-        if not isinstance(kind, Global):
-            raise ValueError("an object of what is no class")
+        _typed(kind, Global)
         if kind == ("collections", "OrderedDict"):
             return {}
         if kind == ("torch.torch_version", "TorchVersion"):
-            return str(arguments[0])
+            return _typed(arguments[0], str)
         if not self.objects or arguments:
             raise WantsCode(str(kind))
         made = StandIn(kind)
@@ -360,20 +358,37 @@ class _Machine:
 
     def _build(self, made: Any, state: Any) -> None:
         if isinstance(made, StandIn):
-            made.state = {}
-            for attributes in state if isinstance(state, tuple) else (state,):  # and those in slots
-                made.state |= attributes or {}
+            attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+            if slots:
+                plain = _typed(attributes or {}, dict)
+                self._spend(len(_typed(slots, dict)) + len(plain))
+                attributes = {**plain, **slots}
+            made.state = attributes
         elif not (type(made) is dict or isinstance(made, Global)):  # an OrderedDict's, a number type's
             raise ValueError("a state for what has none")
 
-    def _stored(self, reference: Any) -> _Storage:
+    def _spend(self, size: int) -> None:
+        """What is copied is part of the pickle, so that no honest one copies more than it is long."""
+        self.left -= size
+        if self.left < 0:
+            raise HookedModelError("makes more of its pickle than is in it: not written by PyTorch")
+
+    def _stored(self, reference: Any) -> Any:
+        if reference[0] == "module" and isinstance(reference[1], Global):
+            return reference[1]  # a class, with its source
         _, kind, key, _, count = reference[:5]
         named = isinstance(kind, Global) and kind.module in ("torch", "torch.cuda")
         if not named or kind.name not in _DTYPES or type(key) is not str or type(count) is not int:
-            raise ValueError(f"numbers of an unknown kind, {kind}")
+            raise ValueError("numbers of an unknown kind")
         if count < 0 or (len(reference) > 5 and reference[5] is not None):
             raise ValueError("a storage of another form")
-        return self.storage(_DTYPES[kind.name], key, count)
+        dtype = _DTYPES[kind.name]
+        if key not in self.storages:
+            self.storages[key] = self.storage(dtype, key, count)
+        found = self.storages[key]
+        if found.values.dtype != dtype or len(found.values) != count:
+            raise ValueError("one storage, two sizes")
+        return found
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any) -> Tensor:
         whole = [offset, *size, *stride]
@@ -387,6 +402,12 @@ class _Machine:
             shape = " x ".join(map(_short, size))
             raise HookedModelError(f"declares a tensor of {shape} numbers, but holds {held:,} for it")
         return storage.values.as_strided(tuple(size), tuple(stride), offset)
+
+
+def _typed(x: Any, kind: type[_T]) -> _T:
+    if not isinstance(x, kind):
+        raise ValueError("something of another type")
+    return x
 
 
 def _short(count: int) -> str:

@@ -119,7 +119,7 @@ def _check_local(file: Path, digest: str) -> bool:
     return False
 
 
-def _parts(file: Path, held: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _parts(file: Path, held: Any) -> tuple[dict[Any, Any], dict[str, Tensor]]:
     """The configuration (empty if there is none) and the tensors, from whatever layout they lie in."""
     config: Any = {}
     if isinstance(held, dict):
@@ -131,14 +131,16 @@ def _parts(file: Path, held: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         weights = held[inner[0]] if inner else held
     else:
         weights = held
-    tensors = dict(_module_tensors(weights)) if isinstance(weights, StandIn) else weights
+    tensors = dict(_module_tensors(weights, "", set())) if isinstance(weights, StandIn) else weights
     if not isinstance(tensors, dict):
         raise WriteSAEError(f"{file} holds {_kind_of(weights)} where a dict of tensors belongs")
-    others = {str(name)[:40]: _kind_of(x) for name, x in tensors.items() if not isinstance(x, Tensor)}
+    others = [(name, _kind_of(x)) for name, x in tensors.items() if not isinstance(x, Tensor)]
     if others or not tensors:
-        listed = ", ".join(f"{name!r} ({kind})" for name, kind in list(others.items())[:6])
+        listed = ", ".join(f"{name[:40]!a} ({kind})" for name, kind in others[:6] if type(name) is str)
         found = f"also holds {listed}" if tensors else "holds none"
         raise WriteSAEError(f"{file} must hold tensors by name (model_state_dict), but {found}")
+    if any(type(name) is not str for name in tensors):
+        raise WriteSAEError(f"{file} has tensors without a name")
     return config, _named(tensors)
 
 
@@ -146,23 +148,20 @@ def _kind_of(x: Any) -> str:
     return f"an object of {x.of}" if isinstance(x, StandIn) else f"a {type(x).__name__}"
 
 
-def _module_tensors(
-    module: StandIn, prefix: str = "", seen: frozenset[int] = frozenset()
-) -> Iterator[tuple[str, Tensor]]:
+def _module_tensors(module: StandIn, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     """A pickled module's tensors, named as in its state dict; of other objects, their attributes."""
-    attributes = {**module.state}
-    for part in ("_parameters", "_buffers", "_modules"):
-        held = attributes.pop(part, None)
-        attributes |= held if isinstance(held, dict) else {}
-    for name, x in attributes.items():
-        if isinstance(x, Tensor):
-            yield f"{prefix}{name}", x
-        elif isinstance(x, StandIn) and id(x) not in seen and len(seen) < _DEEPEST:
-            yield from _module_tensors(x, f"{prefix}{name}.", seen | {id(module)})
+    seen.add(id(module))
+    held = (module.state.get(part) for part in ("_parameters", "_buffers", "_modules"))
+    for attributes in (module.state, *held):
+        for name, x in attributes.items() if isinstance(attributes, dict) else ():
+            if isinstance(x, Tensor):
+                yield f"{prefix}{name}", x
+            elif isinstance(x, StandIn) and id(x) not in seen and prefix.count(".") < _DEEPEST:
+                yield from _module_tensors(x, f"{prefix}{name}.", seen)
 
 
-def _named(tensors: dict[Any, Tensor]) -> dict[str, Tensor]:
-    names = {_WRAPPERS.sub("", str(name)): x for name, x in tensors.items()}
+def _named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {_WRAPPERS.sub("", name): x for name, x in tensors.items()}
     if not {"decoder.v", "decoder.w"} <= set(names):
         return names
     dense = "encoder.weight" in names
@@ -173,7 +172,7 @@ def _named(tensors: dict[Any, Tensor]) -> dict[str, Tensor]:
 class _Checkpoint:
     """The tensors of one checkpoint, held against what its config says."""
 
-    def __init__(self, file: Path, place: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def __init__(self, file: Path, place: str, config: dict[Any, Any], tensors: dict[str, Tensor]) -> None:
         self.file, self.place, self.config, self.tensors = file, place, config, tensors
         self.kind = self._kind()
         self.encoder, self.decoder, self.activation, names = _KINDS[self.kind]
@@ -205,7 +204,9 @@ class _Checkpoint:
             "orientation": orientation,
             "sae_type": self.kind,
             "published_config": {
-                str(name)[:80]: value for name, value in self.config.items() if _is_plain(value)
+                name[:80]: value
+                for name, value in self.config.items()
+                if type(name) is str and _is_plain(value)
             },
         }
         if type(self.config.get("lambda_sparsity")) is float:
@@ -244,8 +245,9 @@ class _Checkpoint:
         present = set(self.tensors) - {_UNUSED}
         named = self.config.get("sae_type")
         if named is not None:
-            if named not in _KINDS:
-                raise self._fails(f"sae_type {str(named)[:40]!r} is unknown: known are {', '.join(_KINDS)}")
+            if type(named) is not str or named not in _KINDS:
+                shown = ascii(named[:40]) if type(named) is str else f", {_kind_of(named)},"
+                raise self._fails(f"sae_type {shown} is unknown: known are {', '.join(_KINDS)}")
             missing, extra = _KINDS[named][3] - present, present - _KINDS[named][3]
             if missing or extra:
                 raise self._fails(
@@ -293,8 +295,10 @@ class _Checkpoint:
             self.d_sae, self.d_k, self.d_v = len(keys), keys.shape[-1], values.shape[-1]
         else:
             weight = t["encoder.weight"]
-            self.d_sae, d_in = (len(weight), weight.shape[-1]) if weight.ndim == 2 else (0, 0)
-            self.d_k, self.d_v = self._flat_sides(d_in)
+            if weight.ndim != 2:
+                raise self._fails(f"encoder.weight has shape {list(weight.shape)}, not [F, d_in]")
+            self.d_sae = len(weight)
+            self.d_k, self.d_v = self._flat_sides(weight.shape[1])
         d_in = self.d_k * self.d_v
         factors = {
             name: [self.d_sae, self.rank, side]
@@ -317,23 +321,22 @@ class _Checkpoint:
                     f"{self.d_sae}, rank {self.rank}, d_k {self.d_k}, d_v {self.d_v})"
                 )
         measured = {"n_features": self.d_sae, "d_k": self.d_k, "d_v": self.d_v, "d_in": d_in}
-        if self.kind not in ("flat", "rank1") or "rank" in self.config:
+        if self.kind != "flat":  # which may say any
             measured["rank"] = self.rank
-        if self.kind == "flat":
-            del measured["rank"]
         for name, size in measured.items():
             said = self._said(name)
             if said not in (None, size):
                 raise self._fails(f"its config says {name} = {said}, its tensors {name} = {size}")
 
     def _flat_sides(self, d_in: int) -> tuple[int, int]:
-        said = self._said("d_k"), self._said("d_v")
-        if said[0] and said[1]:
-            if said[0] * said[1] != d_in:
+        d_k, d_v = self._said("d_k"), self._said("d_v")
+        if d_k or d_v:
+            d_k, d_v = d_k or d_in // (d_v or 1), d_v or d_in // (d_k or 1)
+            if d_k * d_v != d_in:
                 raise self._fails(
-                    f"its config says d_k x d_v = {said[0]} x {said[1]}, its tensors have rows of {d_in}"
+                    f"its config says d_k x d_v = {d_k} x {d_v}, its tensors have rows of {d_in}"
                 )
-            return said[0], said[1]
+            return d_k, d_v
         base = base_model(self.place)
         if base is not None and base.d_k * base.d_v == d_in:
             return (base.d_v, base.d_k) if base.transposed else (base.d_k, base.d_v)
@@ -436,8 +439,7 @@ def _list(names: set[str]) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    return (
-        value is None
-        or isinstance(value, (bool, int, float))
-        or (isinstance(value, str) and len(value) < 200)
-    )
+    """Whether it can stand in a configuration file."""
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return value is None or isinstance(value, float) or (isinstance(value, str) and len(value) < 200)
