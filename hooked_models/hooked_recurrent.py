@@ -40,6 +40,15 @@ class Site(NamedTuple):
     kind: Literal["write", "state"]
 
 
+def sides_of(sae: Any) -> tuple[int, int] | None:
+    """The sides of the matrices that an SAE takes, if it says: flat SAEs can in their metadata only."""
+    for place in (sae.cfg, sae.cfg.metadata):
+        d_k, d_v = getattr(place, "d_k", None), getattr(place, "d_v", None)
+        if d_k is not None and d_v is not None:
+            return d_k, d_v
+    return None
+
+
 class HookedRecurrent(SAETransformerBridge):
     """A recurrent language model with hook points on each head's cache writes.
 
@@ -97,8 +106,9 @@ class HookedRecurrent(SAETransformerBridge):
 
         Args:
             sae: an SAE of any type whose ``cfg.metadata`` has ``model_name`` and ``hook_name``.
-            **kwargs: as for `boot_transformers`; by default the SAE's device, and what its metadata has as
-                ``model_from_pretrained_kwargs``.
+            **kwargs: as for `boot_transformers`; by default the SAE's device, and the dtype and revision that
+                its metadata's ``model_from_pretrained_kwargs`` has. Nothing else is taken from there: an SAE
+                may come from strangers, who have no say in whether code of a model is run.
 
         Raises:
             HookedModelError: the SAE does not name its model or hook, the model cannot be loaded, has no
@@ -106,12 +116,13 @@ class HookedRecurrent(SAETransformerBridge):
         """
         metadata = sae.cfg.metadata
         for name in ("model_name", "hook_name"):
-            if getattr(metadata, name, None) is None:
+            if not isinstance(getattr(metadata, name, None), str):
                 raise HookedModelError(
                     f"the SAE does not say which model and cell it belongs to: set sae.cfg.metadata.{name}"
                 )
-        saved = metadata.model_from_pretrained_kwargs or {}
-        model = cls.boot_transformers(metadata.model_name, **({"device": sae.cfg.device} | saved | kwargs))
+        saved = metadata.model_from_pretrained_kwargs
+        options = {name: saved[name] for name in ("dtype", "revision") if name in (saved or {})}
+        model = cls.boot_transformers(metadata.model_name, **({"device": sae.cfg.device} | options | kwargs))
         model.check_sae(sae)
         return model
 
@@ -126,7 +137,7 @@ class HookedRecurrent(SAETransformerBridge):
         if _SITE.fullmatch(name) is None:
             return
         cell = self.site(name).cell
-        sides = getattr(sae.cfg, "d_k", cell.d_k), getattr(sae.cfg, "d_v", cell.d_v)
+        sides = sides_of(sae) or (cell.d_k, cell.d_v)
         if sae.cfg.d_in != cell.d_k * cell.d_v or sides != (cell.d_k, cell.d_v):
             raise HookedModelError(
                 f"the SAE takes {sae.cfg.d_in} numbers ({sides[0]} x {sides[1]}), but {name} gives "

@@ -159,8 +159,9 @@ def _other_form(source: str, options: dict[str, Any]) -> Checkpoint | None:
 
 
 def _shared(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("revision", "trust_remote_code")
-    return {name: options[name] for name in names if options.get(name) is not None}
+    # Left open, transformers would ask at the terminal.
+    shared: dict[str, Any] = {"trust_remote_code": bool(options.get("trust_remote_code"))}
+    return shared if options.get("revision") is None else shared | {"revision": options["revision"]}
 
 
 def _configuration(source: str, options: dict[str, Any]) -> Any:

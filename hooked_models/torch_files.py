@@ -301,8 +301,10 @@ class _Machine:
             elif name in ("INST", "OBJ"):
                 kind = Global(*str(arg).split(" ", 1)) if name == "INST" else popped()[0]
                 raise WantsCode(str(kind) if isinstance(kind, Global) else "an unnamed class")
-            elif name not in ("PROTO", "FRAME", "STOP"):
+            elif name.startswith("EXT"):
                 raise WantsCode(f"pickle's {name}")
+            elif name not in ("PROTO", "FRAME", "STOP"):
+                raise ValueError(f"{name}, which PyTorch does not write")
         for made in self.made:
             if not isinstance(made.state, dict):
                 raise WantsCode(str(made.of))

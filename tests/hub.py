@@ -180,8 +180,9 @@ class Answer(BaseHTTPRequestHandler):
                     raise Refused(404, "EntryNotFound", f"Cannot commit {value}")
             commit = repo.commit(revision, files)
             return {"commitOid": commit, "commitUrl": f"{self.server.endpoint}/{name}/commit/{commit}"}
+        siblings = [{"rfilename": file, "size": len(data)} for file, data in files.items()]
         state = {"private": repo.private, "gated": "manual" if repo.gate else False, "tags": []}
-        return {"id": name, "sha": commit, "siblings": [{"rfilename": file} for file in files], **state}
+        return {"id": name, "sha": commit, "siblings": siblings, **state}
 
     def other(self, path: str, data: bytes) -> tuple[Any, int]:
         if path == "/api/validate-yaml":

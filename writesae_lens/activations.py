@@ -130,7 +130,8 @@ class JumpReLU(Activation):
         if not self._learns:
             return passed
         # Zero in value; its derivative is that of the score's jump from 0 to the threshold.
-        return passed - threshold.detach() * self._box(scores, threshold)
+        jump = threshold.detach().where(self._near(scores, threshold), 0)
+        return passed - jump * self._box(scores, threshold)
 
     def losses(
         self, scores: Float[Tensor, "row d_sae"], unit: Float[Tensor, ""], coefficients: dict[str, float]
@@ -144,10 +145,13 @@ class JumpReLU(Activation):
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and self.log_threshold.requires_grad
 
+    def _near(self, scores: Tensor, threshold: Tensor) -> Tensor:
+        return (scores.detach() - threshold.detach()).abs() < self.bandwidth * threshold.detach() / 2
+
     def _box(self, scores: Tensor, threshold: Tensor) -> Tensor:
-        width = (self.bandwidth * threshold).detach().clamp(min=torch.finfo(threshold.dtype).tiny)
-        near = (scores.detach() - threshold.detach()).abs() < width / 2
-        return near / width * (threshold - threshold.detach())
+        # By the threshold's logarithm, which is finite where the threshold itself is not.
+        by_log = (self.log_threshold - self.log_threshold.detach()) / self.bandwidth
+        return self._near(scores, threshold) * by_log
 
     @torch.no_grad()
     def fold(self, scale: float) -> None:

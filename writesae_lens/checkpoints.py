@@ -55,6 +55,10 @@ _OF_MODULES = {"decoder.v": "V_dec", "decoder.w": "W_dec", "decoder.bias": "bias
 _OF_MODULES |= {"encoder.v": "V_enc", "encoder.w": "W_enc", "encoder.bias": "b_enc"}
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|sae)\.)+")
 _DEEPEST = 8
+# Parts of a local path that may name model, cell and k: writesae/qwen0p8b/L9_H4/best.pt.
+_PLACE = 4
+# What a module without a config may say of itself.
+_OWN = {"sae_type", "layer", "head", "n_features", "d_k", "d_v", "d_in", "k", "rank", "use_batchtopk"}
 
 
 class Source(NamedTuple):
@@ -64,6 +68,14 @@ class Source(NamedTuple):
     layer: int | None = None
     head: int | None = None
     provenance: Mapping[str, Any] = MappingProxyType({})
+
+    def check(self) -> None:
+        """Refuse what cannot be a model or a cell."""
+        if not (self.model is None or isinstance(self.model, str)):
+            raise WriteSAEError(f"a base model's name is a text, not a {type(self.model).__name__}")
+        for name, number in (("layer", self.layer), ("head", self.head)):
+            if not (number is None or (type(number) is int and number >= 0)):
+                raise WriteSAEError(f"{name} must be a whole number from 0, not {str(number)[:40]!r}")
 
 
 UNKNOWN = Source()
@@ -76,6 +88,7 @@ def load(path: str | Path, source: Source = UNKNOWN) -> tuple[dict[str, Any], di
         WriteSAEError: it is no such checkpoint, wants code to be run, contradicts itself or its path, is not
             what ``manifest.json`` says, or has tensors that are missing, of other shapes or not finite.
     """
+    source.check()
     file = find_file(path)
     digest = manifest.sha256(file)
     checked = source.provenance.get("sha256_checked")
@@ -88,7 +101,7 @@ def load(path: str | Path, source: Source = UNKNOWN) -> tuple[dict[str, Any], di
         raise WriteSAEError(str(error)) from error
     config, tensors = _parts(file, held)
     # Of a file from the Hub its path there; the cache's own folders say nothing.
-    place = str(source.provenance.get("file", file.resolve()))
+    place = str(source.provenance.get("file", Path(*file.absolute().parts[-_PLACE:])))
     return _Checkpoint(file, place, config, tensors).converted(source, provenance)
 
 
@@ -103,7 +116,7 @@ def find_file(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise WriteSAEError(f"{path} does not exist: give a checkpoint, or a folder that holds a {FILE}")
-    found = [path / FILE] if (path / FILE).is_file() else sorted(path.rglob(FILE))
+    found = [path / FILE] if (path / FILE).is_file() else sorted(f for f in path.rglob(FILE) if f.is_file())
     if len(found) == 1:
         return found[0]
     which = f" ({', '.join(str(f.parent.relative_to(path)) for f in found[:4])}, ...)" if found else ""
@@ -112,7 +125,7 @@ def find_file(path: str | Path) -> Path:
 
 def _check_local(file: Path, digest: str) -> bool:
     """Against the manifest of a copy of a repository that the file lies in, if it does."""
-    file = file.resolve()
+    file = file.absolute()
     for folder in file.parents[1:5]:
         if (folder / manifest.MANIFEST).is_file():
             return manifest.check(folder / manifest.MANIFEST, file.relative_to(folder).as_posix(), digest)
@@ -131,7 +144,11 @@ def _parts(file: Path, held: Any) -> tuple[dict[Any, Any], dict[str, Tensor]]:
         weights = held[inner[0]] if inner else held
     else:
         weights = held
-    tensors = dict(_module_tensors(weights, "", set())) if isinstance(weights, StandIn) else weights
+    tensors = weights
+    if isinstance(weights, StandIn):
+        tensors = dict(_module_tensors(weights, "", set()))
+        own = {name: x for name, x in weights.state.items() if name in _OWN and _is_plain(x)}
+        config = own | config
     if not isinstance(tensors, dict):
         raise WriteSAEError(f"{file} holds {_kind_of(weights)} where a dict of tensors belongs")
     others = [(name, _kind_of(x)) for name, x in tensors.items() if not isinstance(x, Tensor)]
@@ -183,13 +200,13 @@ class _Checkpoint:
         self, source: Source, provenance: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """As SAELens takes it."""
-        base = base_model(source.model or self.place)
+        base = self._base(source)
         layer, head = self._cell(source)
         transposed, orientation = self._orientation(base)
-        k, batchwise = self._k(), bool(self.config.get("use_batchtopk")) and self.activation == "topk"
+        k, batchwise = self._k(), self._batchwise()
         d_k, d_v = (self.d_v, self.d_k) if transposed else (self.d_k, self.d_v)
         metadata = {
-            "model_name": source.model if base is None else base.name,
+            "model_name": source.model or (base and base.name),
             "model_class_name": "HookedRecurrent",
             "hook_name": None
             if base is None or layer is None or head is None
@@ -345,19 +362,32 @@ class _Checkpoint:
             raise self._fails(f"rows of {d_in} may have any sides: its config must say d_k and d_v")
         return side, side
 
-    def _said(self, name: str) -> int | None:
+    def _base(self, source: Source) -> BaseModel | None:
+        asked = None if source.model is None else base_model(source.model)
+        named = base_model(self.place)
+        if asked and named and asked != named:
+            raise self._fails(f"its path names {named.name}, but the caller {asked.name}: which is it?")
+        return asked or named
+
+    def _batchwise(self) -> bool:
+        said = self.config.get("use_batchtopk")
+        if not (said is None or type(said) is bool):
+            raise self._fails(f"its config must say use_batchtopk as true or false, not as {_kind_of(said)}")
+        return bool(said) and self.activation == "topk"
+
+    def _said(self, name: str, least: int = 1) -> int | None:
         said = self.config.get(name)
         if said is None:
             return None
-        if type(said) is not int or not 0 <= said < 2**31:
+        if type(said) is not int or not least <= said < 2**31:
             kind = "one out of range" if type(said) is int else _kind_of(said)
             raise self._fails(f"its config must say {name} as a whole number, not as {kind}")
         return said
 
     def _k(self) -> int:
         """Only what TopK selects needs it; for the others SAELens's config still has a field."""
-        named = _K.search(self.place)
-        k = self._said("k") or (int(named[1]) if named else min(_DEFAULT_K, self.d_sae))
+        named = [int(match[1]) for match in _K.finditer(self.place)]
+        k = self._said("k") or (named[-1:] or [min(_DEFAULT_K, self.d_sae)])[0]
         if k > self.d_sae:
             raise self._fails(f"its config says k = {k}, its tensors have only {self.d_sae} atoms")
         return k
@@ -367,7 +397,7 @@ class _Checkpoint:
         by_path = tuple(int(n) for n in found[-1].groups()) if found else (None, None)
         cell: list[int | None] = []
         for name, asked, named in (("layer", source.layer, by_path[0]), ("head", source.head, by_path[1])):
-            said = self._said(name)
+            said = self._said(name, least=0)
             known = {
                 where: n
                 for where, n in (("the caller", asked), ("its config", said), ("its path", named))
@@ -378,6 +408,9 @@ class _Checkpoint:
                     ", but ".join(f"{where} says {name} {n}" for where, n in known.items()) + ": which is it?"
                 )
             cell.append(next(iter(known.values()), None))
+        if cell.count(None) == 1:
+            missing = "head" if cell[1] is None else "layer"
+            raise self._fails(f"layer {cell[0]}, head {cell[1]}: say {missing}= too")
         return cell[0], cell[1]
 
     def _orientation(self, base: BaseModel | None) -> tuple[bool, str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hooked_models.errors import HookedModelError, one_line
+from hooked_models.errors import HookedModelError, one_line, printable
 from writesae_lens.errors import WriteSAEError
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ SAEReference = Annotated[
         help="An SAE: a folder that SAELens wrote, a best.pt, or RELEASE:ID from the Hub (see models)."
     ),
 ]
+# What a configuration raises that is JSON, but not of an SAE.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 
 
@@ -184,8 +186,15 @@ def pull(
         )
         raise WriteSAEError(f"{what}{': there are ' if paths else ''}{', '.join(paths)}")
     repository = release if known is None else known.repo_id
+    failed = []
     for name in ids or list(paths):
-        _tell(hub.fetch_config(repository, paths.get(name, name), revision, force))
+        try:
+            _tell(hub.fetch_config(repository, paths.get(name, name), revision, force))
+        except (HookedModelError, OSError) as error:
+            typer.echo(f"writesae-lens: {name}: {printable(one_line(error))}", err=True)
+            failed.append(name)
+    if failed:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -227,18 +236,20 @@ def push(
 
 
 def _tell(cfg: dict[str, Any]) -> None:
-    """What a published SAE is, and where it is from."""
+    """What an SAE is, and where it is from."""
     metadata = cfg["metadata"]
-    source, sides = (
-        metadata["provenance"],
-        f"{cfg.get('d_k', metadata.get('d_k'))} x {cfg.get('d_v', metadata.get('d_v'))}",
-    )
-    checked = "as manifest.json says" if source["sha256_checked"] else "no manifest.json vouches for it"
-    typer.echo(f"{source.get('repository', '')} {source['file']} {source.get('revision', '')}".strip())
-    typer.echo(f"  {metadata['sae_type']}, {cfg['d_sae']:,} atoms for {sides} matrices, k {cfg['k']}")
-    typer.echo(f"  {metadata['model_name'] or 'unknown model'}, {metadata['hook_name'] or 'unknown hook'}")
-    typer.echo(f"  {metadata['orientation']}")
-    typer.echo(f"  SHA-256 {source['sha256']}: {checked}")
+    sides = [cfg.get(name, metadata.get(name)) for name in ("d_k", "d_v")]
+    kind = metadata.get("sae_type") or cfg["architecture"]
+    lines = [
+        f"{kind}, {cfg['d_sae']:,} atoms for {sides[0]} x {sides[1]} matrices, k {cfg.get('k')}",
+        f"{metadata.get('model_name') or 'unknown model'}, {metadata.get('hook_name') or 'unknown hook'}",
+    ]
+    source = metadata.get("provenance")
+    if source:
+        lines.insert(0, " ".join(source.get(part, "") for part in ("repository", "file", "revision")).strip())
+        checked = "as manifest.json says" if source["sha256_checked"] else "no manifest.json vouches for it"
+        lines += [metadata["orientation"], f"SHA-256 {source['sha256']}: {checked}"]
+    typer.echo("\n  ".join(printable(line) for line in lines))
 
 
 def _cell(text: str | None) -> tuple[int, int] | None:
@@ -282,7 +293,7 @@ def _load_sae(reference: str, device: str) -> Any:
         )
     try:
         return SAE.load_from_disk(folder, device=device)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
+    except (OSError, SafetensorError, AssertionError, *MALFORMED) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise WriteSAEError(
             f"could not load the SAE in {folder}: {type(error).__name__}: {reason}"
@@ -301,7 +312,7 @@ def main() -> None:
     try:
         app()
     except (HookedModelError, OSError) as error:
-        typer.echo(f"writesae-lens: {one_line(error)}", err=True)
+        typer.echo(f"writesae-lens: {printable(one_line(error))}", err=True)
         sys.exit(2)
 
 

@@ -40,11 +40,16 @@ def _settle(cfg: Any, allowed_activations: tuple[str, ...] = ACTIVATIONS) -> Non
         ("activation", allowed_activations),
     ):
         if getattr(cfg, name) not in allowed:
-            raise WriteSAEError(f"{name}={getattr(cfg, name)!r} is unknown: choose {', '.join(allowed)}")
+            found = str(getattr(cfg, name))[:40]
+            raise WriteSAEError(f"{name}={found!r} is unknown: choose {', '.join(allowed)}")
     if cfg.normalize_activations == "covariance_whitening":
         raise WriteSAEError(
             "covariance_whitening would mix matrix entries, and whitened writes are no longer rank 1: "
             "use normalize_activations='none' or 'expected_average_only_in'"
+        )
+    if cfg.reshape_activations != "none":
+        raise WriteSAEError(
+            "a WriteSAE takes flattened matrices as they are: leave reshape_activations 'none'"
         )
     if cfg.apply_b_dec_to_input:
         raise WriteSAEError(
@@ -100,6 +105,8 @@ class WriteSAEConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         _settle(self, (*ACTIVATIONS, BATCHWISE))
+        if type(self.rescale_acts_by_decoder_norm) is not bool:
+            raise WriteSAEError("rescale_acts_by_decoder_norm must be True or False")
         if not self.rescale_acts_by_decoder_norm and self.normalize_activations != "none":
             raise WriteSAEError(
                 f"normalize_activations={self.normalize_activations!r} is for SAEs whose atoms' norms are "

@@ -5,60 +5,70 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from writesae_lens.errors import WriteSAEError
 
 MANIFEST = "manifest.json"
 _LARGEST = 4 * 2**20
+_DIGEST = re.compile("(?:sha256:)?([0-9a-fA-F]{64})")
+# What a digest and a file's name may be called, in an entry of their own.
+_FIELDS = {"sha256", "sha_256", "hash", "digest", "checksum"}
+_NAMES = ("tag", "path", "file", "filename", "name")
 
 
-class Entry(NamedTuple):
-    """What a manifest says of one file; None where it does not."""
-
-    sha256: str | None
-    size: int | None
-
-
-def entry_of(manifest: Path, file: str) -> Entry:
-    """What a manifest says of a file.
+def check(manifest: Path, file: str, found: str) -> bool:
+    """Whether a manifest vouches for a file.
 
     Args:
-        manifest: a JSON object of tags, each with ``sha256``, ``size`` and more.
-        file: the file's path in the repository; its tag is this path or its folder, in any punctuation.
+        manifest: JSON with a SHA-256 beside each tag, at any depth. A file's tag is its path in the
+            repository or its folder's, in any punctuation.
+        file: the file's path in the repository.
+        found: its SHA-256.
+
+    Returns:
+        True if the file's tag has this SHA-256, or, where no tag is the file's, another one has.
 
     Raises:
-        WriteSAEError: the manifest cannot be read, or has something else where the file's SHA-256 belongs.
+        WriteSAEError: the file's tag has another SHA-256, or two; or the manifest cannot be read.
     """
     if manifest.stat().st_size > _LARGEST:
         raise WriteSAEError(f"{manifest} has more than {_LARGEST:,} bytes: not a manifest")
     try:
-        held = json.loads(manifest.read_text(encoding="utf-8"))
+        listed = list(_digests(json.loads(manifest.read_text(encoding="utf-8")), ()))
     except (ValueError, RecursionError) as error:
         raise WriteSAEError(f"{manifest} is not JSON: {file} cannot be checked against it") from error
-    names = {_plain(file), _plain(file.rpartition("/")[0])}
-    # Tags stand at the top, or below one word such as "checkpoints".
-    for tags in (held, *(held.values() if isinstance(held, dict) else ())):
-        for tag, said in tags.items() if isinstance(tags, dict) else ():
-            if _plain(tag) in names:
-                return _entry(manifest, file, said if isinstance(said, dict) else {"sha256": said})
-    return Entry(None, None)
+    names = {file, file.rpartition("/")[0]}
+    for same in (lambda tag: tag in names, lambda tag: _plain(tag) in {_plain(name) for name in names}):
+        said = {digest for tags, digest in listed if any(same(tag) for tag in tags)}
+        if said - {found}:
+            expected = " and ".join(sorted(said))
+            raise WriteSAEError(
+                f"{file} has SHA-256 {found}, but {MANIFEST} says {expected}: damaged on the way, or "
+                "changed; fetch it again (force_download=True), and if that does not help do not use it"
+            )
+        if said:
+            return True
+    return any(digest == found for _, digest in listed)
 
 
-def check(manifest: Path, file: str, found: str) -> bool:
-    """Whether a manifest vouches for a file with this SHA-256; False if it does not speak of it.
-
-    Raises:
-        WriteSAEError: it names another SHA-256, or cannot be read.
-    """
-    expected = entry_of(manifest, file).sha256
-    if expected not in (None, found):
-        raise WriteSAEError(
-            f"{file} has SHA-256 {found}, but {MANIFEST} says {expected}: damaged on the way, or changed; "
-            "fetch it again (force_download=True), and if that does not help do not use it"
-        )
-    return expected is not None
+def _digests(held: Any, keys: tuple[str, ...]) -> Iterator[tuple[list[str], str]]:
+    """Every SHA-256, with what may be the tag that it belongs to."""
+    if isinstance(held, list):
+        for item in held:
+            yield from _digests(item, keys)
+    if not isinstance(held, dict):
+        return
+    named = [held[name] for name in _NAMES if isinstance(held.get(name), str)]
+    for key, value in held.items():
+        here = keys if _plain(key) in _FIELDS else (*keys, key)
+        digest = _DIGEST.fullmatch(value) if isinstance(value, str) else None
+        if digest is None:
+            yield from _digests(value, here)
+        else:
+            yield named + ["/".join(here[n:]) for n in range(len(here))], digest[1].lower()
 
 
 def sha256(path: Path) -> str:
@@ -72,11 +82,3 @@ def sha256(path: Path) -> str:
 
 def _plain(tag: str) -> str:
     return re.sub(r"[\W_]+", "_", tag).strip("_").lower()
-
-
-def _entry(manifest: Path, file: str, said: dict[str, Any]) -> Entry:
-    named = {_plain(name): value for name, value in said.items()}
-    digest, size = named.get("sha256", named.get("sha_256")), named.get("size", named.get("size_bytes"))
-    if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-fA-F]{64}", digest)):
-        raise WriteSAEError(f"{manifest} has {str(digest)[:70]!r} where the SHA-256 of {file} belongs")
-    return Entry(digest and digest.lower(), size if type(size) is int else None)

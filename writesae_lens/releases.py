@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
@@ -60,29 +60,28 @@ def releases() -> dict[str, PretrainedSAELookup]:
 def _lookup(release: str, tag: str, cells: tuple[str, ...], flat: tuple[str, ...]) -> PretrainedSAELookup:
     paths = {cell: f"writesae/{tag}/{cell}" for cell in cells}
     paths |= {f"{cell}_flat": f"flat_baseline/{tag}_{cell}" for cell in flat}
-    nothing: dict[str, Any] = {}
     return PretrainedSAELookup(
         release=release,
         repo_id=REPOSITORY,
         model=BASE_MODELS[tag].name,
         conversion_func=LOADER,
         saes_map=paths,
-        expected_var_explained=nothing,
-        expected_l0=nothing,
-        neuronpedia_id=nothing,
-        norm_scaling_factor=nothing,
+        expected_var_explained=dict.fromkeys(paths, 1.0),  # SAELens's values of what is not known
+        expected_l0=dict.fromkeys(paths, 0.0),
+        neuronpedia_id={},
+        norm_scaling_factor={},
         config_overrides=None,
     )
 
 
 def base_model(text: str) -> BaseModel | None:
     """The base model that a path or a model's name names, if it is one of these; the last one counts."""
-    found = [(tag, model) for tag, model in BASE_MODELS.items() if model.name == text]
-    if found:
-        return found[0][1]
+    by_name = {model.name.lower(): model for model in BASE_MODELS.values()}
+    if text.lower() in by_name:
+        return by_name[text.lower()]
     places = {
         match.start(): model
         for tag, model in BASE_MODELS.items()
-        for match in re.finditer(rf"(?<![^/\\_]){re.escape(tag)}(?![^/\\_])", text)
+        for match in re.finditer(rf"(?<![^/\\_]){re.escape(tag)}(?![^/\\_-])", text)
     }
     return places[max(places)] if places else None

@@ -222,7 +222,13 @@ class MatrixSAE(SAE[Any]):
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """Absorb a factor that inputs were multiplied by in training: into the atoms, as SAELens does."""
+        """Absorb a factor that inputs were multiplied by in training: into the atoms, as SAELens does.
+
+        Raises:
+            NotImplementedError: with rescale_acts_by_decoder_norm=False, which normalises no inputs.
+        """
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            raise NotImplementedError("an SAE with rescale_acts_by_decoder_norm=False has no scale to absorb")
         tensors(self.atoms())[0].div_(scaling_factor)
         self.b_dec.div_(scaling_factor)
         self.activation_fn.fold(scaling_factor)
@@ -304,6 +310,7 @@ class WriteSAE(MatrixSAE):
         wrong += [
             f"{name} with NaN or infinite numbers" for name, x in state_dict.items() if not x.isfinite().all()
         ]
+        wrong += [f"{name} of {x.dtype}" for name, x in state_dict.items() if not x.is_floating_point()]
         if wrong:
             raise WriteSAEError(f"the weights are not those of the configuration: {'; '.join(wrong[:4])}")
 

@@ -106,6 +106,7 @@ def _teach_directory(module: Any) -> None:
         return directory
 
     get_pretrained_saes_directory.knows_write_saes = True  # type: ignore[attr-defined]
+    get_pretrained_saes_directory.cache_clear = original.cache_clear  # type: ignore[attr-defined]
     module.get_pretrained_saes_directory = get_pretrained_saes_directory
 
 

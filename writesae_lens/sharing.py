@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from sae_lens import SAE
 from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 
+from hooked_models.errors import printable
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.result import SUMMARY
 from writesae_lens.hub import transport_errors
@@ -53,7 +55,7 @@ def push(
             repository, or the connection broke off. `huggingface_hub`'s own errors for missing rights.
     """
     sae_id = default_id(sae) if sae_id is None else sae_id.strip("/")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", sae_id) or ".." in sae_id.split("/"):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", sae_id) or sae_id == _CARD:
         raise WriteSAEError(f"{sae_id!r} is no id: give a path in the repository such as L9_H4 or gdn/L9_H4")
     summary = None if results is None else _summary(Path(results), sae)
     api = HfApi()
@@ -89,7 +91,7 @@ def _summary(results: Path, sae: SAE[Any]) -> dict[str, Any]:
         summary = json.loads(path.read_text(encoding="utf-8"))
         low, high = summary["win_rate_ci"]
         numbers = [summary[name] for name in ("win_rate", "strict_chain_rate", "n_firings")] + [low, high]
-        fits = all(isinstance(x, (int, float)) for x in numbers + summary["kl_ratio_atom_delete_random"])
+        fits = all(math.isfinite(x) for x in numbers + summary["kl_ratio_atom_delete_random"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WriteSAEError(f"{path} is not what a replacement test saved ({error!r})") from error
     if not fits:
@@ -142,7 +144,9 @@ def _section(sae: SAE[Any], repo_id: str, sae_id: str, summary: dict[str, Any] |
         origin = (source.get("repository"), source.get("file"), f"SHA-256 {source.get('sha256')}")
         rows["converted from"] = ", ".join(str(part) for part in origin if part)
     lines = [f"## {sae_id}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | `{value}` |" for name, value in rows.items() if value]
+    # An SAE may have been made by others: nothing in it may become more of the card than a cell.
+    cells = {name: re.sub(r"[`|<>]", "?", printable(str(value))) for name, value in rows.items() if value}
+    lines += [f"| {name} | `{value}` |" for name, value in cells.items()]
     code = ["import writesae_lens  # registers the type with SAELens", "from sae_lens import SAE", ""]
     code += [f'sae = SAE.from_pretrained("{repo_id}", "{sae_id}")']
     lines += ["", "```python", *code, "```"]

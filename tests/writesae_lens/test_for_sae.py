@@ -40,6 +40,19 @@ def test_options_of_the_metadata_and_of_the_caller(tmp_path):
     assert next(HookedRecurrent.for_sae(made, dtype=torch.float64).parameters()).dtype == torch.float64
 
 
+def test_the_metadata_has_no_say_in_running_code(tmp_path):
+    """A model whose configuration names code, and an SAE that asks for it to be trusted."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}')
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    asked = {"trust_remote_code": True, "revision": None}
+    made = sae(tmp_path, model_name=str(folder), model_from_pretrained_kwargs=asked)
+    with pytest.raises(HookedModelError, match="trust_remote_code"):
+        HookedRecurrent.for_sae(made)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
@@ -48,6 +61,8 @@ def test_options_of_the_metadata_and_of_the_caller(tmp_path):
         ({"model_name": "tiny-nothing"}, ["no model 'tiny-nothing'", "tiny-gdn"]),
         ({"hook_name": "blocks.1.linear_attn.hook_state.9"}, ["no hook point is named", "hook_state"]),
         ({"model_name": "tiny-rwkv7"}, ["no hook point is named 'blocks.1.linear_attn.hook_state.2'"]),
+        ({"hook_name": ["a"]}, ["set sae.cfg.metadata.hook_name"]),
+        ({"d_k": 96, "d_v": 16, "kind": "flat"}, ["(96 x 16)", "32 x 48 = 1536"]),
         ({"d_k": 6, "d_v": 4}, ["24 numbers (6 x 4)", "32 x 48 = 1536"]),
     ],
 )

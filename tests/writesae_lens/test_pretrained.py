@@ -143,6 +143,13 @@ def test_the_directory_lists_them_beside_saelens_own(client):
     """)
 
 
+def test_saelens_own_listing_takes_them(client):
+    assert client.run("""
+        from sae_lens.evals import all_loadable_saes
+        result = ["writesae-gla-1.3b", "L12_H0", 1.0, 0.0] in [list(row) for row in all_loadable_saes()]
+    """)
+
+
 def test_what_saelens_refuses_it_refuses_as_before(client, published):
     with pytest.raises(RemoteError) as error:
         client.run('SAE.from_pretrained("writesae-qwen3.5-0.8b", "L5_H5")')
@@ -188,7 +195,15 @@ def test_a_file_by_its_path_and_a_folder_above_it(client, hub, tmp_path):
             json.dumps({"checkpoints": {f"{ONE}/best.pt": {"SHA-256": "f" * 64}}}),
             "manifest.json says " + "f" * 64,
         ),
-        (json.dumps({ONE: {"sha256": 12}}), "where the SHA-256"),
+        (
+            json.dumps({"a/x": {"sha256": "1" * 64}, "y": {"path": ONE, "hash": "sha256:" + "0" * 64}}),
+            "0" * 64,
+        ),
+        (json.dumps({ONE: {"sha256": "2" * 64}, ONE.replace("/", "_"): "3" * 64}), "says " + "2" * 64 + ": "),
+        (
+            json.dumps({ONE.replace("/", x): n * 64 for x, n in ("_2", "-3")}),
+            "says " + "2" * 64 + " and " + "3" * 64,
+        ),
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         (" " * (5 << 20), "not a manifest"),
@@ -202,6 +217,29 @@ def test_a_manifest_that_does_not_vouch_for_the_file(client, hub, tmp_path, mani
     assert error.value.kind == "WriteSAEError"
     assert part in error.value.message
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("manifest", "vouched"),
+    [
+        ({ONE: {"sha256": "HASH"}}, True),
+        ({f"{ONE}/best.pt": "HASH"}, True),
+        ({"files": [{"path": f"{ONE}/best.pt", "SHA-256": "HASH"}]}, True),
+        ({"writesae": {"qwen0p8b": {"L9_H4": {"sha256": "sha256:HASH", "size": 1}}}}, True),
+        ({"sha256": {"WriteSAE qwen0p8b L9-H4": "HASH"}}, True),
+        ({"another name": {"sha256": "HASH"}}, True),  # listed, if not by a name that is known here
+        ({"another name": {"sha256": "0" * 64}, ONE: {"sha256": None}, "list": [1, None]}, False),
+        ([], False),
+    ],
+)
+def test_a_manifest_in_any_layout(client, hub, tmp_path, manifest, vouched):
+    held, text = checkpoint("bilinear"), json.dumps(manifest)
+    repo = f"user/v{hashlib.md5(text.encode()).hexdigest()[:8]}"
+    put(hub, repo, tmp_path, held)
+    digest = hashlib.sha256(hub.files(repo)[f"{ONE}/best.pt"]).hexdigest()
+    hub.put(repo, "manifest.json", text.replace("HASH", digest).encode())
+    found = client.run(f'result = SAE.from_pretrained("{repo}", "{ONE}").cfg.metadata.provenance')
+    assert found["sha256_checked"] is vouched
 
 
 def test_a_manifest_of_paths_elsewhere_is_only_read(client, hub, cache, tmp_path):
@@ -255,7 +293,8 @@ def test_an_interrupted_download_leaves_nothing_and_is_taken_up_again(client, hu
     with pytest.raises(RemoteError) as error:
         client.run(f'SAE.from_pretrained("user/broken", "{ONE}")')
     assert error.value.kind == "WriteSAEError"
-    assert "broke off" in error.value.message
+    assert "peer closed connection" in error.value.message
+    assert "try again" in error.value.message
     assert not [p for p in (cache / "hub/models--user--broken").rglob("best.pt") if p.stat().st_size]
     hub.interrupt(f"{ONE}/best.pt", 1000, 0)
     assert client.run(f'result = SAE.from_pretrained("user/broken", "{ONE}").cfg.d_sae') == 24
@@ -281,6 +320,8 @@ def test_pull_tells_what_came(client, published, hub, tmp_path):
     [
         (["writesae-nothing"], "no release 'writesae-nothing': there are writesae-qwen3.5-0.8b"),
         (["writesae-qwen3.5-4b", "L9_H4"], "no L9_H4 in writesae-qwen3.5-4b: there are L12_H8"),
+        (["a b/c", "nowhere"], "check the names"),
+        (["user/repo/extra", "nowhere"], "check the names"),
         (["user/twice"], "which SAE of user/twice? Give its folder"),
         (["user/twice", "nowhere"], "404"),
         (["user/absent", "nowhere"], "404"),
@@ -292,6 +333,27 @@ def test_pull_of_what_is_not_there(client, published, arguments, part):
     assert said.startswith("writesae-lens: ")
     assert said.count("\n") == 1
     assert part in said
+
+
+def test_pull_goes_on_after_what_is_absent(client, hub, tmp_path):
+    put(hub, "user/some", tmp_path, checkpoint("bilinear"))
+    code, out, said = client.run(f'result = command("pull", "user/some", "nowhere", "{ONE}/")')
+    assert code == 2
+    assert "nowhere" in said
+    assert f"user/some {ONE}/best.pt" in out
+
+
+def test_names_cannot_command_a_terminal(client, hub, tmp_path):
+    data = save(tmp_path, {"nothing": 1}).read_bytes()
+    hub.put("user/escape", {"x/\x1b[31mred\nline/best.pt": data})
+    with pytest.raises(RemoteError) as error:
+        client.run('SAE.from_pretrained("user/escape", "x")')
+    assert error.value.kind == "WriteSAEError"
+    assert error.value.message.isprintable()
+    for arguments in (["pull", "user/escape", "x"], ["replace", "--sae", "user/escape:x"]):
+        code, out, said = client.run("result = command(*arguments)", arguments=arguments)
+        assert code == 2
+        assert (out + said).replace("\n", "", 1).isprintable()
 
 
 def test_the_table_of_models(client, published, hub):
@@ -338,6 +400,9 @@ def test_push_publishes_with_a_card_and_it_comes_back(client, hub, tiny, tmp_pat
     assert card.count("## L1_H2") == card.count("## more/b") == 1
     assert "87.5%" not in card  # this section was written anew, without results
     assert "library_name: other" in card  # the rest is its owner's
+    code, out, _ = client.run('result = command("pull", "user/mine", "L1_H2")')
+    assert code == 0
+    assert "bilinear, 24 atoms for 32 x 48 matrices, k 5" in out
     same = client.run(
         """
         from writesae_lens import WriteSAE
@@ -358,6 +423,8 @@ def test_push_publishes_with_a_card_and_it_comes_back(client, hub, tiny, tmp_pat
     [
         (["--id", "../up"], "is no id"),
         (["--id", "a b"], "is no id"),
+        (["--id", "README.md"], "is no id"),
+        (["--id", "."], "is no id"),
         (["--results", "/nowhere"], "is not what a replacement test saved"),
     ],
 )
@@ -415,6 +482,11 @@ def test_off_line_with_a_warm_cache_and_without_the_plugin(client, hub, cache, t
     client.run(f'SAE.from_pretrained("{REPOSITORY}", "{ONE}")')
     client.run('SAE.from_pretrained("writesae-qwen3.5-0.8b", "L9_H4")')
     client.run("command(*arguments)", arguments=["push", str(tiny), "user/offline"])
+    deep = "flat_baseline/qwen0p8b_L9_H4"
+    hub.put(
+        "user/deeper", f"{deep}/run/best.pt", save(cache.parent / "deeper", checkpoint("flat")).read_bytes()
+    )
+    client.run(f'SAE.from_pretrained("user/deeper", "{deep}")')
     client.run('SAE.from_pretrained("user/offline", "L1_H2")')
     asked = len(hub.requests)
     with Client(hub, cache, "from sae_lens import SAE", HF_HUB_OFFLINE="1") as alone:
@@ -423,6 +495,7 @@ def test_off_line_with_a_warm_cache_and_without_the_plugin(client, hub, cache, t
         assert (error.value.kind, error.value.message) == ("KeyError", "'writesae'")
         alone.run("import writesae_lens")
         assert alone.run('result = SAE.from_pretrained("user/offline", "L1_H2").cfg.d_k') == 32
+        assert alone.run(f'result = SAE.from_pretrained("user/deeper", "{deep}").cfg.d_sae') == 24
         for release, name in ((REPOSITORY, ONE), ("writesae-qwen3.5-0.8b", "L9_H4")):
             provenance = alone.run(
                 f"result = SAE.from_pretrained({release!r}, {name!r}).cfg.metadata.provenance"

@@ -11,7 +11,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
-from hooked_models.hooked_recurrent import Site
+from hooked_models.hooked_recurrent import Site, sides_of
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.rank1 import Factors
 from writesae_lens.sae import MatrixSAE
@@ -44,7 +44,7 @@ def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
         )
     site = model.site(name)
     cell = site.cell
-    shape = getattr(sae.cfg, "d_k", cell.d_k), getattr(sae.cfg, "d_v", cell.d_v)
+    shape = sides_of(sae) or (cell.d_k, cell.d_v)
     if shape != (cell.d_k, cell.d_v) or sae.cfg.d_in != cell.d_k * cell.d_v:
         raise WriteSAEError(
             f"the SAE is made for {shape[0]} x {shape[1]} matrices (d_in {sae.cfg.d_in}), but layer "
