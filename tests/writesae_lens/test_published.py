@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from sae_lens import SAE
 from sae_lens.saes.topk_sae import TopKSAE
 from torch import nn
 
-from writesae_lens import WriteSAE, WriteSAEError
+from writesae_lens import WriteSAE, WriteSAEError, checkpoints
 
 CELL = Path("writesae/qwen0p8b/L9_H4")
 
@@ -591,3 +592,154 @@ def test_dense_types_have_no_factors_to_encode(tmp_path):
         expected = "dense" if kind in DENSE else "tied" if kind == "bilinear_tied" else "bilinear"
         assert sae.cfg.encoder == expected
         assert sae.cfg.rescale_acts_by_decoder_norm is False
+
+
+def test_a_module_without_config_says_what_it_is_itself(tmp_path):
+    held = checkpoint("bilinear", k=7, batchtopk=True)
+    made = module(held, False)
+    made.k, made.use_batchtopk, made.layer, made.head = 7, True, 3, 5
+    sae = WriteSAE.from_checkpoint(save(tmp_path, {"sae": made}))
+    assert (sae.cfg.metadata.layer, sae.cfg.metadata.head) == (3, 5)
+    equal(sae, held, matrices(9, 6, 4))
+
+
+def test_the_base_model_of_the_caller_and_of_the_path(tmp_path):
+    file = save(tmp_path / CELL, checkpoint("bilinear", d_k=5, d_v=5))
+    both = refused(file, "state-spaces/mamba2-370m")
+    assert "Qwen/Qwen3.5-0.8B" in both
+    assert "state-spaces/mamba2-370m" in both
+    # A name that is not known here is another copy of the path's model.
+    metadata = WriteSAE.from_checkpoint(file, "me/my-qwen").cfg.metadata
+    assert metadata.model_name == "me/my-qwen"
+    assert metadata.hook_name == "blocks.9.linear_attn.hook_state.4"
+    bare = save(tmp_path / "x.pt", checkpoint("bilinear", d_k=5, d_v=5))
+    for name in ("qwen/qwen3.5-0.8b", "Qwen/Qwen3.5-0.8B"):
+        assert "linear_attn" in WriteSAE.from_checkpoint(bare, name).cfg.metadata.hook_name
+    other = WriteSAE.from_checkpoint(bare, "AntonV/mamba2-370m-hf").cfg.metadata
+    assert other.hook_name == "blocks.9.mixer.hook_state.4"
+    assert "transposed" in other.orientation
+
+
+@pytest.mark.parametrize("said", ["False", 1, [True], torch.ones(2)], ids=label)
+def test_selection_is_true_or_false(tmp_path, said):
+    assert "use_batchtopk" in refused(save(tmp_path, checkpoint("bilinear", use_batchtopk=said)))
+
+
+@pytest.mark.parametrize("name", ["k", "n_features", "d_in"])
+def test_sizes_begin_at_one(tmp_path, name):
+    assert f"must say {name} as a whole number" in refused(
+        save(tmp_path, checkpoint("bilinear", **{name: 0}))
+    )
+
+
+def test_only_the_end_of_a_path_is_read(tmp_path):
+    """Of two numbers the last, and none of the folders that a user has above."""
+    far = tmp_path / "mamba2-370m_L1_H1_k9" / "a" / "b" / "c"
+    held = checkpoint("bilinear", without=["k", "layer", "head"], d_k=5, d_v=5)
+    metadata = WriteSAE.from_checkpoint(save(far, held)).cfg.metadata
+    assert (metadata.model_name, metadata.layer, metadata.sparsity["k"]) == (None, None, 24)
+    near = save(tmp_path / "k9" / "writesae_qwen4b_L9_H4_nf24_k7_s42", held)
+    metadata = WriteSAE.from_checkpoint(near).cfg.metadata
+    assert (metadata.model_name, metadata.layer, metadata.sparsity["k"]) == ("Qwen/Qwen3.5-4B", 9, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"layer": -1, "head": 0}, "layer must be a whole number"),
+        ({"layer": True, "head": 0}, "layer must be a whole number"),
+        ({"layer": 1, "head": "0"}, "head must be a whole number"),
+        ({"layer": 1}, "say head= too"),
+        ({"head": 1}, "say layer= too"),
+        ({"model_name": Path("qwen4b")}, "a base model's name is a text"),
+    ],
+)
+def test_arguments_that_name_no_cell(tmp_path, options, part):
+    """Through the loader, which callers of another typing reach too."""
+    source = checkpoints.Source(options.get("model_name"), options.get("layer"), options.get("head"))
+    file = save(tmp_path, checkpoint("bilinear", without=["layer", "head"]))
+    with pytest.raises(WriteSAEError, match=part):
+        checkpoints.load(file, source)
+
+
+def test_a_copy_that_is_made_of_links(tmp_path):
+    """As the cache of the Hub is: the names are those of the links, the manifest beside them counts."""
+    data = save(tmp_path / "blobs" / "x.pt", checkpoint("bilinear", without=["layer", "head"]))
+    link = tmp_path / "snapshots" / "c0ffee" / CELL / "best.pt"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(data)
+    assert WriteSAE.from_checkpoint(link).cfg.metadata.hook_name == "blocks.9.linear_attn.hook_state.4"
+    (tmp_path / "snapshots/c0ffee/manifest.json").write_text(json.dumps({str(CELL): "0" * 64}))
+    assert "0" * 64 in refused(link.parent)
+
+
+def test_a_folder_by_the_name_of_a_file(tmp_path):
+    (tmp_path / "best.pt").mkdir()
+    assert "holds no best.pt" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_threshold_that_is_never_reached(tmp_path, gradient):
+    held = checkpoint("bilinear_jumprelu")
+    held["model_state_dict"]["log_threshold"][:2] = 100.0
+    sae = WriteSAE.from_checkpoint(save(tmp_path, held))
+    x = matrices(9, 6, 4)
+    with torch.set_grad_enabled(gradient):
+        equal(sae, held, x)
+    sae.encode(x.flatten(1)).sum().backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in sae.parameters())
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "flat"])
+def test_norms_are_not_folded(tmp_path, kind):
+    sae = WriteSAE.from_checkpoint(save(tmp_path, checkpoint(kind)))
+    with pytest.raises(NotImplementedError):
+        sae.fold_W_dec_norm()
+    with pytest.raises(NotImplementedError):
+        sae.fold_activation_norm_scaling_factor(2.0)
+    x = matrices(9, 6, 4).flatten(1)
+    scores = x @ sae.W_enc + sae.b_enc
+    hidden = []
+    sae.hook_sae_acts_pre.add_hook(lambda z, hook: hidden.append(z))
+    sae.encode(x)
+    torch.testing.assert_close(hidden[0], scores)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"d_sae": 2**45}, "instead of"),
+        ({"d_sae": 2**61}, "no dictionary has"),
+        ({"d_k": "6"}, "d_k must be a whole number"),
+        ({"rescale_acts_by_decoder_norm": "false"}, "must be True or False"),
+        ({"gate_temperature": -1}, "gate_temperature must be 0 or more"),
+        ({"reshape_activations": "hook_z"}, "leave reshape_activations"),
+        ({"normalize_activations": "layer_norm"}, "use 'none'"),
+        ({"encoder": "x" * 10**6}, "is unknown: choose"),
+    ],
+)
+def test_a_configuration_that_was_changed(tmp_path, changes, part):
+    WriteSAE.from_checkpoint(save(tmp_path, checkpoint("bilinear"))).save_model(tmp_path / "sae")
+    file = tmp_path / "sae" / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(WriteSAEError) as error:
+        SAE.load_from_disk(tmp_path / "sae")
+    assert part in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("spoil", "part"),
+    [
+        (lambda t: t | {"b_enc": t["b_enc"] * float("nan")}, "NaN or infinite"),
+        (lambda t: t | {"b_enc": t["b_enc"].long()}, "torch.int64"),
+        (lambda t: t | {"dec_key": t["dec_key"][:, :, :-1].contiguous()}, "instead of [24, 1, 6]"),
+        (lambda t: t | {"other": t["b_enc"]}, "an unexpected 'other'"),
+        (lambda t: {n: x for n, x in t.items() if n != "enc_key"}, "missing"),
+    ],
+)
+def test_weights_that_were_changed(tmp_path, spoil, part):
+    """SAELens converts types as it reads, so the weights are given by hand."""
+    sae = WriteSAE.from_checkpoint(save(tmp_path, checkpoint("bilinear")))
+    with pytest.raises(WriteSAEError, match=re.escape(part)):
+        sae.process_state_dict_for_loading(spoil({name: x.clone() for name, x in sae.state_dict().items()}))
