@@ -104,7 +104,7 @@ def read(path: Path, objects: bool = False) -> Any:
     except OSError:
         raise
     # What a damaged file raises depends on where the damage is.
-    except (Exception, RecursionError) as error:
+    except Exception as error:
         raise HookedModelError(f"{path} is truncated or damaged, or no PyTorch file of tensors") from error
 
 

@@ -90,11 +90,10 @@ def load(path: str | Path, source: Source = UNKNOWN) -> tuple[dict[str, Any], di
     """
     source.check()
     file = find_file(path)
-    digest = manifest.sha256(file)
-    checked = source.provenance.get("sha256_checked")
-    if checked is None:
-        checked = _check_local(file, digest)
-    provenance = {"file": file.name, **source.provenance, "sha256": digest, "sha256_checked": checked}
+    provenance = {"file": file.name, **source.provenance}
+    if "sha256" not in provenance:
+        digest = manifest.sha256(file)
+        provenance |= {"sha256": digest, "sha256_checked": _check_local(file, digest)}
     try:
         held = torch_files.read(file, objects=True)
     except HookedModelError as error:
@@ -102,7 +101,7 @@ def load(path: str | Path, source: Source = UNKNOWN) -> tuple[dict[str, Any], di
     config, tensors = _parts(file, held)
     # Of a file from the Hub its path there; the cache's own folders say nothing.
     place = str(source.provenance.get("file", Path(*file.absolute().parts[-_PLACE:])))
-    return _Checkpoint(file, place, config, tensors).converted(source, provenance)
+    return _Checkpoint(file, place, config, tensors, source).converted(provenance)
 
 
 def find_file(path: str | Path) -> Path:
@@ -189,24 +188,30 @@ def _named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 class _Checkpoint:
     """The tensors of one checkpoint, held against what its config says."""
 
-    def __init__(self, file: Path, place: str, config: dict[Any, Any], tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        file: Path,
+        place: str,
+        config: dict[Any, Any],
+        tensors: dict[str, Tensor],
+        source: Source,
+    ) -> None:
         self.file, self.place, self.config, self.tensors = file, place, config, tensors
+        self.source, self.base = source, self._base(source)
         self.kind = self._kind()
         self.encoder, self.decoder, self.activation, names = _KINDS[self.kind]
         self.tensors = {name: self._checked(name) for name in sorted(names)}
         self._measure()
 
-    def converted(
-        self, source: Source, provenance: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def converted(self, provenance: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """As SAELens takes it."""
-        base = self._base(source)
-        layer, head = self._cell(source)
+        base = self.base
+        layer, head = self._cell(self.source)
         transposed, orientation = self._orientation(base)
         k, batchwise = self._k(), self._batchwise()
         d_k, d_v = (self.d_v, self.d_k) if transposed else (self.d_k, self.d_v)
         metadata = {
-            "model_name": source.model or (base and base.name),
+            "model_name": self.source.model or (base and base.name),
             "model_class_name": "HookedRecurrent",
             "hook_name": None
             if base is None or layer is None or head is None
@@ -354,7 +359,7 @@ class _Checkpoint:
                     f"its config says d_k x d_v = {d_k} x {d_v}, its tensors have rows of {d_in}"
                 )
             return d_k, d_v
-        base = base_model(self.place)
+        base = self.base
         if base is not None and base.d_k * base.d_v == d_in:
             return (base.d_v, base.d_k) if base.transposed else (base.d_k, base.d_v)
         side = round(d_in**0.5)
@@ -389,7 +394,7 @@ class _Checkpoint:
         named = [int(match[1]) for match in _K.finditer(self.place)]
         k = self._said("k") or (named[-1:] or [min(_DEFAULT_K, self.d_sae)])[0]
         if k > self.d_sae:
-            raise self._fails(f"its config says k = {k}, its tensors have only {self.d_sae} atoms")
+            raise self._fails(f"its config or path says k = {k}, its tensors have {self.d_sae} atoms")
         return k
 
     def _cell(self, source: Source) -> tuple[int | None, int | None]:

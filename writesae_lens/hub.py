@@ -135,21 +135,15 @@ def fetch_config(
     try:
         path, provenance = fetch(repo_id, folder, revision, force_download)
     except EntryNotFoundError as missing:
+        unreached = isinstance(missing, LocalEntryNotFoundError)
         try:
-            paths = [
-                Path(
-                    hf_hub_download(
-                        repo_id,
-                        f"{folder.strip('/')}/{name}",
-                        revision=revision,
-                        local_files_only=isinstance(missing, LocalEntryNotFoundError),
-                    )
-                )
-                for name in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
-            ]
+            with transport_errors(f"fetching {folder} of {repo_id}"):
+                for name in (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME):
+                    file = f"{folder.strip('/')}/{name}"
+                    path = hf_hub_download(repo_id, file, revision=revision, local_files_only=unreached)
         except EntryNotFoundError:
             raise missing from None
-        return SAE.load_from_disk(paths[0].parent).cfg.to_dict()
+        return SAE.load_from_disk(Path(path).parent).cfg.to_dict()
     return checkpoints.load(path, checkpoints.Source(provenance=provenance))[0]
 
 
