@@ -48,6 +48,10 @@ class HookedGatedDeltaNet(HookedMixer):
     def layer_index(self) -> int:
         return self._layer.layer_idx
 
+    @property
+    def output_weight(self) -> Tensor:
+        return self._layer.out_proj.weight
+
     def inputs(
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
     ) -> tuple[Recurrence, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -14,10 +15,11 @@ from jaxtyping import Float, Int
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hooked_models import adapters, loading, zoo
 from hooked_models.errors import HookedModelError, one_line
-from hooked_models.mixers import BranchAware, Branches, HookedMixer, Swap, is_listened_to
+from hooked_models.mixers import Added, BranchAware, Branches, HookedMixer, Swap, is_listened_to
 
 _SITE = re.compile(r"blocks\.(\d+)\.\w+\.hook_(write|state)\.(\d+)")
 
@@ -309,6 +311,58 @@ class HookedRecurrent(SAETransformerBridge):
                 module._branches = None
             swapped._swap = None
         return logits[:length], logits[length:]
+
+    @torch.no_grad()
+    def run_with_added_writes(
+        self,
+        tokens: Int[Tensor, " pos"],
+        layer: int,
+        head: int,
+        positions: Int[Tensor, " row"],
+        keys: Float[Tensor, "row d_k"],
+        values: Float[Tensor, "row d_v"],
+        linear: bool = False,
+    ) -> Float[Tensor, "row pos d_vocab"]:
+        """Logits of a passage when a cell writes key value^T beside its native write at one position.
+
+        Args:
+            tokens: one passage; every row reads it.
+            layer, head: the cell.
+            positions: where each row's write is added.
+            keys, values: what is added.
+            linear: give the *change* of the logits to first order in the layer's output. The added write is
+                carried through every later decay and erase to every later read, and through the head's
+                norm and gate, exactly; only what comes after the layer is linearised, at the native passage
+                (one forward-mode derivative).
+
+        Raises:
+            HookedModelError: no such cell, or shapes or positions that do not fit.
+        """
+        cell, n_rows = self.cell(layer, head), len(positions)
+        found, expected = (tuple(keys.shape), tuple(values.shape)), ((n_rows, cell.d_k), (n_rows, cell.d_v))
+        if tokens.ndim != 1 or positions.ndim != 1 or positions.is_floating_point() or found != expected:
+            raise HookedModelError(
+                f"tokens must be one passage [pos], positions whole numbers [row], keys and values of shapes "
+                f"{expected[0]} and {expected[1]}; got {tuple(tokens.shape)}, {tuple(positions.shape)}, "
+                f"{found[0]} and {found[1]}"
+            )
+        positions = positions.to(tokens.device)
+        if n_rows and not 0 <= int(positions.min()) <= int(positions.max()) < len(tokens):
+            raise HookedModelError(
+                f"positions must lie in 0 .. {len(tokens) - 1}, the passage's tokens; got "
+                f"{int(positions.min())} .. {int(positions.max())}"
+            )
+        mixer = self.mixers[layer]
+        with forward_ad.dual_level() if linear else contextlib.nullcontext():
+            try:
+                mixer._added = Added(head, positions, keys, values, linear)
+                logits = self.forward(tokens.expand(n_rows, -1), use_cache=False)
+            finally:
+                mixer._added = None
+            if not linear:
+                return logits
+            change = forward_ad.unpack_dual(logits).tangent
+            return torch.zeros_like(logits) if change is None else change
 
     # TransformerLens passes over names that match nothing; here they are errors.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion import (
     BaseTensorConversion,
 )
@@ -87,6 +88,20 @@ class Swap:
     erase: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """What each row of a batch writes at one head beside its native writes: key value^T at one position.
+
+    ``linear`` says that the rest of the model shall see it as a derivative (forward-mode), not as a change.
+    """
+
+    head: int
+    positions: Int[Tensor, " row"]
+    keys: Float[Tensor, "row d_k"]
+    values: Float[Tensor, "row d_v"]
+    linear: bool
+
+
 class BranchAware(GeneralizedComponent):
     """A component that mixes tokens, and so must know which of them are branches."""
 
@@ -142,6 +157,7 @@ class HookedMixer(BranchAware):
             if point != "decay" or self.decay_per_channel:
                 getattr(self, f"hook_{point}").hook_conversion = _HeadSplit()
         self._swap: Swap | None = None
+        self._added: Added | None = None
 
     # What an architecture says.
 
@@ -177,7 +193,17 @@ class HookedMixer(BranchAware):
     ) -> Float[Tensor, "batch pos d_model"]:
         """From the recurrence's outputs to the layer's output."""
 
+    @property
+    @abstractmethod
+    def output_weight(self) -> Float[Tensor, "d_model head_d_v"]:
+        """Weight of the projection that ends the layer."""
+
     # What all share.
+
+    def head_output(self, head: int) -> Float[Tensor, "d_v d_model"]:
+        """W_O of one head: how its outputs, after norm and gate, enter the residual stream."""
+        d_v = self.write_shape[1]
+        return self.output_weight[:, head * d_v : (head + 1) * d_v].T
 
     @property
     def _per_head(self) -> tuple[str, ...]:
@@ -246,7 +272,24 @@ class HookedMixer(BranchAware):
             kept_state = final_state.mT if self.state_is_transposed else final_state
             cache_params.update_recurrent_state(kept_state, self.layer_index)
         outputs = _call(self.hook_recurrence_out, outputs)
+        if self._added is not None:
+            return self.hook_out(self._finish_added(self._added, recurrence, outputs, kept))
         return self.hook_out(self.finish(outputs, kept))
+
+    def _finish_added(self, added: Added, recurrence: Recurrence, outputs: Tensor, kept: Any) -> Tensor:
+        rec = recurrence.heads(added.head).with_erase_vector()
+        here = torch.arange(outputs.shape[1], device=outputs.device) == added.positions[:, None]
+        # The state is linear in the writes, so what one adds is a recurrence with no other write.
+        keys = here[:, :, None, None] * added.keys[:, None, None].to(rec.k)
+        values = added.values[:, None, None].to(rec.v).expand_as(rec.v)
+        change, _ = scan(dataclasses.replace(rec, k=keys, v=values), None)
+        moved = outputs.clone()
+        moved[:, :, added.head] += change[:, :, 0]
+        finished = self.finish(moved, kept)
+        if not added.linear:
+            return finished
+        native = self.finish(outputs, kept)
+        return forward_ad.make_dual(native, finished - native)
 
     def fire_decay(self, g: Tensor) -> Tensor:
         """Show exp(g) to ``hook_decay`` and return the log of what comes back."""

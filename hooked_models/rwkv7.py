@@ -71,6 +71,10 @@ class HookedRWKV7(HookedMixer):
         finally:
             self._v_first = None
 
+    @property
+    def output_weight(self) -> Tensor:
+        return self._layer.o_proj.weight
+
     def inputs(
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
     ) -> tuple[Recurrence, Kept]:

@@ -1,4 +1,4 @@
-"""Command line: ``writesae-lens demo | train | replace | models | pull | convert | push``."""
+"""Command line: ``writesae-lens demo | train | replace | formula | models | pull | convert | push``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ SAEReference = Annotated[
 ]
 # What a configuration raises that is JSON, but not of an SAE.
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+TextFile = Annotated[
+    Path | None, typer.Option(help="UTF-8 text; default: the model's held-out text.", show_default=False)
+]
+ModelName = Annotated[
+    str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
+]
+MaxPassages = Annotated[int, typer.Option(min=1, help="Passages to read, at most.")]
+ContextSize = Annotated[int | None, typer.Option(min=1, help="Tokens of a passage.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+Resume = Annotated[bool, typer.Option(help="Keep finished passages in OUT, and go on from them.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 
 
@@ -88,8 +98,8 @@ def train(
 @app.command()
 def replace(
     sae: SAEReference,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: the model's held-out text.")] = None,
-    model: Annotated[str | None, typer.Option(help="Default: the model that the SAE names.")] = None,
+    text: TextFile = None,
+    model: ModelName = None,
     out: Annotated[Path, typer.Option(help="Folder for records, figures and report.")] = Path(
         "writesae-replacement"
     ),
@@ -100,29 +110,17 @@ def replace(
         str, typer.Option(help="What the atom stands in for: write, or update (erase and write).")
     ] = "write",
     max_firings: Annotated[int, typer.Option(min=1, help="Firings to test, at most.")] = 5000,
-    max_passages: Annotated[int, typer.Option(min=1, help="Passages to read, at most.")] = 32,
-    context_size: Annotated[int | None, typer.Option(min=1, help="Tokens of a passage.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    resume: Annotated[bool, typer.Option(help="Keep finished passages in OUT, and go on from them.")] = False,
+    max_passages: MaxPassages = 32,
+    context_size: ContextSize = None,
+    device: Device = "cpu",
+    resume: Resume = False,
     seed: Seed = 0,
 ) -> None:
     """Run the replacement test of an SAE on a text."""
-    from hooked_models import HookedRecurrent, zoo
     from writesae_lens.experiments import replacement_test
-    from writesae_lens.experiments.inputs import as_passages
     from writesae_lens.report import write_report
 
-    loaded = _load_sae(sae, device)
-    name = model or loaded.cfg.metadata.model_name
-    if name is None:
-        raise WriteSAEError(f"{sae} does not say which model it belongs to: give --model")
-    if text is None and name not in zoo.SHIPPED:
-        raise WriteSAEError(f"{name} ships with no text: give --text FILE")
-    content = zoo.held_out_text() if text is None else _read(text)
-    booted = HookedRecurrent.boot_transformers(name, device=device)
-    size = context_size or loaded.cfg.metadata.context_size
-    bos = bool(loaded.cfg.metadata.prepend_bos)
-    passages = as_passages(booted, content, size, bos)[-max_passages:]
+    booted, loaded, passages = _inputs(sae, text, model, context_size, max_passages, device)
     result = replacement_test(
         booted,
         loaded,
@@ -137,6 +135,41 @@ def replace(
     write_report(out / "report.html", booted, result, passages)
     typer.echo(f"report: {out / 'report.html'}")
     _headline(result.summary)
+
+
+@app.command()
+def formula(
+    sae: SAEReference,
+    text: TextFile = None,
+    model: ModelName = None,
+    out: Annotated[Path, typer.Option(help="Folder for records and figures.")] = Path("writesae-formula"),
+    form: Annotated[str, typer.Option(help="exact, or gate_product (the paper's, fitted).")] = "exact",
+    n_atoms: Annotated[int, typer.Option(min=1, help="Atoms to add.")] = 50,
+    max_horizon: Annotated[int, typer.Option(min=0, help="Tokens to follow each for.")] = 16,
+    max_passages: MaxPassages = 16,
+    context_size: ContextSize = 64,
+    device: Device = "cpu",
+    resume: Resume = False,
+    seed: Seed = 0,
+) -> None:
+    """Predict what added atoms do to later logits, and measure it."""
+    from writesae_lens.experiments import logit_formula_test
+
+    booted, loaded, passages = _inputs(sae, text, model, context_size, max_passages, device)
+    result = logit_formula_test(
+        booted,
+        loaded,
+        passages,
+        form=form,  # type: ignore[arg-type]
+        n_atoms=n_atoms,
+        max_horizon=max_horizon,
+        seed=seed,
+        progress_folder=str(out / "progress") if resume else None,
+    )
+    result.save(out)
+    by_eps = ", ".join(f"{x:.4f} at {eps}" for eps, x in result.summary["median_r2_by_eps"].items())
+    typer.echo(f"saved: {out}")
+    typer.echo(f"median R2 {by_eps} write norms, {result.summary['n_cells']} atoms and sizes")
 
 
 @app.command()
@@ -266,6 +299,26 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise WriteSAEError(f"could not read {path} as UTF-8 text: {error}") from error
+
+
+def _inputs(
+    sae: str, text: Path | None, model: str | None, context_size: int | None, max_passages: int, device: str
+) -> tuple[Any, Any, Any]:
+    """The model, the SAE, and passages from the end of the text."""
+    from hooked_models import HookedRecurrent, zoo
+    from writesae_lens.experiments.inputs import as_passages
+
+    loaded = _load_sae(sae, device)
+    name = model or loaded.cfg.metadata.model_name
+    if name is None:
+        raise WriteSAEError(f"{sae} does not say which model it belongs to: give --model")
+    if text is None and name not in zoo.SHIPPED:
+        raise WriteSAEError(f"{name} ships with no text: give --text FILE")
+    content = zoo.held_out_text() if text is None else _read(text)
+    booted = HookedRecurrent.boot_transformers(name, device=device)
+    size = context_size or loaded.cfg.metadata.context_size
+    passages = as_passages(booted, content, size, bool(loaded.cfg.metadata.prepend_bos))
+    return booted, loaded, passages[-max_passages:]
 
 
 def _load_sae(reference: str, device: str) -> Any:

@@ -115,3 +115,122 @@ def plot_training(history: pd.DataFrame) -> Figure:
         axis.set_title(title, fontsize=10, loc="left")
         axis.set(xlabel="step", ylim=limits)
     return figure
+
+
+def plot_formula(result: ExperimentResult) -> Figure:
+    """The paper's figure of the audit: predicted against measured shifts, and R2 by size and by horizon."""
+    records, summary = result.records, result.summary
+    figure, (scatter, sizes, horizons) = _figure(13.0, 4.2, 3)
+    epsilons = sorted(records.epsilon.unique())
+    shades = [ATOM, "#67a9cf", "#ef8a62", DELETE]
+    for number, epsilon in reversed(list(enumerate(epsilons))):
+        part = records[records.epsilon == epsilon]
+        part = part.sample(min(len(part), 2000), random_state=0)
+        label, color = f"{epsilon:g}", shades[number % len(shades)]
+        scatter.scatter(part.predicted, part.measured, s=5, alpha=0.4, lw=0, color=color, label=label,
+                        rasterized=True)  # fmt: skip
+    ends = np.quantile(records.measured, [0.0, 1.0])
+    scatter.plot(ends, ends, color=INK, lw=1, ls="--")
+    linear = max(float(records.measured.abs().quantile(0.5)), 1e-12)
+    scatter.set_xscale("symlog", linthresh=linear)
+    scatter.set_yscale("symlog", linthresh=linear)
+    scatter.tick_params(axis="x", labelrotation=45)
+    scatter.set_xlabel("predicted shift of the logit")
+    scatter.set_ylabel("measured shift of the logit")
+    r2 = summary["median_r2"]
+    title = "nothing moves" if r2 is None else f"median R² {r2:.4f}"
+    scatter.set_title(f"{summary['form']}: {title}", fontsize=11, loc="left")
+    scatter.legend(
+        frameon=False, fontsize=9, markerscale=3, title=f"size ({summary['eps_unit'].replace('_', ' ')}s)"
+    )
+    for axis, level, title in (
+        (sizes, "eps", "by size of what is added"),
+        (horizons, "horizon", "by horizon t − t0"),
+    ):
+        medians = {float(at): x for at, x in summary[f"median_r2_by_{level}"].items() if x is not None}
+        axis.plot(list(medians), [max(x, -1) for x in medians.values()], "o-", color=ATOM, lw=1.5)
+        axis.set(ylim=(min([0.0, *(max(x, -1) for x in medians.values())]) - 0.02, 1.02))
+        axis.axhline(1, color=INK, lw=0.8, ls="--")
+        axis.set_title(f"Median R² {title}", fontsize=11, loc="left")
+    sizes.set_xscale("log")
+    return figure
+
+
+_CLASSES = {"register": ATOM, "bundle": DELETE}
+
+
+def plot_population(result: ExperimentResult) -> Figure:
+    """Each atom's win rate against its median cosine, by class, with the means of fifths of the atoms."""
+    records, summary = result.records, result.summary
+    figure, (axis,) = _figure(6.4, 4.4, 1)
+    classes = records["class"].fillna("not divided")
+    for name in sorted(classes.unique(), reverse=True):
+        part = records[classes == name]
+        axis.scatter(
+            part.median_cosine, part.win_rate, s=4 + 1.2 * part.n_firings.clip(upper=60), alpha=0.5, lw=0,
+            color=_CLASSES.get(name, RANDOM), rasterized=True,
+            label=f"{name}: {len(part):,} atoms, mean {part.win_rate.mean():.1%}",
+        )  # fmt: skip
+    fifths = [summary["cosine_by_quintile"], summary["win_rate_by_cosine_quintile"]]
+    points = [pair for pair in zip(*fifths, strict=True) if None not in pair]
+    axis.plot(*zip(*points, strict=True), "o-", color=INK, lw=1.5, ms=4, label="fifths of the atoms")
+    axis.axhline(0.5, color=INK, lw=0.8, ls="--")
+    axis.set(ylim=(-0.03, 1.03))
+    axis.set_xlabel("median cosine of the atom to the native write")
+    axis.set_ylabel("win rate of the atom")
+    low, high = summary["mean_win_rate_ci"]
+    title = f"The mean atom wins at {summary['mean_win_rate']:.1%} of its firings"
+    axis.set_title(f"{title}\n95% interval {low:.1%} to {high:.1%}", fontsize=11, loc="left")
+    axis.legend(frameon=False, fontsize=9, loc="lower left")
+    return figure
+
+
+def plot_partition(result: ExperimentResult) -> Figure:
+    """Median cosines by class under the mixture's densities; registers by threshold; BIC by order."""
+    records, summary = result.records, result.summary
+    figure, (histogram, sweep, orders) = _figure(13.0, 4.0, 3)
+    alive = records[records["class"].isin(list(_CLASSES))]
+    low, high = alive.median_cosine.min(), alive.median_cosine.max()
+    margin = 0.05 * (high - low) + 0.01
+    bins = np.linspace(low - margin, high + margin, 41)
+    histogram.hist(
+        [alive.loc[alive["class"] == name, "median_cosine"] for name in _CLASSES],
+        bins=list(bins), stacked=True, color=list(_CLASSES.values()), alpha=0.55,
+        label=[f"{name} ({summary[f'n_{name}']:,})" for name in _CLASSES],
+    )  # fmt: skip
+    mixture, threshold = summary["mixture"], summary["threshold"]
+    if mixture:
+        grid = np.linspace(bins[0], bins[-1], 400)
+        unit = len(alive) * (bins[1] - bins[0])
+        components = zip(*(mixture[name] for name in ("weights", "means", "deviations")), strict=True)
+        curves = [unit * w * stats.norm.pdf(grid, m, d) for w, m, d in components]
+        for curve, color in zip(curves, (DELETE, ATOM), strict=True):
+            histogram.plot(grid, curve, color=color, lw=1.8)
+        histogram.plot(grid, sum(curves), color=INK, lw=1, ls=":", label="mixture")
+    if threshold is not None:
+        for axis in (histogram, sweep):
+            axis.axvline(threshold, color=INK, lw=1, ls="--", label=f"posterior 1/2 at {threshold:.2f}")
+    histogram.set_xlim(bins[0], bins[-1])
+    histogram.set_xlabel("median cosine of the atom to the native write")
+    histogram.set_ylabel("atoms")
+    title = (
+        f"{summary['n_register']:,} registers, {summary['n_bundle']:,} bundles, {summary['n_dead']:,} dead"
+    )
+    histogram.set_title(title, fontsize=11, loc="left")
+    histogram.legend(frameon=False, fontsize=9, loc="upper left")
+
+    counts = summary["n_register_by_threshold"]
+    sweep.plot([float(t) for t in counts], list(counts.values()), "o-", color=ATOM, lw=1.5)
+    sweep.set(ylim=(0, None))
+    sweep.set_xlabel("cosine threshold in the mixture's place")
+    sweep.set_ylabel("registers")
+    sweep.set_title("Registers by threshold", fontsize=11, loc="left")
+
+    bic = summary["bic_by_order"]
+    orders.plot(list(bic), list(bic.values()), "o-", color=ATOM, lw=1.5)
+    orders.set_xlabel("components of the mixture")
+    orders.set_ylabel("BIC (lower is better)")
+    delta = summary["delta_bic"]
+    said = "no mixture could be fitted" if delta is None else f"two against one {delta:+,.1f}"
+    orders.set_title(f"BIC by order: {said}", fontsize=11, loc="left")
+    return figure

@@ -1,15 +1,22 @@
-"""The statistics of the paper's tables, on scipy; only the cluster bootstrap is written here."""
+"""The statistics of the paper's tables, on scipy and scikit-learn."""
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score
+from sklearn.mixture import GaussianMixture
 
 N_RESAMPLES = 2000
+# Fits of a mixture, from different starting points, to choose the likeliest from.
+_STARTS = 10
 
 
 def wilson_interval(wins: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
@@ -27,10 +34,10 @@ def wilson_interval(wins: ArrayLike, confidence: float = 0.95) -> tuple[float, f
 def cluster_bootstrap(
     wins: ArrayLike, clusters: ArrayLike, seed: int = 0, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of a win rate when whole clusters (atoms, passages) are resampled.
+    """Percentile interval of a mean when whole clusters (atoms, passages) are resampled.
 
     Args:
-        wins: booleans.
+        wins: booleans, or rates.
         clusters: the cluster of each.
         seed: of the resampling; 2,000 resamples.
     """
@@ -65,8 +72,120 @@ def paired_wilcoxon(larger: ArrayLike, smaller: ArrayLike) -> float:
     return float(test.pvalue)
 
 
-def rate_by_quartile(wins: ArrayLike, size: ArrayLike) -> list[float | None]:
-    """Win rate in each quarter of the firings, from the smallest ``size`` to the largest; None if empty."""
-    won = np.asarray(wins, dtype=float)
-    quarters: list[NDArray[Any]] = np.array_split(np.argsort(size, kind="stable"), 4)
-    return [float(won[q].mean()) if q.size else None for q in quarters]
+def mean_by_part(values: ArrayLike, size: ArrayLike, parts: int) -> list[float | None]:
+    """Mean in each of equally large parts of the trials, from the smallest ``size`` up; None if empty."""
+    x = np.asarray(values, dtype=float)
+    pieces: list[NDArray[Any]] = np.array_split(np.argsort(size, kind="stable"), parts)
+    return [float(x[piece].mean()) if piece.size else None for piece in pieces]
+
+
+def correlation(x: ArrayLike, y: ArrayLike, method: str) -> tuple[float | None, float | None]:
+    """Correlation and its two-sided p; None for both where fewer than 3 pairs or a constant leave none.
+
+    Args:
+        method: "pearson" or "spearman".
+    """
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if a.size < 3 or not np.ptp(a) or not np.ptp(b):
+        return None, None
+    test: Any = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[method](a, b)
+    return float(test.statistic), float(test.pvalue)
+
+
+def mann_whitney(a: ArrayLike, b: ArrayLike) -> float | None:
+    """p of the two-sided Mann-Whitney test that two samples are alike (1: all equal); None: one is empty."""
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if not x.size or not y.size:
+        return None
+    if not np.ptp(np.concatenate([x, y])):
+        return 1.0
+    return float(stats.mannwhitneyu(x, y).pvalue)
+
+
+class Split(NamedTuple):
+    """Values divided by a two-component Gaussian mixture; the component with the larger mean is the upper.
+
+    A wide component outweighs a narrow one on both sides of it, so the plain posterior would count the
+    smallest values to the upper component. Hence one threshold: where the posterior of the upper one
+    *rises* through 1/2 (None: it nowhere does, and one component has all values).
+    """
+
+    upper: NDArray[np.bool_]
+    """Whether each value is at or above the threshold."""
+    posterior: NDArray[np.float64]
+    """Of the upper component, for each value."""
+    threshold: float | None
+    weights: tuple[float, float]
+    """Of the lower and the upper component, as are the means and deviations."""
+    means: tuple[float, float]
+    deviations: tuple[float, float]
+
+
+def can_be_mixed(values: ArrayLike, order: int) -> bool:
+    """Whether there are values enough for a mixture: two a component, one of them different from all else."""
+    x = np.asarray(values, dtype=float)
+    return x.size >= 2 * order and np.unique(x.round(6)).size >= order
+
+
+def mixture_bic(values: ArrayLike, order: int, seed: int = 0) -> float | None:
+    """BIC of a Gaussian mixture of so many components (smaller is better); None if `can_be_mixed` is not."""
+    if not can_be_mixed(values, order):
+        return None
+    x = np.asarray(values, dtype=float)[:, None]
+    return float(_fit_mixture(x, order, seed, _STARTS).bic(x))
+
+
+def split_in_two(values: ArrayLike, seed: int = 0, starts: int = _STARTS) -> Split | None:
+    """Divide values by a two-component Gaussian mixture; None if `can_be_mixed` is not.
+
+    Args:
+        values: numbers, in any order.
+        seed: of the fit's starting points.
+        starts: fits to choose the likeliest from.
+    """
+    if not can_be_mixed(values, 2):
+        return None
+    x = np.asarray(values, dtype=float)
+    fit: Any = _fit_mixture(x[:, None], 2, seed, starts)
+    order = np.argsort(fit.means_[:, 0], kind="stable")
+    weights, means = fit.weights_[order], fit.means_[order, 0]
+    deviations = np.sqrt(fit.covariances_[order, 0, 0])
+    threshold = _rise(weights, means, deviations)
+    posterior = fit.predict_proba(x[:, None])[:, order[1]]
+    upper = posterior > 0.5 if threshold is None else x >= threshold
+    low, high = ([float(v[i]) for v in (weights, means, deviations)] for i in (0, 1))
+    return Split(upper, posterior, threshold, *zip(low, high))
+
+
+def split_stability(values: ArrayLike, n_seeds: int, seed: int = 0) -> float | None:
+    """Mean adjusted Rand index over all pairs of splits from single, different starts; None: no split."""
+    states = np.random.SeedSequence(seed).generate_state(n_seeds)
+    splits = [split_in_two(values, int(state), starts=1) for state in states]
+    pairs = [
+        adjusted_rand_score(a.upper, b.upper)
+        for a, b in combinations(splits, 2)
+        if a is not None and b is not None
+    ]
+    return float(np.mean(pairs)) if pairs else None
+
+
+def _fit_mixture(x: NDArray[Any], order: int, seed: int, starts: int) -> GaussianMixture:
+    state = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    fit = GaussianMixture(order, n_init=starts, max_iter=1000, random_state=state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return fit.fit(x)
+
+
+def _rise(weights: NDArray[Any], means: NDArray[Any], deviations: NDArray[Any]) -> float | None:
+    """Where log(upper / lower) of two weighted normal densities crosses 0 upwards."""
+    precision = 1 / deviations**2
+    curve = np.polynomial.Polynomial(
+        [
+            np.diff(np.log(weights / deviations) - means**2 * precision / 2)[0],
+            np.diff(means * precision)[0],
+            -np.diff(precision)[0] / 2,
+        ]
+    ).trim()
+    rising = [r.real for r in curve.roots() if abs(r.imag) < 1e-12 and curve.deriv()(r.real) > 0]
+    return float(rising[0]) if rising else None

@@ -9,7 +9,7 @@ from command_line import run
 
 from hooked_models import zoo
 
-COMMANDS = ("demo", "train", "replace", "models", "pull", "convert", "push")
+COMMANDS = ("demo", "train", "replace", "formula", "models", "pull", "convert", "push")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,15 @@ def test_replace_works_on_what_demo_wrote(demo, tmp_path):
     done = run("replace", "--sae", folder / "out" / "sae", "--text", text)
     assert done.returncode == 2
     assert "the text is too short" in done.stderr
+
+
+def test_formula_on_what_demo_wrote(demo, tmp_path):
+    folder, _ = demo
+    options = ("--n-atoms", 3, "--max-passages", 2, "--max-horizon", 4, "--context-size", 32)
+    done = run("formula", "--sae", folder / "out" / "sae", "--out", tmp_path / "f", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("median R2 ")
+    assert {"records.csv", "summary.json", "formula.png"} <= {p.name for p in (tmp_path / "f").iterdir()}
 
 
 def test_models_lists_what_ships_and_its_cells():

@@ -44,7 +44,7 @@ def test_cliffs_delta_counts_pairs():
 
 def test_medians_quartiles_and_wilcoxon():
     assert statistics.median_and_error([1, 2, 3, 4, 100]) == (3, pytest.approx(1 / math.sqrt(5)))
-    rates = statistics.rate_by_quartile([0, 0, 0, 1, 1, 0, 1, 1], [1, 2, 3, 4, 5, 6, 7, 8])
+    rates = statistics.mean_by_part([0, 0, 0, 1, 1, 0, 1, 1], [1, 2, 3, 4, 5, 6, 7, 8], 4)
     assert rates == [0, 0.5, 0.5, 1]
     x = np.linspace(1, 2, 20)
     # All 20 differences positive and distinct: one of 2^20 equally likely sign patterns.

@@ -13,7 +13,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Site, sides_of
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.rank1 import Factors
+from writesae_lens.rank1 import Factors, inner
 from writesae_lens.sae import MatrixSAE
 
 DEFAULT_CONTEXT = 256
@@ -141,6 +141,42 @@ def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[
     return Firings(fires, atom[fires], coefficient[fires].float(), key[fires], value[fires])
 
 
+def find_passages(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "passage pos"] | str,
+    context_size: int | None,
+) -> tuple[Site, Int[Tensor, "passage pos"]]:
+    """The SAE's cell, and the passages; text is cut as the SAE was trained, unless ``context_size`` says.
+
+    Raises:
+        WriteSAEError: SAE and cell do not fit, or the text is too short.
+    """
+    check_at_least(1, context_size=context_size)
+    site = find_site(model, sae)
+    if isinstance(tokens, str) and context_size is None:
+        context_size = sae.cfg.metadata.context_size
+    return site, as_passages(model, tokens, context_size, bool(sae.cfg.metadata.prepend_bos))
+
+
+def check_any_fires(n_found: int, n_kept: int, passages: Int[Tensor, "passage pos"]) -> None:
+    """Refuse to go on when no atom fires, or only at positions that are left out."""
+    if not n_found:
+        raise WriteSAEError(
+            f"no atom fires in {len(passages)} passages of {passages.shape[1]} tokens: is this the model "
+            "and the hook that the SAE was trained on?"
+        )
+    if not n_kept:
+        raise WriteSAEError("atoms fire, but skip_positions left none of the firings to test")
+
+
+def check_at_least(least: int, **values: int | None) -> None:
+    """Refuse whole numbers that are too small, by name; None is fine."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise WriteSAEError(f"{name}={value} makes no sense: give {least} or more")
+
+
 @torch.no_grad()
 def atom_factors(sae: SAE[Any], atoms: Int[Tensor, " atom"], d_k: int, d_v: int) -> Factors:
     """Chosen decoder atoms as factors; the atoms of a flat SAE get rank d_v (column by column)."""
@@ -149,6 +185,19 @@ def atom_factors(sae: SAE[Any], atoms: Int[Tensor, " atom"], d_k: int, d_v: int)
     matrices = sae.W_dec[atoms].float().view(-1, d_k, d_v)
     columns = torch.eye(d_v, device=matrices.device).expand(len(matrices), -1, -1)
     return Factors(matrices.mT, columns)
+
+
+def native_cosines(firings: Firings, atoms: Factors) -> Float[Tensor, " firing"]:
+    """Signed cosine between each firing's native write and its own atom, as matrices (0: either is zero)."""
+    native = Factors(firings.write_key[:, None].float(), firings.write_value[:, None].float())
+    return inner(native, atoms) / (native.norm().clamp(min=1e-30) * atoms.norm().clamp(min=1e-30))
+
+
+@torch.no_grad()
+def fingerprint_run(model: HookedRecurrent, sae: SAE[Any], passages: Int[Tensor, "passage pos"]) -> str:
+    """What records depend on beside the settings: tokens, SAE, and what the model makes of a passage."""
+    logits = model(passages[:1], return_type="logits")[0, -1]
+    return fingerprint(passages, logits, *(p.data for p in sae.parameters()))
 
 
 def fingerprint(*tensors: Tensor) -> str:

@@ -17,11 +17,13 @@ from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import (
     Firings,
-    as_passages,
     atom_factors,
+    check_any_fires,
+    check_at_least,
     find_firings,
-    find_site,
-    fingerprint,
+    find_passages,
+    fingerprint_run,
+    native_cosines,
 )
 from writesae_lens.experiments.result import ExperimentResult, Progress
 from writesae_lens.figures import plot_replacement, plot_win_rate_by_effect
@@ -91,24 +93,15 @@ def replacement_test(
     ):
         if given not in allowed:
             raise WriteSAEError(f"{name}={given!r} is unknown: choose {' or '.join(allowed)}")
-    for name, value, least in (
-        ("max_firings", max_firings, 1),
-        ("max_firings_per_atom", max_firings_per_atom, 1),
-        ("skip_positions", skip_positions, 0),
-        ("context_size", context_size, 1),
-        ("seed", seed, 0),
-    ):
-        if value is not None and value < least:
-            raise WriteSAEError(f"{name}={value} makes no sense: give {least} or more")
-    site = find_site(model, sae)
-    if isinstance(tokens, str) and context_size is None:
-        context_size = sae.cfg.metadata.context_size
-    passages = as_passages(model, tokens, context_size, bool(sae.cfg.metadata.prepend_bos))
+    check_at_least(1, max_firings=max_firings, max_firings_per_atom=max_firings_per_atom)
+    check_at_least(0, skip_positions=skip_positions, seed=seed)
+    site, passages = find_passages(model, sae, tokens, context_size)
     firings = [
         find_firings(model, sae, site, passage)
         for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)
     ]
     kept = _thin(firings, skip_positions, max_firings, max_firings_per_atom, seed)
+    check_any_fires(sum(len(f.position) for f in firings), sum(map(len, kept)), passages)
     settings = {
         "experiment": "replacement",
         "model": model.cfg.model_name,
@@ -123,7 +116,7 @@ def replacement_test(
         "skip_positions": skip_positions,
         "seed": seed,
     }
-    inputs = "" if progress_folder is None else _fingerprint(model, sae, passages)
+    inputs = None if progress_folder is None else fingerprint_run(model, sae, passages)
     progress = Progress(progress_folder, settings | {"inputs": inputs})
     parts = []
     for number in tqdm(range(len(passages)), desc="Replacing", unit="passage", disable=not verbose):
@@ -136,24 +129,10 @@ def replacement_test(
                 return _test_passage(model, sae, site.cell, passages[n], f, n, *how, rng)
 
             parts.append(progress.part(number, compute))
-    if not parts and any(len(f.position) for f in firings):
-        raise WriteSAEError("atoms fire, but skip_positions left none of the firings to test")
-    if not parts:
-        raise WriteSAEError(
-            f"no atom fires in {len(passages)} passages of {passages.shape[1]} tokens: is this the model "
-            "and the hook that the SAE was trained on?"
-        )
     records = pd.concat(parts, ignore_index=True)
     summary = {**_summarize(records, sae.cfg.d_sae, seed), **settings}
     figures = {"replacement": plot_replacement, "replacement_by_effect": plot_win_rate_by_effect}
     return ExperimentResult("replacement", records, summary, figures)
-
-
-@torch.no_grad()
-def _fingerprint(model: HookedRecurrent, sae: SAE[Any], passages: Tensor) -> str:
-    """What the records depend on beside the settings: tokens, SAE, and what the model makes of a passage."""
-    logits = model(passages[:1], return_type="logits")[0, -1]
-    return fingerprint(passages, logits, *(p.data for p in sae.parameters()))
 
 
 def _mix(seed: int, number: int) -> int:
@@ -202,7 +181,6 @@ def _test_passage(
     atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
     native = Factors(firings.write_key[:, None].float(), firings.write_value[:, None].float())
     norm = atoms.norm().clamp(min=1e-30)
-    along = (native.key @ atoms.key.mT * (native.value @ atoms.value.mT)).sum((-1, -2))
     size = firings.coefficient if scale == "coefficient" else native.norm() / norm
     replacement = Factors(atoms.key * size[:, None, None], atoms.value)
     other = _random_factors(sae, firings, cell, random, rng)
@@ -238,7 +216,7 @@ def _test_passage(
         "atom": firings.atom.cpu().numpy(),
         "coefficient": firings.coefficient.cpu().numpy().astype(float),
         "write_norm": native.norm().cpu().numpy().astype(float),
-        "cosine": (along / (norm * native.norm().clamp(min=1e-30))).cpu().numpy().astype(float),
+        "cosine": native_cosines(firings, atoms).cpu().numpy().astype(float),
     }
     columns |= {f"kl_{name}": table[:, i] for i, name in enumerate(CONDITIONS)}
     return pd.DataFrame(columns)
@@ -288,7 +266,7 @@ def _summarize(records: pd.DataFrame, d_sae: int, seed: int) -> dict[str, Any]:
         "win_rate_ci": list(statistics.wilson_interval(wins)),
         "win_rate_ci_by_atom": list(statistics.cluster_bootstrap(wins, records.atom, seed)),
         "win_rate_ci_by_passage": list(statistics.cluster_bootstrap(wins, records.passage, seed)),
-        "win_rate_by_effect_quartile": statistics.rate_by_quartile(wins, delete),
+        "win_rate_by_effect_quartile": statistics.mean_by_part(wins, delete, 4),
         "strict_chain_rate": float(chain.mean()),
         "strict_chain_rate_ci": list(statistics.wilson_interval(chain)),
     }

@@ -1,0 +1,179 @@
+"""Partition of the dictionary (paper, experiment 3): which atoms look like native writes?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+from numpy.typing import NDArray
+from sae_lens import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_models import HookedRecurrent
+from writesae_lens import statistics
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.inputs import (
+    atom_factors,
+    check_any_fires,
+    check_at_least,
+    find_firings,
+    find_passages,
+    fingerprint_run,
+    native_cosines,
+)
+from writesae_lens.experiments.result import ExperimentResult, Progress
+from writesae_lens.figures import plot_partition
+
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def partition_atoms(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "passage pos"] | str,
+    min_firings: int = 1,
+    thresholds: tuple[float, ...] = THRESHOLDS,
+    orders: tuple[int, ...] = (1, 2, 3, 4),
+    n_seeds: int = 10,
+    skip_positions: int = 0,
+    context_size: int | None = None,
+    seed: int = 0,
+    progress_folder: str | None = None,
+    verbose: bool = True,
+) -> ExperimentResult:
+    """Divide the atoms into registers, bundles and dead ones by how they align with native writes.
+
+    An atom's alignment is the median, over all firings where it is dominant, of the signed cosine between
+    its decoded matrix and the native write. A two-component Gaussian mixture on these medians divides the
+    atoms that fire: *registers* are those at or above the cosine where the posterior of the component with
+    the larger mean rises through 1/2, *bundles* those below. *Dead* atoms are dominant at no position of
+    these passages; the test says nothing about other text. Whether there are two kinds of atoms at all is
+    what ``delta_bic`` answers: the mixture always divides.
+
+    Args:
+        model: the model that the SAE was trained on.
+        sae: any SAE on a cell's writes, or on its states (the write is what its atoms are compared with).
+        tokens: passages ``[passage, pos]``, or a text.
+        min_firings: leave atoms with fewer firings out of the mixture (class "rare").
+        thresholds: cosines, to count the registers that each would give in the mixture's place.
+        orders: numbers of components to give the BIC of; those with fewer than two atoms a component are
+            left out.
+        n_seeds: fits from single starts that the stability compares.
+        skip_positions: leave out the first positions of every passage.
+        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
+        seed: of the mixtures' starting points.
+        progress_folder: keeps finished passages, and resumes from them.
+        verbose: show a progress bar.
+
+    Returns:
+        a result whose ``records`` have a row an atom of the dictionary: atom, n_firings, median_cosine
+        (in [-1, 1]; NaN if dead), class ("register", "bundle", "rare" or "dead"), posterior (of the
+        register component, as the mixture has it; NaN where it has none). Its ``summary`` has the counts
+        n_register, n_bundle, n_rare and n_dead, delta_bic (of two components against one, negative where
+        two are better), bic_by_order, register_median_cosine, threshold (a cosine), n_register_by_threshold,
+        stability (mean adjusted Rand index between seeds) and the mixture (weights, means, deviations,
+        lower component first). With fewer than 4 atoms, or equal cosines, there is no mixture: these
+        figures are None and all atoms registers.
+
+    Raises:
+        WriteSAEError: SAE and cell do not fit, the text is too short, no atom fires, or none
+            ``min_firings`` times.
+    """
+    check_at_least(1, min_firings=min_firings, n_seeds=n_seeds, orders=min(orders, default=None))
+    check_at_least(0, skip_positions=skip_positions, seed=seed)
+    site, passages = find_passages(model, sae, tokens, context_size)
+    settings = {
+        "experiment": "partition",
+        "model": model.cfg.model_name,
+        "architecture": site.cell.architecture,
+        "hook_name": sae.cfg.metadata.hook_name,
+    }
+    inputs = None if progress_folder is None else fingerprint_run(model, sae, passages)
+    progress = Progress(progress_folder, settings | {"inputs": inputs})
+    parts = []
+    for number, passage in enumerate(tqdm(passages, desc="Firings", unit="passage", disable=not verbose)):
+
+        def compute(p: Tensor = passage) -> pd.DataFrame:
+            found = find_firings(model, sae, site, p)
+            cosine = native_cosines(found, atom_factors(sae, found.atom, site.cell.d_k, site.cell.d_v))
+            columns = {"position": found.position, "atom": found.atom, "cosine": cosine.double()}
+            return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+
+        parts.append(progress.part(number, compute))
+    firings = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    kept = firings.loc[firings.position >= skip_positions]
+    check_any_fires(len(firings), len(kept), passages)
+
+    records, split = _divide(kept, sae.cfg.d_sae, min_firings, seed)
+    cosines = records.loc[records["class"].isin(["register", "bundle"]), "median_cosine"].to_numpy()
+    if not cosines.size:
+        raise WriteSAEError(
+            f"{kept.atom.nunique()} atoms fire, but none min_firings={min_firings} times in {len(kept)} "
+            "firings: give more text or a smaller min_firings"
+        )
+    summary = {
+        "n_firings": len(kept),
+        "n_passages": len(passages),
+        **_summarize(records, cosines, split, thresholds, orders, n_seeds, seed),
+        **settings,
+        "min_firings": min_firings,
+        "n_seeds": n_seeds,
+        "skip_positions": skip_positions,
+        "seed": seed,
+    }
+    return ExperimentResult("partition", records, summary, {"partition": plot_partition})
+
+
+def class_names(split: statistics.Split) -> NDArray[Any]:
+    """The class of each atom of a split: "register" or "bundle"."""
+    return np.where(split.upper, "register", "bundle").astype(object)
+
+
+def _divide(
+    firings: pd.DataFrame, d_sae: int, min_firings: int, seed: int
+) -> tuple[pd.DataFrame, statistics.Split | None]:
+    """The records, a row an atom, and the split of those that fire often enough."""
+    count = np.bincount(firings["atom"].to_numpy(dtype=int), minlength=d_sae)
+    median = np.full(d_sae, np.nan)
+    for atom, cosines in firings.groupby("atom")["cosine"]:
+        median[int(str(atom))] = np.median(cosines)
+    alive = count >= min_firings
+    classes = np.where(count > 0, "rare", "dead").astype(object)
+    posterior = np.full(d_sae, np.nan)
+    split = statistics.split_in_two(median[alive], seed)
+    if split is None:
+        classes[alive] = "register"
+    else:
+        classes[alive], posterior[alive] = class_names(split), split.posterior
+    columns = {"atom": range(d_sae), "n_firings": count, "median_cosine": median, "class": classes}
+    return pd.DataFrame(columns | {"posterior": posterior}), split
+
+
+def _summarize(
+    records: pd.DataFrame,
+    cosines: NDArray[Any],
+    split: statistics.Split | None,
+    thresholds: tuple[float, ...],
+    orders: tuple[int, ...],
+    n_seeds: int,
+    seed: int,
+) -> dict[str, Any]:
+    names = ("register", "bundle", "rare", "dead")
+    summary: dict[str, Any] = {
+        f"n_{name}": int((records["class"].to_numpy() == name).sum()) for name in names
+    }
+    bic = {order: statistics.mixture_bic(cosines, order, seed) for order in sorted({1, 2, *orders})}
+    summary["delta_bic"] = None if bic[1] is None or bic[2] is None else bic[2] - bic[1]
+    summary["bic_by_order"] = {str(order): bic[order] for order in orders if bic[order] is not None}
+    registers = records.loc[records["class"] == "register", "median_cosine"].to_numpy()
+    summary["register_median_cosine"] = float(np.median(registers)) if registers.size else None
+    summary["threshold"] = None if split is None else split.threshold
+    summary["n_register_by_threshold"] = {f"{t:g}": int((cosines >= t).sum()) for t in thresholds}
+    summary["stability"] = statistics.split_stability(cosines, n_seeds, seed)
+    summary["mixture"] = split and {
+        name: list(getattr(split, name)) for name in ("weights", "means", "deviations")
+    }
+    return summary
