@@ -16,11 +16,12 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import (
-    as_passages,
     atom_factors,
+    check_any_fires,
+    check_at_least,
     find_firings,
-    find_site,
-    fingerprint,
+    find_passages,
+    fingerprint_run,
 )
 from writesae_lens.experiments.result import ExperimentResult, Progress
 from writesae_lens.figures import plot_formula
@@ -85,20 +86,11 @@ def logit_formula_test(
     ):
         if given not in allowed:
             raise WriteSAEError(f"{name}={given!r} is unknown: choose {' or '.join(allowed)}")
-    for name, value, least in (
-        ("n_atoms", n_atoms, 1),
-        ("n_tokens", n_tokens, 1),
-        ("max_horizon", max_horizon, 0),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise WriteSAEError(f"{name}={value} makes no sense: give {least} or more")
+    check_at_least(1, n_atoms=n_atoms, n_tokens=n_tokens)
+    check_at_least(0, max_horizon=max_horizon, seed=seed)
     if not epsilons or not all(0 < eps < float("inf") for eps in epsilons):
         raise WriteSAEError(f"epsilons must be positive numbers, got {epsilons}")
-    site = find_site(model, sae)
-    if isinstance(tokens, str) and context_size is None:
-        context_size = sae.cfg.metadata.context_size
-    passages = as_passages(model, tokens, context_size, bool(sae.cfg.metadata.prepend_bos))
+    site, passages = find_passages(model, sae, tokens, context_size)
     if passages.shape[1] <= max_horizon:
         raise WriteSAEError(
             f"passages of {passages.shape[1]} tokens have no room for a horizon of {max_horizon}: give "
@@ -107,11 +99,7 @@ def logit_formula_test(
     n_tokens = min(n_tokens, model.cfg.d_vocab)
     firings = [find_firings(model, sae, site, passage) for passage in passages]
     alive = torch.cat([f.atom for f in firings]).unique().cpu()
-    if not len(alive):
-        raise WriteSAEError(
-            f"no atom fires in {len(passages)} passages of {passages.shape[1]} tokens: is this the model and "
-            "the hook that the SAE was trained on?"
-        )
+    check_any_fires(len(alive), len(alive), passages)
     rng = torch.Generator().manual_seed(seed)
     chosen = alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
     positions = torch.randint(0, passages.shape[1] - max_horizon, (len(passages),), generator=rng).tolist()
@@ -129,7 +117,8 @@ def logit_formula_test(
         "max_horizon": max_horizon,
         "seed": seed,
     }
-    inputs = "" if progress_folder is None else fingerprint(passages, chosen, atoms.key, atoms.value)
+    settings |= {"n_atoms": len(chosen), "unit": unit}
+    inputs = None if progress_folder is None else fingerprint_run(model, sae, passages)
     progress = Progress(progress_folder, settings | {"inputs": inputs})
     sizes = torch.tensor(epsilons, dtype=torch.float64) * unit
     parts = []
@@ -147,7 +136,7 @@ def logit_formula_test(
     records = pd.concat(parts, ignore_index=True)
     if form == "gate_product":
         records = _fitted(records)
-    summary = {**_summarize(records), **settings, "unit": unit, "n_passages": len(passages)}
+    summary = {**_summarize(records), **settings, "n_passages": len(passages)}
     return ExperimentResult("formula", records, summary, {"formula": plot_formula})
 
 
@@ -272,7 +261,6 @@ def _summarize(records: pd.DataFrame) -> dict[str, Any]:
         "median_r2_by_horizon": medians("horizon"),
         "median_r2_by_rank": medians("rank"),
         "n_cells": len(cells),
-        "n_atoms": int(records.atom.nunique()),
     }
     if "unfitted" in records:
         unfitted = _r2(records, ["atom", "epsilon"], "unfitted")
