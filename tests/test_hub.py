@@ -22,12 +22,6 @@ BIG = bytes(range(256)) * (11 << 12)  # 11 MiB: the client writes, and resumes a
 
 
 @pytest.fixture(scope="module")
-def hub():
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("hub") / "cache"
 

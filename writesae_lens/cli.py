@@ -167,7 +167,8 @@ def formula(
         progress_folder=str(out / "progress") if resume else None,
     )
     result.save(out)
-    by_eps = ", ".join(f"{x:.4f} at {eps}" for eps, x in result.summary["median_r2_by_eps"].items())
+    found = result.summary["median_r2_by_eps"].items()
+    by_eps = ", ".join(f"{x:.4f} at {eps}" for eps, x in found) or "none, for nothing moves,"
     typer.echo(f"saved: {out}")
     typer.echo(f"median R2 {by_eps} write norms, {result.summary['n_cells']} atoms and sizes")
 

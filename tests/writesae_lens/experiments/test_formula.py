@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from hooked_models import HookedModelError, HookedRecurrent, zoo
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError
@@ -107,8 +108,12 @@ def test_nothing_is_left_behind_and_bad_rows_are_refused(model, tokens, rows):
         (tokens[0], LAYER, HEAD, positions, keys[:, :-1], values),
         (tokens[0], LAYER, HEAD, positions, keys[:2], values[:2]),
     ):
-        with pytest.raises((HookedModelError, Exception), match=r"positions|cell|Tensor|type"):
+        # Shapes are refused here by their annotations, which the tests check, before the method can.
+        with pytest.raises((HookedModelError, TypeCheckError)):
             run(*wrong)
+    for row, cell, message in ((25, HEAD, "positions must lie in 0 .. 19"), (0, 99, "no cell at layer")):
+        with pytest.raises(HookedModelError, match=message):
+            run(tokens[0], LAYER, cell, positions + row, keys, values)
 
 
 def write_norms(model, tokens):
