@@ -10,20 +10,22 @@ import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import (
+    activity,
     atom_factors,
     check_any_fires,
     check_at_least,
-    find_firings,
+    check_choice,
+    check_positive,
     find_passages,
-    fingerprint_run,
+    median_write_norm,
 )
-from writesae_lens.experiments.result import ExperimentResult, Progress
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run
 from writesae_lens.figures import plot_formula
 from writesae_lens.rank1 import Factors, leading_pairs
 
@@ -80,16 +82,11 @@ def logit_formula_test(
     Raises:
         WriteSAEError: SAE and cell do not fit, the text or a passage is too short, or no atom fires.
     """
-    for name, given, allowed in (
-        ("form", form, ("exact", "gate_product")),
-        ("eps_unit", eps_unit, ("write_norm", "absolute")),
-    ):
-        if given not in allowed:
-            raise WriteSAEError(f"{name}={given!r} is unknown: choose {' or '.join(allowed)}")
+    check_choice("form", form, "exact", "gate_product")
+    check_choice("eps_unit", eps_unit, "write_norm", "absolute")
+    check_positive(epsilons=epsilons)
     check_at_least(1, n_atoms=n_atoms, n_tokens=n_tokens)
     check_at_least(0, max_horizon=max_horizon, seed=seed)
-    if not epsilons or not all(0 < eps < float("inf") for eps in epsilons):
-        raise WriteSAEError(f"epsilons must be positive numbers, got {epsilons}")
     site, passages = find_passages(model, sae, tokens, context_size)
     if passages.shape[1] <= max_horizon:
         raise WriteSAEError(
@@ -97,59 +94,36 @@ def logit_formula_test(
             "longer ones, or a smaller max_horizon"
         )
     n_tokens = min(n_tokens, model.cfg.d_vocab)
-    firings = [find_firings(model, sae, site, passage) for passage in passages]
-    alive = torch.cat([f.atom for f in firings]).unique().cpu()
+    found = [activity(model, sae, site, passage) for passage in passages]
+    alive = torch.cat([x.acts.argmax(-1)[x.acts.amax(-1) > 0] for x in found]).unique().cpu()
     check_any_fires(len(alive), len(alive), passages)
     rng = torch.Generator().manual_seed(seed)
     chosen = alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
     positions = torch.randint(0, passages.shape[1] - max_horizon, (len(passages),), generator=rng).tolist()
     atoms = leading_pairs(atom_factors(sae, chosen.to(passages.device), site.cell.d_k, site.cell.d_v))
-    unit = _median_write_norm(model, site.cell, passages) if eps_unit == "write_norm" else 1.0
-    settings = {
-        "experiment": "formula",
-        "model": model.cfg.model_name,
-        "architecture": site.cell.architecture,
-        "hook_name": sae.cfg.metadata.hook_name,
-        "form": form,
-        "epsilons": list(epsilons),
-        "eps_unit": eps_unit,
-        "n_tokens": n_tokens,
-        "max_horizon": max_horizon,
-        "seed": seed,
-    }
-    settings |= {"n_atoms": len(chosen), "unit": unit}
-    inputs = None if progress_folder is None else fingerprint_run(model, sae, passages)
-    progress = Progress(progress_folder, settings | {"inputs": inputs})
+    unit = median_write_norm(found) if eps_unit == "write_norm" else 1.0
+    run = Run(
+        "formula", model, sae, passages, progress_folder, verbose, form=form, epsilons=list(epsilons),
+        eps_unit=eps_unit, n_tokens=n_tokens, max_horizon=max_horizon, seed=seed, n_atoms=len(chosen),
+        unit=unit,
+    )  # fmt: skip
     sizes = torch.tensor(epsilons, dtype=torch.float64) * unit
-    parts = []
-    for number in tqdm(range(len(passages)), desc="Predicting", unit="passage", disable=not verbose):
 
-        def compute(n: int = number) -> pd.DataFrame:
-            passage = passages[n, : positions[n] + max_horizon + 1]
-            frame = _passage(model, site.cell, passage, positions[n], atoms, sizes, form, n_tokens)
-            frame.insert(0, "passage", n)
-            return frame.assign(
-                atom=chosen.numpy()[frame.atom], epsilon=np.asarray(epsilons)[frame.epsilon.to_numpy()]
-            )
+    def predict(n: int) -> pd.DataFrame:
+        passage = passages[n, : positions[n] + max_horizon + 1]
+        frame = _passage(model, site.cell, passage, positions[n], atoms, sizes, form, n_tokens)
+        frame.insert(0, "passage", n)
+        return frame.assign(
+            atom=chosen.numpy()[frame.atom], epsilon=np.asarray(epsilons)[frame.epsilon.to_numpy()]
+        )
 
-        parts.append(progress.part(number, compute))
-    records = pd.concat(parts, ignore_index=True)
+    records = run.records(range(len(passages)), predict, "Predicting")
     if form == "gate_product":
         records = _fitted(records)
-    summary = {**_summarize(records), **settings, "n_passages": len(passages)}
-    return ExperimentResult("formula", records, summary, {"formula": plot_formula})
-
-
-@torch.no_grad()
-def _median_write_norm(model: HookedRecurrent, cell: Cell, passages: Tensor) -> float:
-    key, value = model.write_factor_hook_names(cell.layer)[:2]
-    norms = []
-    for passage in passages:
-        _, cache = model.run_with_cache(
-            passage[None], names_filter=[key, value], stop_at_layer=cell.layer + 1, use_cache=False
-        )
-        norms.append(cache[key][0, :, cell.head].norm(dim=-1) * cache[value][0, :, cell.head].norm(dim=-1))
-    return float(torch.cat(norms).median())
+    summary = {**_summarize(records), "n_passages": len(passages)}
+    by_eps = [f"{x:.4f} at {eps}" for eps, x in summary["median_r2_by_eps"].items() if x is not None]
+    headline = f"median R2 {', '.join(by_eps) or 'none, for nothing moves,'} {eps_unit}, {len(chosen)} atoms"
+    return run.result(records, summary, {"formula": plot_formula}, headline)
 
 
 @torch.no_grad()

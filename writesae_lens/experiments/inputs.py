@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
-from hooked_models.hooked_recurrent import Site, sides_of
+from hooked_models.hooked_recurrent import Cell, Site, sides_of
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.rank1 import Factors, inner
 from writesae_lens.sae import MatrixSAE
@@ -107,38 +108,91 @@ def as_passages(
     return tokens.to(next(model.original_model.parameters()).device)
 
 
+class Activity(NamedTuple):
+    """What the atoms of an SAE do at every position of one passage, and what is written there."""
+
+    acts: Float[Tensor, "pos d_sae"]
+    write_key: Float[Tensor, "pos d_k"]
+    write_value: Float[Tensor, "pos d_v"]
+
+
 @torch.no_grad()
-def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tensor, " pos"]) -> Firings:
-    """Run one passage up to the cell's layer; dominant atom, coefficient and native write per position.
+def native_writes(
+    model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, " pos"]
+) -> tuple[Float[Tensor, "pos d_k"], Float[Tensor, "pos d_v"]]:
+    """Keys and values of a cell's writes in one passage, run up to its layer.
+
+    Raises:
+        WriteSAEError: they are not finite.
+    """
+    return _writes(model, cell, _run_to(model, cell, tokens, []))
+
+
+@torch.no_grad()
+def activity(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tensor, " pos"]) -> Activity:
+    """Run one passage up to the cell's layer, and encode its writes (or states, as the SAE was trained).
 
     Raises:
         WriteSAEError: the cell's activations are not finite.
     """
     cell = site.cell
-    names = list(model.write_factor_hook_names(cell.layer)[:2])
     state_name = model.state_hook_name(cell.layer, cell.head)
     on_states = site.kind == "state"
-    _, cache = model.run_with_cache(
-        tokens[None],
-        names_filter=names + [state_name] * on_states,
-        stop_at_layer=cell.layer + 1,
-        return_cache_object=False,
-        use_cache=False,
-    )
-    key, value = (cache[name][0, :, cell.head] for name in names)
-    if not bool(torch.isfinite(key).all() and torch.isfinite(value).all()):
-        raise WriteSAEError(
-            f"the writes of layer {cell.layer} head {cell.head} are not finite: try another dtype"
-        )
+    cache = _run_to(model, cell, tokens, [state_name] * on_states)
+    key, value = _writes(model, cell, cache)
     if on_states:
         acts = sae.encode(cache[state_name][0])
     elif isinstance(sae, MatrixSAE):
         acts = sae.encode_factors(key, value)
     else:
         acts = sae.encode((key[:, :, None] * value[:, None, :]).flatten(1))
+    return Activity(acts, key, value)
+
+
+def median_write_norm(found: Sequence[Activity]) -> float:
+    """Of a cell's native writes, over all positions."""
+    return float(torch.cat([x.write_key.norm(dim=-1) * x.write_value.norm(dim=-1) for x in found]).median())
+
+
+def _run_to(
+    model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, " pos"], also: list[str]
+) -> dict[str, Tensor]:
+    return model.run_with_cache(
+        tokens[None],
+        names_filter=[*model.write_factor_hook_names(cell.layer)[:2], *also],
+        stop_at_layer=cell.layer + 1,
+        return_cache_object=False,
+        use_cache=False,
+    )[1]
+
+
+def _writes(model: HookedRecurrent, cell: Cell, cache: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    key, value = (cache[name][0, :, cell.head] for name in model.write_factor_hook_names(cell.layer)[:2])
+    if not bool(torch.isfinite(key).all() and torch.isfinite(value).all()):
+        raise WriteSAEError(
+            f"the writes of layer {cell.layer} head {cell.head} are not finite: try another dtype"
+        )
+    return key, value
+
+
+def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tensor, " pos"]) -> Firings:
+    """Dominant atom, coefficient and native write at each position where any atom is active."""
+    acts, key, value = activity(model, sae, site, tokens)
     coefficient, atom = acts.max(dim=-1)
     fires = (coefficient > 0).nonzero().squeeze(-1)
     return Firings(fires, atom[fires], coefficient[fires].float(), key[fires], value[fires])
+
+
+def find_cell(model: HookedRecurrent, subject: SAE[Any] | Cell | tuple[int, int]) -> Cell:
+    """The cell of an SAE, or the one that is given, as it is or as (layer, head).
+
+    Raises:
+        WriteSAEError: the SAE does not fit.
+        HookedModelError: there is no such cell.
+    """
+    if isinstance(subject, SAE):
+        return find_site(model, subject).cell
+    return model.cell(*((subject.layer, subject.head) if isinstance(subject, Cell) else subject))
 
 
 def find_passages(
@@ -170,6 +224,20 @@ def check_any_fires(n_found: int, n_kept: int, passages: Int[Tensor, "passage po
         raise WriteSAEError("atoms fire, but skip_positions left none of the firings to test")
 
 
+def check_choice(name: str, given: str, *allowed: str) -> None:
+    """Refuse a word that is not among the allowed ones."""
+    if given not in allowed:
+        raise WriteSAEError(f"{name}={given!r} is unknown: choose {' or '.join(allowed)}")
+
+
+def check_positive(**values: float | Sequence[float]) -> None:
+    """Refuse sizes that are not finite and above 0, by name; of several sizes there must be one at least."""
+    for name, given in values.items():
+        numbers = given if isinstance(given, Sequence) else (given,)
+        if not numbers or not all(0 < x < float("inf") for x in numbers):
+            raise WriteSAEError(f"{name} must be positive numbers, got {given}")
+
+
 def check_at_least(least: int, **values: int | None) -> None:
     """Refuse whole numbers that are too small, by name; None is fine."""
     for name, value in values.items():
@@ -194,10 +262,12 @@ def native_cosines(firings: Firings, atoms: Factors) -> Float[Tensor, " firing"]
 
 
 @torch.no_grad()
-def fingerprint_run(model: HookedRecurrent, sae: SAE[Any], passages: Int[Tensor, "passage pos"]) -> str:
-    """What records depend on beside the settings: tokens, SAE, and what the model makes of a passage."""
+def fingerprint_run(
+    model: HookedRecurrent, saes: Sequence[SAE[Any]], passages: Int[Tensor, "passage pos"]
+) -> str:
+    """What records depend on beside the settings: tokens, SAEs, and what the model makes of a passage."""
     logits = model(passages[:1], return_type="logits")[0, -1]
-    return fingerprint(passages, logits, *(p.data for p in sae.parameters()))
+    return fingerprint(passages, logits, *(p.data for sae in saes for p in sae.parameters()))
 
 
 def fingerprint(*tensors: Tensor) -> str:

@@ -10,7 +10,6 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from sae_lens import SAE
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from writesae_lens import statistics
@@ -21,10 +20,10 @@ from writesae_lens.experiments.inputs import (
     check_at_least,
     find_firings,
     find_passages,
-    fingerprint_run,
     native_cosines,
 )
-from writesae_lens.experiments.result import ExperimentResult, Progress
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run
 from writesae_lens.figures import plot_partition
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -85,25 +84,15 @@ def partition_atoms(
     check_at_least(1, min_firings=min_firings, n_seeds=n_seeds, orders=min(orders, default=None))
     check_at_least(0, skip_positions=skip_positions, seed=seed)
     site, passages = find_passages(model, sae, tokens, context_size)
-    settings = {
-        "experiment": "partition",
-        "model": model.cfg.model_name,
-        "architecture": site.cell.architecture,
-        "hook_name": sae.cfg.metadata.hook_name,
-    }
-    inputs = None if progress_folder is None else fingerprint_run(model, sae, passages)
-    progress = Progress(progress_folder, settings | {"inputs": inputs})
-    parts = []
-    for number, passage in enumerate(tqdm(passages, desc="Firings", unit="passage", disable=not verbose)):
+    run = Run("partition", model, sae, passages, progress_folder, verbose)
 
-        def compute(p: Tensor = passage) -> pd.DataFrame:
-            found = find_firings(model, sae, site, p)
-            cosine = native_cosines(found, atom_factors(sae, found.atom, site.cell.d_k, site.cell.d_v))
-            columns = {"position": found.position, "atom": found.atom, "cosine": cosine.double()}
-            return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+    def align(n: int) -> pd.DataFrame:
+        found = find_firings(model, sae, site, passages[n])
+        cosine = native_cosines(found, atom_factors(sae, found.atom, site.cell.d_k, site.cell.d_v))
+        columns = {"position": found.position, "atom": found.atom, "cosine": cosine.double()}
+        return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
-        parts.append(progress.part(number, compute))
-    firings = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+    firings = run.records(range(len(passages)), align, "Firings")
     kept = firings.loc[firings.position >= skip_positions]
     check_any_fires(len(firings), len(kept), passages)
 
@@ -118,13 +107,17 @@ def partition_atoms(
         "n_firings": len(kept),
         "n_passages": len(passages),
         **_summarize(records, cosines, split, thresholds, orders, n_seeds, seed),
-        **settings,
         "min_firings": min_firings,
         "n_seeds": n_seeds,
         "skip_positions": skip_positions,
         "seed": seed,
     }
-    return ExperimentResult("partition", records, summary, {"partition": plot_partition})
+    delta = summary["delta_bic"]
+    headline = (
+        f"{summary['n_register']} registers, {summary['n_bundle']} bundles, {summary['n_dead']} dead, "
+        f"delta BIC {'none' if delta is None else f'{delta:.1f}'}"
+    )
+    return run.result(records, summary, {"partition": plot_partition}, headline)
 
 
 def class_names(split: statistics.Split) -> NDArray[Any]:

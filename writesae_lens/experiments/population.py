@@ -99,7 +99,9 @@ def population_test(
         "min_firings": min_firings,
         **{name: value for name, value in tested.summary.items() if name in known},
     }
-    return ExperimentResult("population", records, summary, {"population": plot_population})
+    low, high = summary["mean_win_rate_ci"]
+    headline = f"mean win rate {summary['mean_win_rate']:.1%} ({low:.1%} to {high:.1%}), {len(records)} atoms"
+    return ExperimentResult("population", records, summary, {"population": plot_population}, headline)
 
 
 def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:

@@ -7,31 +7,30 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
-from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments import swaps
 from writesae_lens.experiments.inputs import (
     Firings,
     atom_factors,
     check_any_fires,
     check_at_least,
+    check_choice,
     find_firings,
     find_passages,
-    fingerprint_run,
     native_cosines,
 )
-from writesae_lens.experiments.result import ExperimentResult, Progress
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run, generator
 from writesae_lens.figures import plot_replacement, plot_win_rate_by_effect
-from writesae_lens.rank1 import Factors
 
 CONDITIONS = ("atom", "delete", "random")
-# Logits that one pass may hold: bounds memory on models with large vocabularies.
-_LOGITS_PER_PASS = 2**28
 
 
 def replacement_test(
@@ -39,7 +38,7 @@ def replacement_test(
     sae: SAE[Any],
     tokens: Int[Tensor, "passage pos"] | str,
     scale: Literal["coefficient", "matched_norm"] = "coefficient",
-    random: Literal["gaussian", "atom"] = "gaussian",
+    random: Literal["gaussian", "atom", "orthogonal", "native_marginals"] = "gaussian",
     kl: Literal["patched_base", "base_patched"] = "patched_base",
     replaces: Literal["write", "update"] = "write",
     max_firings: int | None = None,
@@ -66,7 +65,8 @@ def replacement_test(
         tokens: passages ``[passage, pos]``, or a text.
         scale: the atom at its coefficient, or at the native write's Frobenius norm; the random matrix has
             the atom's norm.
-        random: a Gaussian rank-1 matrix, or another atom of the dictionary.
+        random: a Gaussian rank-1 matrix, another atom of the dictionary, a rank-1 matrix orthogonal to the
+            native write on both sides, or one whose coordinates are drawn from those of the passage's writes.
         kl: KL(patched || base), as in the paper, or the other way round.
         replaces: what each condition takes the place of: the native write k v^T, while the token's erase
             still happens, or the whole update, erase and write together (the two differ where an
@@ -85,14 +85,10 @@ def replacement_test(
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, or no atom fires.
     """
-    for name, given, allowed in (
-        ("scale", scale, ("coefficient", "matched_norm")),
-        ("random", random, ("gaussian", "atom")),
-        ("kl", kl, ("patched_base", "base_patched")),
-        ("replaces", replaces, ("write", "update")),
-    ):
-        if given not in allowed:
-            raise WriteSAEError(f"{name}={given!r} is unknown: choose {' or '.join(allowed)}")
+    check_choice("scale", scale, "coefficient", "matched_norm")
+    check_choice("random", random, *swaps.RANDOM)
+    check_choice("kl", kl, "patched_base", "base_patched")
+    check_choice("replaces", replaces, "write", "update")
     check_at_least(1, max_firings=max_firings, max_firings_per_atom=max_firings_per_atom)
     check_at_least(0, skip_positions=skip_positions, seed=seed)
     site, passages = find_passages(model, sae, tokens, context_size)
@@ -102,42 +98,23 @@ def replacement_test(
     ]
     kept = _thin(firings, skip_positions, max_firings, max_firings_per_atom, seed)
     check_any_fires(sum(len(f.position) for f in firings), sum(map(len, kept)), passages)
-    settings = {
-        "experiment": "replacement",
-        "model": model.cfg.model_name,
-        "architecture": site.cell.architecture,
-        "hook_name": sae.cfg.metadata.hook_name,
-        "scale": scale,
-        "random": random,
-        "kl": kl,
-        "replaces": replaces,
-        "max_firings": max_firings,
-        "max_firings_per_atom": max_firings_per_atom,
-        "skip_positions": skip_positions,
-        "seed": seed,
-    }
-    inputs = None if progress_folder is None else fingerprint_run(model, sae, passages)
-    progress = Progress(progress_folder, settings | {"inputs": inputs})
-    parts = []
-    for number in tqdm(range(len(passages)), desc="Replacing", unit="passage", disable=not verbose):
-        chosen = Firings(*(x[kept[number]] for x in firings[number]))
-        if len(chosen.position):
+    run = Run(
+        "replacement", model, sae, passages, progress_folder, verbose, scale=scale, random=random, kl=kl,
+        replaces=replaces, max_firings=max_firings, max_firings_per_atom=max_firings_per_atom,
+        skip_positions=skip_positions, seed=seed,
+    )  # fmt: skip
 
-            def compute(n: int = number, f: Firings = chosen) -> pd.DataFrame:
-                rng = torch.Generator().manual_seed(_mix(seed, n))
-                how = (scale, random, kl, replaces)
-                return _test_passage(model, sae, site.cell, passages[n], f, n, *how, rng)
+    def test(n: int) -> pd.DataFrame:
+        chosen = Firings(*(x[kept[n]] for x in firings[n]))
+        how = (scale, random, kl, replaces)
+        return _test_passage(model, sae, site.cell, passages[n], chosen, n, *how, generator(seed, n))
 
-            parts.append(progress.part(number, compute))
-    records = pd.concat(parts, ignore_index=True)
-    summary = {**_summarize(records, sae.cfg.d_sae, seed), **settings}
+    records = run.records([n for n, index in enumerate(kept) if len(index)], test, "Replacing")
+    summary = _summarize(records, sae.cfg.d_sae, seed)
+    low, high = summary["win_rate_ci"]
+    headline = f"win rate {summary['win_rate']:.1%} ({low:.1%} to {high:.1%}), {len(records)} firings"
     figures = {"replacement": plot_replacement, "replacement_by_effect": plot_win_rate_by_effect}
-    return ExperimentResult("replacement", records, summary, figures)
-
-
-def _mix(seed: int, number: int) -> int:
-    """An independent seed for each passage, whatever order or run they are tested in."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+    return run.result(records, summary, figures, headline)
 
 
 def _thin(
@@ -168,7 +145,7 @@ def _thin(
 def _test_passage(
     model: HookedRecurrent,
     sae: SAE[Any],
-    cell: Any,
+    cell: Cell,
     tokens: Int[Tensor, " pos"],
     firings: Firings,
     number: int,
@@ -178,37 +155,13 @@ def _test_passage(
     replaces: str,
     rng: torch.Generator,
 ) -> pd.DataFrame:
-    atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
-    native = Factors(firings.write_key[:, None].float(), firings.write_value[:, None].float())
+    atoms, native = atom_factors(sae, firings.atom, cell.d_k, cell.d_v), swaps.native(firings)
     norm = atoms.norm().clamp(min=1e-30)
     size = firings.coefficient if scale == "coefficient" else native.norm() / norm
-    replacement = Factors(atoms.key * size[:, None, None], atoms.value)
-    other = _random_factors(sae, firings, cell, random, rng)
-    other = Factors(other.key * (size * norm / other.norm().clamp(min=1e-30))[:, None, None], other.value)
-    swaps = _pad_rank(replacement, Factors(atoms.key[:, :1] * 0, atoms.value[:, :1] * 0), other)
-
-    vocabulary = model.cfg.d_vocab
-    step = max(1, _LOGITS_PER_PASS // vocabulary // len(CONDITIONS))
-    kls = []
-    for start in range(0, len(firings.position), step):
-        here = slice(start, start + step)
-        positions = firings.position[here]
-        base, patched = model.run_with_swapped_writes(
-            tokens,
-            cell.layer,
-            cell.head,
-            positions.repeat(len(CONDITIONS)),
-            torch.cat([s.key[here] for s in swaps]),
-            torch.cat([s.value[here] for s in swaps]),
-            erase=replaces == "write",
-        )
-        at = base[positions]
-        kls.append(torch.stack([_divergence(p, at, kl) for p in patched.split(len(positions))], dim=-1))
-    table = torch.cat(kls).cpu().numpy()
-    if not np.isfinite(table).all():
-        raise WriteSAEError(
-            f"passage {number} gave KLs that are not finite: the model's logits overflow; try another dtype"
-        )
+    other = swaps.with_norm(swaps.random_like(random, sae, firings, cell, rng), size * norm)
+    conditions = [swaps.scaled(atoms, size), swaps.zeros_like(atoms), other]
+    found = swaps.swapped_logits(model, cell, tokens, firings.position, conditions, erase=replaces == "write")
+    kls = [torch.stack([swaps.divergence(p, base, kl) for p in patched]) for base, patched in found]
     columns: dict[str, Any] = {
         "passage": number,
         "position": firings.position.cpu().numpy(),
@@ -218,40 +171,9 @@ def _test_passage(
         "write_norm": native.norm().cpu().numpy().astype(float),
         "cosine": native_cosines(firings, atoms).cpu().numpy().astype(float),
     }
-    columns |= {f"kl_{name}": table[:, i] for i, name in enumerate(CONDITIONS)}
+    table = torch.cat(kls, dim=1).cpu().numpy()
+    columns |= {f"kl_{name}": table[i] for i, name in enumerate(CONDITIONS)}
     return pd.DataFrame(columns)
-
-
-def _random_factors(sae: SAE[Any], firings: Firings, cell: Any, random: str, rng: torch.Generator) -> Factors:
-    """One random matrix a firing, of any norm."""
-    count, device = len(firings.atom), firings.atom.device
-    if random == "gaussian":
-        return Factors(
-            torch.randn(count, 1, cell.d_k, generator=rng).to(device),
-            torch.randn(count, 1, cell.d_v, generator=rng).to(device),
-        )
-    shift = torch.randint(1, max(2, sae.cfg.d_sae), (count,), generator=rng).to(device)
-    return atom_factors(sae, (firings.atom + shift) % sae.cfg.d_sae, cell.d_k, cell.d_v)
-
-
-def _pad_rank(*swaps: Factors) -> list[Factors]:
-    """The same matrices at the largest rank among them."""
-    rank = max(s.key.shape[1] for s in swaps)
-    return [Factors(*(torch.nn.functional.pad(f, (0, 0, 0, rank - f.shape[1])) for f in s)) for s in swaps]
-
-
-def _divergence(
-    patched: Float[Tensor, "firing d_vocab"], base: Float[Tensor, "firing d_vocab"], kl: str
-) -> Float[Tensor, " firing"]:
-    """KL in nats, in float64: it is second order in the logits, so float32 sums would drown small ones."""
-    wide = torch.float32 if patched.device.type == "mps" else torch.float64
-    values = []
-    for p, b in zip(patched.split(64), base.split(64), strict=True):
-        log_p, log_b = (x.to(wide).log_softmax(-1) for x in (p, b))
-        if kl == "base_patched":
-            log_p, log_b = log_b, log_p
-        values.append((log_p.exp() * (log_p - log_b)).sum(-1).clamp(min=0))
-    return torch.cat(values)
 
 
 def _summarize(records: pd.DataFrame, d_sae: int, seed: int) -> dict[str, Any]:

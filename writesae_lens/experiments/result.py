@@ -27,12 +27,14 @@ class ExperimentResult:
         records: one row per trial.
         summary: plain numbers, lists and strings; what a paper's table would hold.
         figures: file stem to the function that draws it from this result.
+        headline: the figure that matters, in a line.
     """
 
     name: str
     records: pd.DataFrame
     summary: dict[str, Any]
     figures: dict[str, Callable[[ExperimentResult], Figure]] = field(default_factory=dict)
+    headline: str = ""
 
     def plot(self) -> Figure:
         """The experiment's main figure."""
@@ -93,7 +95,7 @@ class Progress:
         if path.exists():
             # A part that does not read back is computed again.
             with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError):
-                return pd.read_csv(path, float_precision="round_trip")
+                return pd.read_csv(path, float_precision="round_trip", keep_default_na=False, na_values=[""])
         frame = compute()
         write_whole(path, lambda p: frame.to_csv(p, index=False))
         return frame

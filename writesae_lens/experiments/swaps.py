@@ -1,0 +1,130 @@
+"""One write of a cell exchanged for another, at many positions at once: what several experiments share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor, nn
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.inputs import Firings, atom_factors
+from writesae_lens.rank1 import Factors
+
+RANDOM = ("gaussian", "atom", "orthogonal", "native_marginals")
+# Logits that one pass may hold: bounds memory on models with large vocabularies.
+LOGITS_PER_PASS = 2**28
+
+
+def native(firings: Firings) -> Factors:
+    """The native writes."""
+    return Factors(firings.write_key[:, None].float(), firings.write_value[:, None].float())
+
+
+def zeros_like(swap: Factors) -> Factors:
+    """Nothing, in rank 1."""
+    return Factors(swap.key[:, :1] * 0, swap.value[:, :1] * 0)
+
+
+def scaled(swap: Factors, size: Float[Tensor, " firing"]) -> Factors:
+    """Each matrix times its number."""
+    return Factors(swap.key * size[:, None, None], swap.value)
+
+
+def summed(*swaps: Factors) -> Factors:
+    """The sums of matrices, firing by firing."""
+    return Factors(torch.cat([s.key for s in swaps], dim=1), torch.cat([s.value for s in swaps], dim=1))
+
+
+def with_norm(swap: Factors, norm: Float[Tensor, " firing"]) -> Factors:
+    """The same directions with these Frobenius norms (zero matrices stay zero)."""
+    return scaled(swap, norm / swap.norm().clamp(min=1e-30))
+
+
+def random_like(kind: str, sae: SAE[Any], firings: Firings, cell: Cell, rng: torch.Generator) -> Factors:
+    """One random matrix a firing, of any norm.
+
+    Args:
+        kind: gaussian: rank 1, standard normal factors; atom: another atom of the dictionary; orthogonal:
+            rank 1, key and value orthogonal to those of the native write; native_marginals: rank 1, each
+            coordinate of key and value drawn from that coordinate's values at these firings (a control that
+            has the scale of every channel).
+    """
+    count, device = len(firings.atom), firings.atom.device
+    if kind == "atom":
+        shift = torch.randint(1, max(2, sae.cfg.d_sae), (count,), generator=rng).to(device)
+        return atom_factors(sae, (firings.atom + shift) % sae.cfg.d_sae, cell.d_k, cell.d_v)
+    factors = []
+    for own in (firings.write_key.float(), firings.write_value.float()):
+        if kind == "native_marginals":
+            drawn = torch.randint(0, max(count, 1), own.shape, generator=rng).to(device)
+            factors.append(own.gather(0, drawn))
+            continue
+        x = torch.randn(own.shape, generator=rng).to(device)
+        if kind == "orthogonal":
+            unit = nn.functional.normalize(own, dim=-1)
+            x = x - (x * unit).sum(-1, keepdim=True) * unit
+        factors.append(x)
+    return Factors(factors[0][:, None], factors[1][:, None])
+
+
+def swapped_logits(
+    model: HookedRecurrent,
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    positions: Int[Tensor, " firing"],
+    swaps: Sequence[Factors],
+    erase: bool = True,
+) -> Iterator[tuple[Float[Tensor, "firing d_vocab"], Float[Tensor, "condition firing d_vocab"]]]:
+    """Logits at the firings, natively and with each swap in the write's place, some firings at a time.
+
+    Args:
+        swaps: a matrix for every firing, of any rank, one a condition.
+
+    Raises:
+        WriteSAEError: the logits are not finite.
+    """
+    rank = max(s.key.shape[1] for s in swaps)
+    keys, values = (
+        torch.stack([nn.functional.pad(f, (0, 0, 0, rank - f.shape[1])) for f in side])
+        for side in ([s.key for s in swaps], [s.value for s in swaps])
+    )
+    step = max(1, LOGITS_PER_PASS // model.cfg.d_vocab // len(swaps))
+    for start in range(0, len(positions), step):
+        here = slice(start, start + step)
+        at = positions[here]
+        base, patched = model.run_with_swapped_writes(
+            tokens,
+            cell.layer,
+            cell.head,
+            at.repeat(len(swaps)),
+            keys[:, here].flatten(0, 1),
+            values[:, here].flatten(0, 1),
+            erase,
+        )
+        if not bool(base[at].isfinite().all() and patched.isfinite().all()):
+            raise WriteSAEError("logits that are not finite: the model overflows; try another dtype")
+        yield base[at], patched.unflatten(0, (len(swaps), -1))
+
+
+def divergence(
+    patched: Float[Tensor, "firing d_vocab"], base: Float[Tensor, "firing d_vocab"], kl: str = "patched_base"
+) -> Float[Tensor, " firing"]:
+    """KL in nats, in float64: it is second order in the logits, so float32 sums would drown small ones."""
+    values = []
+    for p, b in zip(patched.split(64), base.split(64), strict=True):
+        log_p, log_b = log_probabilities(p), log_probabilities(b)
+        if kl == "base_patched":
+            log_p, log_b = log_b, log_p
+        values.append((log_p.exp() * (log_p - log_b)).sum(-1).clamp(min=0))
+    return torch.cat(values)
+
+
+def log_probabilities(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
+    """In float64 where the device has it."""
+    return logits.to(torch.float32 if logits.device.type == "mps" else torch.float64).log_softmax(-1)
