@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -16,3 +17,18 @@ def cached(cache: Any, layer: int, name: str) -> Tensor | None:
         return None
     held = getattr(cache.layers[layer], name)
     return held[0] if isinstance(held, dict) else held
+
+
+def repeated(cache: Any, count: int) -> Any:
+    """A copy of a cache with every row ``count`` times, one after another."""
+    twin = copy.deepcopy(cache)
+
+    def repeat(held: Any) -> Any:
+        if isinstance(held, dict):
+            return {name: repeat(value) for name, value in held.items()}
+        return held.repeat_interleave(count, dim=0) if isinstance(held, Tensor) and held.ndim else held
+
+    for layer in twin.layers:
+        for name, held in vars(layer).items():
+            setattr(layer, name, repeat(held))
+    return twin

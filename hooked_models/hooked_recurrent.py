@@ -230,7 +230,6 @@ class HookedRecurrent(SAETransformerBridge):
             f"{hook_name!r} is not the hook of a cell's write or state; one looks like {example!r}"
         )
 
-    @torch.no_grad()
     def run_with_swapped_writes(
         self,
         tokens: Int[Tensor, " pos"],
@@ -251,7 +250,8 @@ class HookedRecurrent(SAETransformerBridge):
             tokens: one passage.
             layer, head: the cell.
             positions: where each branch stands; positions may repeat.
-            keys, values: what each branch writes there, the sum over rank of key value^T.
+            keys, values: what each branch writes there, the sum over rank of key value^T. If they require
+                gradients, so do the branches' logits; else nothing is differentiated.
             erase: whether the token's native erase still happens there; without it, the branch's state is
                 the decayed one plus what is written.
 
@@ -303,9 +303,12 @@ class HookedRecurrent(SAETransformerBridge):
             for module in mixing:
                 module._branches = branches
             swapped._swap = Swap(head, keys, values, erase)
-            logits = self.forward(
-                torch.cat([tokens, tokens[positions]])[None], use_cache=False, **for_attention
-            )[0]
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+            ):
+                logits = self.forward(
+                    torch.cat([tokens, tokens[positions]])[None], use_cache=False, **for_attention
+                )[0]
         finally:
             for module in mixing:
                 module._branches = None

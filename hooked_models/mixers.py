@@ -205,6 +205,17 @@ class HookedMixer(BranchAware):
         d_v = self.write_shape[1]
         return self.output_weight[:, head * d_v : (head + 1) * d_v].T
 
+    def cached_state(self, cache: Any) -> Float[Tensor, "batch head d_k d_v"]:
+        """The layer's state in a cache, as a view: what is assigned to it is what the next token meets.
+
+        Raises:
+            HookedModelError: the cache holds no state of this layer yet.
+        """
+        state = cached(cache, self.layer_index, "recurrent_states")
+        if state is None:
+            raise HookedModelError(f"the cache holds no state of layer {self.layer_index} yet: run tokens first")
+        return state.mT if self.state_is_transposed else state
+
     @property
     def _per_head(self) -> tuple[str, ...]:
         return ("hook_write", "hook_erase", "hook_state") if self.erases else ("hook_write", "hook_state")
@@ -256,6 +267,8 @@ class HookedMixer(BranchAware):
             v=_call(self.hook_write_value, recurrence.v),
         )
         state = cached(cache_params, self.layer_index, "recurrent_states")
+        if state is not None and torch.is_grad_enabled():
+            state = state.clone()  # the cache is overwritten below, and gradients want what was read
         if state is not None and self.state_is_transposed:
             state = state.mT
         outputs, final_state = scan(recurrence, state)
@@ -271,12 +284,17 @@ class HookedMixer(BranchAware):
         if cache_params is not None:
             kept_state = final_state.mT if self.state_is_transposed else final_state
             cache_params.update_recurrent_state(kept_state, self.layer_index)
+        added = self._added
+        if added is not None and not added.linear:
+            outputs = self._with_added(added, recurrence, outputs)
         outputs = _call(self.hook_recurrence_out, outputs)
-        if self._added is not None:
-            return self.hook_out(self._finish_added(self._added, recurrence, outputs, kept))
-        return self.hook_out(self.finish(outputs, kept))
+        finished = self.finish(outputs, kept)
+        if added is not None and added.linear:
+            moved = self.finish(self._with_added(added, recurrence, outputs), kept)
+            finished = forward_ad.make_dual(finished, moved - finished)
+        return self.hook_out(finished)
 
-    def _finish_added(self, added: Added, recurrence: Recurrence, outputs: Tensor, kept: Any) -> Tensor:
+    def _with_added(self, added: Added, recurrence: Recurrence, outputs: Tensor) -> Tensor:
         rec = recurrence.heads(added.head).with_erase_vector()
         here = torch.arange(outputs.shape[1], device=outputs.device) == added.positions[:, None]
         # The state is linear in the writes, so what one adds is a recurrence with no other write.
@@ -285,11 +303,7 @@ class HookedMixer(BranchAware):
         change, _ = scan(dataclasses.replace(rec, k=keys, v=values), None)
         moved = outputs.clone()
         moved[:, :, added.head] += change[:, :, 0]
-        finished = self.finish(moved, kept)
-        if not added.linear:
-            return finished
-        native = self.finish(outputs, kept)
-        return forward_ad.make_dual(native, finished - native)
+        return moved
 
     def fire_decay(self, g: Tensor) -> Tensor:
         """Show exp(g) to ``hook_decay`` and return the log of what comes back."""

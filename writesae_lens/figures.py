@@ -234,3 +234,175 @@ def plot_partition(result: ExperimentResult) -> Figure:
     said = "no mixture could be fitted" if delta is None else f"two against one {delta:+,.1f}"
     orders.set_title(f"BIC by order: {said}", fontsize=11, loc="left")
     return figure
+
+
+def plot_erasure(result: ExperimentResult) -> Figure:
+    """Change of the watched token's log-probability by condition, and its median by dose."""
+    records, summary = result.records, result.summary
+    figure, (spread, doses) = _figure(10.0, 4.0, 2)
+    colors = {"firing": ATOM, "elsewhere": DELETE, "random": RANDOM}
+    names = [name for name in colors if summary[f"n_{name}"]]
+    at = records[records.dose == summary["dose"]]
+    groups = [at.loc[at.condition == name, "delta_logp"] for name in names]
+    boxes = spread.boxplot(groups, tick_labels=names, showfliers=False, patch_artist=True, widths=0.5)
+    for box, name in zip(boxes["boxes"], names, strict=True):
+        box.set(facecolor=colors[name], alpha=0.4)
+    for line in boxes["medians"]:
+        line.set(color=INK)
+    spread.axhline(0, color=INK, lw=0.8, ls="--")
+    token = summary["preferred_token_text"] or summary["preferred_token"]
+    spread.set_ylabel(f"change of log p of {token!r} (nats)")
+    low, high = summary["delta_logp_ci_firing"]
+    title = f"Atom {summary['atom']} erased: {summary['median_delta_logp_firing']:+.3f}"
+    spread.set_title(f"{title} ({low:+.3f} to {high:+.3f})", fontsize=11, loc="left")
+    for name in names:
+        medians = summary[f"median_delta_logp_by_dose_{name}"]
+        doses.plot([float(d) for d in medians], list(medians.values()), "o-", color=colors[name], label=name)
+    doses.axhline(0, color=INK, lw=0.8, ls="--")
+    doses.set_xlabel("dose (multiples of what the atom writes)")
+    doses.set_title("Median change by dose", fontsize=11, loc="left")
+    doses.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def plot_signs(result: ExperimentResult) -> Figure:
+    """Measured against predicted shifts, for the prediction of the direction and for the true derivative."""
+    records, summary = result.records, result.summary
+    figure, axes = _figure(9.0, 4.2, 2)
+    panels = (("predicted", "agreement", summary["direction"]), ("linear", "agreement_linear", "derivative"))
+    limit = max(float(records.measured.abs().quantile(0.5)), 1e-12)
+    for axis, (column, rate, title) in zip(axes, panels, strict=True):
+        agrees = np.sign(records[column]) == np.sign(records.measured)
+        for mask, color, label in ((agrees, ATOM, "signs agree"), (~agrees, DELETE, "signs differ")):
+            part = records[mask]
+            axis.scatter(part[column], part.measured, s=6, alpha=0.4, lw=0, color=color, label=label,
+                         rasterized=True)  # fmt: skip
+        axis.axhline(0, color=INK, lw=0.8)
+        axis.axvline(0, color=INK, lw=0.8)
+        axis.set_xscale("symlog", linthresh=max(float(records[column].abs().quantile(0.5)), 1e-12))
+        axis.set_yscale("symlog", linthresh=limit)
+        axis.set_xlabel("predicted shift of the logit")
+        axis.tick_params(axis="x", labelrotation=45)
+        axis.set_title(f"{title}: signs agree in {summary[rate]:.1%}", fontsize=11, loc="left")
+    axes[0].set_ylabel("measured shift of the logit")
+    axes[0].legend(frameon=False, fontsize=9, markerscale=3)
+    return figure
+
+
+def plot_install(result: ExperimentResult) -> Figure:
+    """Target in the continuation by stratum and by magnitude, installed, native and with a random write."""
+    summary = result.summary
+    figure, axes = _figure(10.0, 4.0, 2)
+    bars = (("target", ATOM, summary["direction"]), ("control_target", RANDOM, "random write"),
+            ("native_target", DELETE, "native"))  # fmt: skip
+    for axis, column in zip(axes, ("stratum", "magnitude"), strict=True):
+        groups = summary[f"by_{column}"]
+        for shift, (name, color, label) in zip((-0.27, 0, 0.27), bars, strict=True):
+            heights = [group[f"{name}_in_continuation"] for group in groups.values()]
+            axis.bar(np.arange(len(groups)) + shift, heights, width=0.25, color=color, label=label)
+        names = [name.replace("_", " ") if column == "stratum" else f"{float(name):g} x" for name in groups]
+        axis.set_xticks(range(len(groups)), names)
+        axis.set(ylim=(0, 1.05))
+        axis.set_title(f"By {column}", fontsize=11, loc="left")
+    axes[0].set_ylabel(f"target in the next {summary['n_tokens']} tokens")
+    axes[1].legend(frameon=False, fontsize=9)
+    low, high = summary["target_in_continuation_ci"]
+    said = f"Target said in {summary['target_in_continuation']:.1%} of {summary['n_installs']:,} installs"
+    figure.suptitle(f"{said} ({low:.1%} to {high:.1%})", fontsize=11, x=0.02, ha="left")
+    return figure
+
+
+def plot_splice(result: ExperimentResult) -> Figure:
+    """Each passage's loss after the splice and after the deletion, against its native loss."""
+    records, summary = result.records, result.summary
+    figure, (axis,) = _figure(5.4, 4.6, 1)
+    for name, color in (("deleted", DELETE), ("spliced", ATOM)):
+        rise = summary["increase_percent" + ("_deleted" if name == "deleted" else "")]
+        axis.scatter(records.nll_native, records[f"nll_{name}"] - records.nll_native, s=14, alpha=0.7, lw=0,
+                     color=color, label=f"{name}: perplexity {rise:+.2f}%")  # fmt: skip
+    axis.axhline(0, color=INK, lw=0.8, ls="--")
+    axis.set_xlabel("native loss of the second half (nats a token)")
+    axis.set_ylabel("rise of the loss (nats a token)")
+    heads = f"{summary['n_heads']} head{'s' * (summary['n_heads'] > 1)}"
+    axis.set_title(f"The first half's memory replaced in {heads}", fontsize=11, loc="left")
+    axis.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def plot_amplification(result: ExperimentResult) -> Figure:
+    """Each text statistic by condition, a point a text."""
+    records, summary = result.records, result.summary
+    by = summary["by_condition"]
+    names = {
+        "newlines_per_400": "newlines in 400 tokens",
+        "distinct_tokens": "share of different tokens",
+        "repeated_4grams": "share of repeated 4-grams",
+        "characters_per_token": "characters a token",
+    }
+    figure, axes = _figure(13.0, 3.6, len(names))
+    jitter = np.random.default_rng(0).uniform(-0.15, 0.15, len(records))
+    place = records.condition.map({name: i for i, name in enumerate(by)}).to_numpy() + jitter
+    for axis, (column, title) in zip(axes, names.items(), strict=True):
+        axis.scatter(place, records[column], s=10, alpha=0.5, lw=0, color=RANDOM)
+        axis.plot(range(len(by)), [group[column] for group in by.values()], "o-", color=ATOM)
+        axis.set_xticks(range(len(by)), list(by), fontsize=8)
+        axis.set_title(title, fontsize=10, loc="left")
+    return figure
+
+
+def plot_selectivity(result: ExperimentResult) -> Figure:
+    """Overlap of the moved tokens: the same matrix elsewhere, others at the same place, chance."""
+    summary = result.summary
+    figure, (axis,) = _figure(5.6, 4.0, 1)
+    for shift, kind, color in ((-0.18, "atom", ATOM), (0.18, "random", RANDOM)):
+        heights = [summary[f"{name}_overlap_{kind}"] or 0 for name in ("own", "other")]
+        label = "atoms" if kind == "atom" else "random rank-1"
+        axis.bar(np.arange(2) + shift, heights, width=0.34, color=color, label=label)
+        for i, height in enumerate(heights):
+            axis.text(i + shift, height + 0.01, f"{height:.2f}", ha="center", fontsize=9)
+    axis.axhline(summary["chance_overlap"], color=INK, lw=0.8, ls="--", label="chance")
+    axis.set_xticks([0, 1], ["same matrix,\nother position", "other matrix,\nsame position"])
+    axis.set_ylabel(f"shared part of the {summary['top_k']} tokens moved most")
+    axis.set(ylim=(0, 1.08))
+    axis.set_title("Are the tokens that an atom moves its own?", fontsize=11, loc="left")
+    axis.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def plot_readers(result: ExperimentResult) -> Figure:
+    """Change of what each head reads, by layer and head, and by horizon for the own head and later layers."""
+    records, summary = result.records, result.summary
+    figure, (heads, horizons) = _figure(10.0, 3.8, 2)
+    atoms = records[records.kind == "atom"]
+    table = atoms.pivot_table(index="layer", columns="head", values="change", aggfunc="mean")
+    image = heads.imshow(table.to_numpy(), cmap="Blues", aspect="auto", vmin=0)
+    heads.set_xticks(range(table.shape[1]), list(table.columns))
+    heads.set_yticks(range(table.shape[0]), list(table.index))
+    heads.set(xlabel="head", ylabel="layer")
+    heads.set_title("Change of what a head reads, mean over horizons", fontsize=11, loc="left")
+    figure.colorbar(image, ax=heads, shrink=0.8)
+    for name, color, label in (
+        ("own_change_by_horizon", ATOM, "the atom's own head"),
+        ("change_by_horizon", DELETE, "later layers, mean of heads"),
+    ):
+        found = summary[name]
+        horizons.plot([int(h) for h in found], list(found.values()), "o-", ms=3, color=color, label=label)
+    horizons.set(xlabel="tokens since the write", ylim=(0, None))
+    horizons.set_title("For how long", fontsize=11, loc="left")
+    horizons.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def plot_contexts(result: ExperimentResult) -> Figure:
+    """How pure in tokens the atoms' strongest contexts are, and how strong they are."""
+    records = result.records
+    figure, (purity, strength) = _figure(9.0, 3.8, 2)
+    shares = records.groupby("atom").token.agg(lambda t: t.value_counts().iloc[0] / len(t))
+    purity.hist(shares[records.groupby("atom").size() > 1], bins=list(np.linspace(0, 1, 21)), color=ATOM)
+    purity.set(xlabel="share of the most common token", ylabel="atoms", xlim=(0, 1))
+    purity.set_title("Top contexts of an atom on one token", fontsize=11, loc="left")
+    first = records[records["rank"] == 1]
+    strength.scatter(first.cosine, first.coefficient, s=6, alpha=0.4, lw=0, color=ATOM, rasterized=True)
+    strength.set(xlabel="cosine to the native write there", ylabel="largest coefficient", yscale="log")
+    strength.set_title("Each atom's strongest position", fontsize=11, loc="left")
+    return figure

@@ -56,11 +56,34 @@ def median_and_error(values: ArrayLike) -> tuple[float, float]:
     return float(np.median(x)), float(stats.median_abs_deviation(x) / np.sqrt(x.size))
 
 
+def median_interval(
+    values: ArrayLike, clusters: ArrayLike, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of a median when whole clusters (passages) are resampled; 2,000 resamples."""
+    x, labels = np.asarray(values, dtype=float), np.asarray(clusters)
+    groups = [x[labels == label] for label in np.unique(labels)]
+    draws = np.random.default_rng(seed).integers(0, len(groups), (N_RESAMPLES, len(groups)))
+    medians = [np.median(np.concatenate([groups[i] for i in draw])) for draw in draws]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(medians, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def cliffs_delta(larger: ArrayLike, smaller: ArrayLike) -> float:
     """P(larger > smaller) - P(larger < smaller) over all pairs, in [-1, 1]."""
     a, b = np.asarray(larger, dtype=float), np.asarray(smaller, dtype=float)
     u = stats.mannwhitneyu(a, b).statistic
     return float(2 * u / (a.size * b.size) - 1)
+
+
+def cohens_d(a: ArrayLike, b: ArrayLike) -> float | None:
+    """Difference of two means in units of the pooled deviation (a - b); None where nothing varies."""
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    freedom = x.size + y.size - 2
+    if freedom < 1:
+        return None
+    pooled = (((x - x.mean()) ** 2).sum() + ((y - y.mean()) ** 2).sum()) / freedom
+    return float((x.mean() - y.mean()) / np.sqrt(pooled)) if pooled > 0 else None
 
 
 def paired_wilcoxon(larger: ArrayLike, smaller: ArrayLike) -> float:

@@ -16,12 +16,13 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import (
     activity,
+    alive_atoms,
     atom_factors,
-    check_any_fires,
     check_at_least,
     check_choice,
     check_positive,
     find_passages,
+    find_site,
     median_write_norm,
 )
 from writesae_lens.experiments.result import ExperimentResult
@@ -87,7 +88,7 @@ def logit_formula_test(
     check_positive(epsilons=epsilons)
     check_at_least(1, n_atoms=n_atoms, n_tokens=n_tokens)
     check_at_least(0, max_horizon=max_horizon, seed=seed)
-    site, passages = find_passages(model, sae, tokens, context_size)
+    site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     if passages.shape[1] <= max_horizon:
         raise WriteSAEError(
             f"passages of {passages.shape[1]} tokens have no room for a horizon of {max_horizon}: give "
@@ -95,8 +96,7 @@ def logit_formula_test(
         )
     n_tokens = min(n_tokens, model.cfg.d_vocab)
     found = [activity(model, sae, site, passage) for passage in passages]
-    alive = torch.cat([x.acts.argmax(-1)[x.acts.amax(-1) > 0] for x in found]).unique().cpu()
-    check_any_fires(len(alive), len(alive), passages)
+    alive = alive_atoms(found, passages)
     rng = torch.Generator().manual_seed(seed)
     chosen = alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
     positions = torch.randint(0, passages.shape[1] - max_horizon, (len(passages),), generator=rng).tolist()

@@ -183,6 +183,17 @@ def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[
     return Firings(fires, atom[fires], coefficient[fires].float(), key[fires], value[fires])
 
 
+def alive_atoms(found: Sequence[Activity], passages: Int[Tensor, "passage pos"]) -> Int[Tensor, " atom"]:
+    """The atoms that are dominant at some position, on the CPU, in order.
+
+    Raises:
+        WriteSAEError: there is none.
+    """
+    alive = torch.cat([x.acts.argmax(-1)[x.acts.amax(-1) > 0] for x in found]).unique().cpu()
+    check_any_fires(len(alive), len(alive), passages)
+    return alive
+
+
 def find_cell(model: HookedRecurrent, subject: SAE[Any] | Cell | tuple[int, int]) -> Cell:
     """The cell of an SAE, or the one that is given, as it is or as (layer, head).
 
@@ -197,20 +208,41 @@ def find_cell(model: HookedRecurrent, subject: SAE[Any] | Cell | tuple[int, int]
 
 def find_passages(
     model: HookedRecurrent,
-    sae: SAE[Any],
+    subject: SAE[Any] | Cell | tuple[int, int],
     tokens: Int[Tensor, "passage pos"] | str,
     context_size: int | None,
-) -> tuple[Site, Int[Tensor, "passage pos"]]:
-    """The SAE's cell, and the passages; text is cut as the SAE was trained, unless ``context_size`` says.
+) -> Int[Tensor, "passage pos"]:
+    """The passages; text is cut as the SAE was trained, unless ``context_size`` says.
 
     Raises:
-        WriteSAEError: SAE and cell do not fit, or the text is too short.
+        WriteSAEError: the text is too short, or tokens are no passages.
     """
     check_at_least(1, context_size=context_size)
-    site = find_site(model, sae)
-    if isinstance(tokens, str) and context_size is None:
-        context_size = sae.cfg.metadata.context_size
-    return site, as_passages(model, tokens, context_size, bool(sae.cfg.metadata.prepend_bos))
+    metadata = subject.cfg.metadata if isinstance(subject, SAE) else None
+    if isinstance(tokens, str) and context_size is None and metadata is not None:
+        context_size = metadata.context_size
+    return as_passages(model, tokens, context_size, bool(metadata and metadata.prepend_bos))
+
+
+def token_id(model: HookedRecurrent, token: int | str) -> int:
+    """The id of a token that is given as an id, or as the text of exactly one token.
+
+    Raises:
+        WriteSAEError: it is none.
+    """
+    if isinstance(token, str):
+        if model.tokenizer is None:
+            raise WriteSAEError("the model has no tokenizer to read text with: give token ids instead")
+        ids = model.tokenizer.encode(token, add_special_tokens=False)
+        if len(ids) != 1:
+            pieces = ", ".join(repr(model.tokenizer.decode([i])) for i in ids)
+            raise WriteSAEError(
+                f"{token!r} is not one token but {len(ids)} ({pieces}); many tokens start with a space"
+            )
+        return ids[0]
+    if not 0 <= token < model.cfg.d_vocab:
+        raise WriteSAEError(f"token {token} does not exist: ids run from 0 to {model.cfg.d_vocab - 1}")
+    return token
 
 
 def check_any_fires(n_found: int, n_kept: int, passages: Int[Tensor, "passage pos"]) -> None:

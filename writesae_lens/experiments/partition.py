@@ -20,6 +20,7 @@ from writesae_lens.experiments.inputs import (
     check_at_least,
     find_firings,
     find_passages,
+    find_site,
     native_cosines,
 )
 from writesae_lens.experiments.result import ExperimentResult
@@ -83,7 +84,7 @@ def partition_atoms(
     """
     check_at_least(1, min_firings=min_firings, n_seeds=n_seeds, orders=min(orders, default=None))
     check_at_least(0, skip_positions=skip_positions, seed=seed)
-    site, passages = find_passages(model, sae, tokens, context_size)
+    site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     run = Run("partition", model, sae, passages, progress_folder, verbose)
 
     def align(n: int) -> pd.DataFrame:

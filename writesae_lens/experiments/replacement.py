@@ -24,6 +24,7 @@ from writesae_lens.experiments.inputs import (
     check_choice,
     find_firings,
     find_passages,
+    find_site,
     native_cosines,
 )
 from writesae_lens.experiments.result import ExperimentResult
@@ -91,7 +92,7 @@ def replacement_test(
     check_choice("replaces", replaces, "write", "update")
     check_at_least(1, max_firings=max_firings, max_firings_per_atom=max_firings_per_atom)
     check_at_least(0, skip_positions=skip_positions, seed=seed)
-    site, passages = find_passages(model, sae, tokens, context_size)
+    site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     firings = [
         find_firings(model, sae, site, passage)
         for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)

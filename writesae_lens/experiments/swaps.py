@@ -41,6 +41,13 @@ def summed(*swaps: Factors) -> Factors:
     return Factors(torch.cat([s.key for s in swaps], dim=1), torch.cat([s.value for s in swaps], dim=1))
 
 
+def one_after_another(*swaps: Factors) -> Factors:
+    """The matrices of all, first to last, at the largest rank among them."""
+    rank = max(s.key.shape[1] for s in swaps)
+    padded = [[nn.functional.pad(f, (0, 0, 0, rank - f.shape[1])) for f in s] for s in swaps]
+    return Factors(torch.cat([p[0] for p in padded]), torch.cat([p[1] for p in padded]))
+
+
 def with_norm(swap: Factors, norm: Float[Tensor, " firing"]) -> Factors:
     """The same directions with these Frobenius norms (zero matrices stay zero)."""
     return scaled(swap, norm / swap.norm().clamp(min=1e-30))
@@ -89,11 +96,8 @@ def swapped_logits(
     Raises:
         WriteSAEError: the logits are not finite.
     """
-    rank = max(s.key.shape[1] for s in swaps)
-    keys, values = (
-        torch.stack([nn.functional.pad(f, (0, 0, 0, rank - f.shape[1])) for f in side])
-        for side in ([s.key for s in swaps], [s.value for s in swaps])
-    )
+    every = one_after_another(*swaps)
+    keys, values = (f.unflatten(0, (len(swaps), len(positions))) for f in every)
     step = max(1, LOGITS_PER_PASS // model.cfg.d_vocab // len(swaps))
     for start in range(0, len(positions), step):
         here = slice(start, start + step)

@@ -1,0 +1,174 @@
+"""Amplification (paper, experiment 9): what a text becomes when an atom is written at every token."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from sae_lens import SAE
+from torch import Tensor
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell
+from writesae_lens import statistics
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.decoding import Prefix
+from writesae_lens.experiments.inputs import (
+    activity,
+    atom_factors,
+    check_any_fires,
+    check_at_least,
+    check_positive,
+    find_passages,
+    find_site,
+)
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run, generator
+from writesae_lens.figures import plot_amplification
+
+STATISTICS = ("newlines_per_400", "distinct_tokens", "repeated_4grams", "characters_per_token")
+
+
+def amplify(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    prompts: Int[Tensor, "passage pos"] | str,
+    atom: int | None = None,
+    factors: tuple[float, ...] = (2.0, 5.0, 10.0),
+    n_tokens: int = 200,
+    temperature: float = 1.0,
+    context_size: int | None = None,
+    seed: int = 0,
+    progress_folder: str | None = None,
+    verbose: bool = True,
+) -> ExperimentResult:
+    """Add an atom to a head's write at every decoded token, and compare the texts.
+
+    What is added is factor x (the atom's mean coefficient where it is active) x atom. The control writes
+    another atom, drawn among the active ones, with the same Frobenius norm as the atom at the largest
+    factor. All texts of a prompt are drawn with the same random numbers, so the native text is theirs but
+    for the edit.
+
+    Args:
+        model: the model that the SAE was trained on.
+        sae: any SAE on a cell's writes, or on its states.
+        prompts: ``[prompt, pos]``, or a text to cut into prompts; the atoms' coefficients are those here.
+        atom: the atom (None: the one with the largest sum of coefficients).
+        factors: multiples of the mean coefficient.
+        n_tokens: to decode.
+        temperature: 0 is greedy.
+        context_size: tokens of a prompt, for text (None: the SAE's own, else 256).
+        seed: of the control atom and the draws.
+        progress_folder: keeps finished prompts, and resumes from them.
+        verbose: show a progress bar.
+
+    Returns:
+        a result whose ``records`` have a row a text: prompt, condition ("native", "2x", ..., "random"),
+        newlines_per_400 (tokens), distinct_tokens (share of different ones), repeated_4grams (share of
+        4-grams that occurred before), characters_per_token, continuation (token ids, as JSON). Its
+        ``summary`` has atom, control_atom, mean_coefficient, and for each condition the mean of each
+        statistic, with Cohen's d and the two-sided Mann-Whitney p against the native texts.
+
+    Raises:
+        WriteSAEError: SAE and cell do not fit, the model has no tokenizer, prompts have fewer than two
+            tokens, or the atom does not exist or is active nowhere.
+    """
+    check_positive(factors=factors)
+    check_at_least(1, n_tokens=n_tokens)
+    check_at_least(0, seed=seed, atom=atom)
+    if not 0 <= temperature < float("inf"):
+        raise WriteSAEError(f"temperature={temperature} makes no sense: give 0 or more")
+    site, passages = find_site(model, sae), find_passages(model, sae, prompts, context_size)
+    if model.tokenizer is None:
+        raise WriteSAEError("the model has no tokenizer, and so no text to count in")
+    if atom is not None and atom >= sae.cfg.d_sae:
+        raise WriteSAEError(f"atom={atom}, but the SAE has atoms 0 to {sae.cfg.d_sae - 1}")
+    if passages.shape[1] < 2:
+        raise WriteSAEError("prompts of one token are too short: give 2 tokens or more")
+    found = torch.cat([activity(model, sae, site, p).acts.float().clamp(min=0) for p in passages])
+    total = found.sum(0)
+    check_any_fires(int((total > 0).sum()), 1, passages)
+    chosen = int(total.argmax()) if atom is None else atom
+    if not total[chosen] > 0:
+        raise WriteSAEError(f"atom {chosen} is active at no position of these {len(passages)} prompts")
+    mean = float(total[chosen] / (found[:, chosen] > 0).sum())
+    others = [int(x) for x in (total > 0).nonzero() if int(x) != chosen]
+    rng = torch.Generator().manual_seed(seed)
+    control = others[int(torch.randint(0, len(others), (), generator=rng))] if others else None
+    run = Run(
+        "amplification", model, sae, passages, progress_folder, verbose, atom=chosen, control_atom=control,
+        mean_coefficient=mean, factors=list(factors), n_tokens=n_tokens, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    cell, device = site.cell, passages.device
+
+    def matrix(number: int) -> Tensor:
+        return atom_factors(sae, torch.tensor([number], device=device), cell.d_k, cell.d_v).matrix()[0]
+
+    own = matrix(chosen) * mean
+    conditions = {"native": own * 0} | {f"{factor:g}x": own * factor for factor in factors}
+    if control is not None:
+        other = matrix(control)
+        conditions["random"] = other * (max(factors) * own.norm() / other.norm().clamp(min=1e-30))
+    writes = torch.stack(list(conditions.values()))
+
+    def speak(n: int) -> pd.DataFrame:
+        said = _decode(model, cell, passages[n], writes, n_tokens, temperature, generator(seed, n))
+        frame = pd.DataFrame([_count(model, row) for row in said.tolist()])
+        frame.insert(0, "condition", list(conditions))
+        frame.insert(0, "prompt", n)
+        return frame
+
+    records = run.records(range(len(passages)), speak, "Decoding", unit="prompt")
+    summary = _summarize(records, list(conditions)) | {"n_prompts": len(passages)}
+    by = summary["by_condition"]
+    largest = f"{max(factors):g}x"
+    headline = f"newlines per 400 tokens: {by['native']['newlines_per_400']:.1f} natively, " + ", ".join(
+        f"{by[name]['newlines_per_400']:.1f} at {name}" for name in (largest, "random") if name in by
+    )
+    return run.result(records, summary, {"amplification": plot_amplification}, headline)
+
+
+@torch.no_grad()
+def _decode(
+    model: HookedRecurrent,
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    writes: Tensor,
+    n_tokens: int,
+    temperature: float,
+    rng: torch.Generator,
+) -> Int[Tensor, "condition token"]:
+    prefix = Prefix(model, cell, tokens[:-1])
+    logits, cache = prefix.run(tokens[-1:].expand(len(writes), -1))
+    return prefix.decode(logits[:, -1], cache, n_tokens, temperature, rng=rng, added=writes)
+
+
+def _count(model: HookedRecurrent, ids: list[int]) -> dict[str, Any]:
+    text = model.tokenizer.decode(ids)
+    grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+    values = (
+        400 * text.count("\n") / len(ids),
+        len(set(ids)) / len(ids),
+        1 - len(set(grams)) / len(grams) if grams else 0.0,
+        len(text) / len(ids),
+    )
+    return dict(zip(STATISTICS, values, strict=True)) | {"continuation": json.dumps(ids)}
+
+
+def _summarize(records: pd.DataFrame, conditions: list[str]) -> dict[str, Any]:
+    native = records.loc[records.condition == "native"]
+    found: dict[str, dict[str, float | None]] = {}
+    for name in conditions:
+        part = records.loc[records.condition == name]
+        found[name] = {}
+        for statistic in STATISTICS:
+            found[name][statistic] = float(part[statistic].mean())
+            if name != "native":
+                pair = np.asarray(part[statistic]), np.asarray(native[statistic])
+                found[name][f"{statistic}_cohens_d"] = statistics.cohens_d(*pair)
+                found[name][f"{statistic}_p"] = statistics.mann_whitney(*pair)
+    return {"by_condition": found}

@@ -1,0 +1,149 @@
+"""Top contexts (paper, experiment 11): where in a text each atom is most active."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from sae_lens import SAE
+from torch import Tensor
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Site
+from writesae_lens.experiments.inputs import (
+    Firings,
+    activity,
+    atom_factors,
+    check_any_fires,
+    check_at_least,
+    find_passages,
+    find_site,
+    native_cosines,
+)
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run
+from writesae_lens.figures import plot_contexts
+
+
+def top_contexts(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "passage pos"] | str,
+    n_contexts: int = 8,
+    before: int = 16,
+    after: int = 4,
+    context_size: int | None = None,
+    seed: int = 0,
+    progress_folder: str | None = None,
+    verbose: bool = True,
+) -> ExperimentResult:
+    """The positions where each atom's coefficient is largest, with the text around them.
+
+    Args:
+        model: the model that the SAE was trained on.
+        sae: any SAE on a cell's writes, or on its states.
+        tokens: passages ``[passage, pos]``, or a text.
+        n_contexts: positions to keep of each atom.
+        before, after: tokens of text to show on either side.
+        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
+        seed: nothing here is random; taken like everywhere.
+        progress_folder: keeps finished passages, and resumes from them.
+        verbose: show a progress bar.
+
+    Returns:
+        a result whose ``records`` have a row an atom and position, the atom's strongest first: atom, rank
+        (from 1), passage, position, coefficient, dominant (no other atom is as active there), cosine (to
+        the native write), token (id), text_before, text, text_after (None without a tokenizer). Its
+        ``summary`` has n_atoms_active, n_atoms_never_active, positions_per_atom (median), and
+        token_purity: the mean over atoms with at least two contexts of the share of their most common
+        token.
+
+    Raises:
+        WriteSAEError: SAE and cell do not fit, the text is too short, or no atom is active.
+    """
+    check_at_least(1, n_contexts=n_contexts)
+    check_at_least(0, before=before, after=after, seed=seed)
+    site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
+    run = Run("contexts", model, sae, passages, progress_folder, verbose, n_contexts=n_contexts)
+
+    def read(n: int) -> pd.DataFrame:
+        return _strongest(model, sae, site, passages[n], n_contexts).assign(passage=n)
+
+    found = run.records(range(len(passages)), read, "Reading")
+    check_any_fires(len(found), len(found), passages)
+    found = found.sort_values(["coefficient", "passage", "position"], ascending=[False, True, True])
+    records = found.groupby("atom").head(n_contexts).sort_values("atom", kind="stable")
+    records = records.assign(rank=records.groupby("atom").cumcount() + 1).reset_index(drop=True)
+    texts = [
+        _text(model, passages[p], at, before, after)
+        for p, at in zip(records.passage, records.position, strict=True)
+    ]
+    names = ["text_before", "text", "text_after"]
+    records = pd.concat([records, pd.DataFrame(texts, columns=names, index=records.index)], axis=1)
+    per_passage = found.drop_duplicates(["atom", "passage"])
+    positions = per_passage.groupby("atom").n_positions.sum()
+    columns = ["atom", "rank", "passage", "position", "coefficient", "dominant", "cosine", "token", *names]
+    summary = _summarize(records, sae.cfg.d_sae) | {
+        "positions_per_atom": float(positions.median()),
+        "n_passages": len(passages),
+    }
+    purity = summary["token_purity"]
+    headline = f"{summary['n_atoms_active']} atoms active, {summary['n_atoms_never_active']} never" + (
+        "" if purity is None else f"; {purity:.0%} of an atom's top contexts have its most common token"
+    )
+    return run.result(records[columns], summary, {"contexts": plot_contexts}, headline)
+
+
+@torch.no_grad()
+def _strongest(
+    model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tensor, " pos"], n_contexts: int
+) -> pd.DataFrame:
+    """The passage's strongest positions of every atom that is active in it."""
+    acts, key, value = activity(model, sae, site, tokens)
+    active = acts.amax(0) > 0
+    atoms = active.nonzero().squeeze(-1)
+    # topk over positions; the padding of atoms that are active less often is cut off below.
+    values, at = acts[:, atoms].topk(min(n_contexts, len(acts)), dim=0)
+    kept = values > 0
+    at, atom = at[kept], atoms.expand(len(values), -1)[kept]
+    firings = Firings(at, atom, values[kept].float(), key[at], value[at])
+    factors = atom_factors(sae, atom, site.cell.d_k, site.cell.d_v)
+    return pd.DataFrame(
+        {
+            "atom": atom.cpu().numpy(),
+            "position": at.cpu().numpy(),
+            "coefficient": firings.coefficient.cpu().numpy().astype(float),
+            "dominant": (firings.coefficient >= acts[at].amax(-1).float()).cpu().numpy(),
+            "cosine": native_cosines(firings, factors).cpu().numpy().astype(float),
+            "token": tokens[at].cpu().numpy(),
+            "n_positions": (acts > 0).sum(0)[atom].cpu().numpy(),
+        }
+    )
+
+
+def _text(
+    model: HookedRecurrent, tokens: Int[Tensor, " pos"], position: int, before: int, after: int
+) -> tuple[str | None, str | None, str | None]:
+    if model.tokenizer is None:
+        return None, None, None
+    parts = (
+        tokens[max(0, position - before) : position],
+        tokens[position : position + 1],
+        tokens[position + 1 : position + 1 + after],
+    )
+    first, own, last = (model.tokenizer.decode(part.tolist()) for part in parts)
+    return first, own, last
+
+
+def _summarize(records: pd.DataFrame, d_sae: int) -> dict[str, Any]:
+    sizes = records.groupby("atom").token.agg(lambda t: t.value_counts().iloc[0] / len(t))
+    several = records.groupby("atom").size() > 1
+    purity = sizes[several]
+    alive = int(records.atom.nunique())
+    return {
+        "n_atoms_active": alive,
+        "n_atoms_never_active": d_sae - alive,
+        "token_purity": float(purity.mean()) if len(purity) else None,
+    }

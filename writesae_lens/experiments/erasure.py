@@ -1,0 +1,242 @@
+"""Erasure (paper, experiment 5): what a token that an atom promotes loses when its writes are taken away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell
+from writesae_lens import statistics
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments import swaps
+from writesae_lens.experiments.inputs import (
+    Activity,
+    Firings,
+    activity,
+    atom_factors,
+    check_any_fires,
+    check_at_least,
+    check_positive,
+    find_passages,
+    find_site,
+    token_id,
+)
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run, generator, seed_of
+from writesae_lens.figures import plot_erasure
+
+DOSES = (0.25, 0.5, 1.0, 2.0)
+CONDITIONS = ("firing", "elsewhere", "random")
+
+
+def erase_atom(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "passage pos"] | str,
+    atom: int | None = None,
+    token: int | str | None = None,
+    doses: tuple[float, ...] = DOSES,
+    context_size: int | None = None,
+    seed: int = 0,
+    progress_folder: str | None = None,
+    verbose: bool = True,
+) -> ExperimentResult:
+    """Take an atom's write out of the native writes, and watch the token that it promotes.
+
+    At a firing position, dose x coefficient x atom is subtracted from the native write; the effect is the
+    change of the token's log-probability at that position, log p(erased) - log p(native). Controls: the
+    same at as many positions where the atom is not active, with its mean coefficient ("elsewhere"), and
+    a Gaussian rank-1 matrix of the erased one's norm at the firing positions ("random").
+
+    The atom's *preferred token* has the largest sum of log p(native) - log p(erased) over firings, at dose
+    1. That sum is taken over every other firing and the test runs on the rest: on the firings that chose
+    it, the token would lose even if the atom meant nothing (with a single firing, that one is tested).
+
+    Args:
+        model: the model that the SAE was trained on.
+        sae: any SAE on a cell's writes, or on its states.
+        tokens: passages ``[passage, pos]``, or a text.
+        atom: the atom (None: the one with the largest sum of coefficients).
+        token: the token to watch, an id or the text of one token (None: the preferred one).
+        doses: multiples of what the atom writes.
+        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
+        seed: of control positions, random matrices and the bootstrap.
+        progress_folder: keeps finished passages, and resumes from them.
+        verbose: show a progress bar.
+
+    Returns:
+        a result whose ``records`` have a row a position and dose: passage, position, token (there),
+        condition ("firing", "elsewhere", "random"), dose, coefficient, delta_logp (of the watched token,
+        nats), kl (patched || native). Its ``summary`` has atom, preferred_token (id) and its text; for
+        each condition the median change at dose 1 (or the nearest dose), its 95% interval (bootstrap over
+        passages), the share of falls, and the medians by dose; and the one-sided Wilcoxon p of a fall.
+
+    Raises:
+        WriteSAEError: SAE and cell do not fit, the atom does not exist or is active nowhere, or ``token`` is
+            not a single token.
+    """
+    check_positive(doses=doses)
+    check_at_least(0, seed=seed, atom=atom)
+    site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
+    if atom is not None and atom >= sae.cfg.d_sae:
+        raise WriteSAEError(f"atom={atom}, but the SAE has atoms 0 to {sae.cfg.d_sae - 1}")
+    watched = None if token is None else token_id(model, token)
+    found = [
+        activity(model, sae, site, passage)
+        for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)
+    ]
+    total = torch.stack([x.acts.clamp(min=0).sum(0) for x in found]).sum(0)
+    check_any_fires(int((total > 0).sum()), 1, passages)
+    chosen = int(total.argmax()) if atom is None else atom
+    if not total[chosen] > 0:
+        raise WriteSAEError(f"atom {chosen} is active at no position of these {len(passages)} passages")
+    firings, elsewhere = _positions(found, chosen, seed)
+    every = torch.cat([torch.full_like(f.position, n) for n, f in enumerate(firings)])
+    # Every other firing chooses the token, the rest are tested; the lone firing does both.
+    tests = (
+        torch.arange(len(every), device=every.device) % 2 == 1
+        if watched is None and len(every) > 1
+        else every >= 0
+    )
+    tested = [Firings(*(x[tests[every == n]] for x in f)) for n, f in enumerate(firings)]
+    if watched is None:
+        chooses = ~tests if len(every) > 1 else tests
+        fall = 0
+        for n, f in enumerate(firings):
+            part = Firings(*(x[chooses[every == n]] for x in f))
+            if len(part.position):
+                fall = fall + _fall(model, sae, site.cell, passages[n], part)
+        assert isinstance(fall, Tensor)
+        watched = int(fall.argmax())
+    run = Run(
+        "erasure", model, sae, passages, progress_folder, verbose,
+        atom=chosen, preferred_token=watched, doses=list(doses), seed=seed,
+    )  # fmt: skip
+
+    def erase(n: int) -> pd.DataFrame:
+        rng, parts = generator(seed, n), []
+        for condition, at in zip(CONDITIONS, (tested[n], elsewhere[n], tested[n]), strict=True):
+            if len(at.position):
+                parts.append(_erase(model, sae, site.cell, passages[n], at, watched, doses, condition, rng))
+        frame = pd.concat(parts, ignore_index=True)
+        frame.insert(0, "passage", n)
+        return frame
+
+    numbers = [n for n in range(len(passages)) if len(tested[n].position) + len(elsewhere[n].position)]
+    records = run.records(numbers, erase, "Erasing")
+    summary = _summarize(records, seed)
+    summary |= {
+        "preferred_token_text": model.tokenizer.decode([watched]) if model.tokenizer else None,
+        "n_positions_that_chose_it": 0 if token is not None else len(every) - int(tests.sum()) or 1,
+        "n_passages": len(passages),
+    }
+    low, high = summary["delta_logp_ci_firing"]
+    headline = (
+        f"erasing atom {chosen} moves log p of {summary['preferred_token_text'] or watched!r} by "
+        f"{summary['median_delta_logp_firing']:+.4f} ({low:+.4f} to {high:+.4f}) at {summary['n_firing']} firings"
+    )
+    return run.result(records, summary, {"erasure": plot_erasure}, headline)
+
+
+def _positions(found: list[Activity], atom: int, seed: int) -> tuple[list[Firings], list[Firings]]:
+    """Where the atom is active, and as many positions of each passage, as far as there are, where it is not."""
+    mean = torch.cat([x.acts[x.acts[:, atom] > 0, atom] for x in found]).float().mean()
+    firing, elsewhere = [], []
+    for n, (acts, key, value) in enumerate(found):
+        active = acts[:, atom] > 0
+        at, silent = active.nonzero().squeeze(-1), (~active).nonzero().squeeze(-1)
+        order = torch.randperm(len(silent), generator=torch.Generator().manual_seed(seed_of(seed + 1, n)))
+        other = silent[order[: len(at)].to(silent.device)].sort().values
+        for where, kept, size in ((at, firing, acts[at, atom].float()), (other, elsewhere, mean)):
+            kept.append(
+                Firings(
+                    where, torch.full_like(where, atom), size.expand(len(where)), key[where], value[where]
+                )
+            )
+    return firing, elsewhere
+
+
+@torch.no_grad()
+def _fall(
+    model: HookedRecurrent, sae: SAE[Any], cell: Cell, tokens: Int[Tensor, " pos"], firings: Firings
+) -> Float[Tensor, " d_vocab"]:
+    """log p(native) - log p(erased) of every token, summed over the firings."""
+    erased = _erased(sae, cell, firings, 1.0)
+    falls = 0
+    for base, (patched,) in swaps.swapped_logits(model, cell, tokens, firings.position, [erased]):
+        falls = falls + (swaps.log_probabilities(base) - swaps.log_probabilities(patched)).sum(0)
+    assert isinstance(falls, Tensor)
+    return falls
+
+
+def _erased(sae: SAE[Any], cell: Cell, firings: Firings, dose: float) -> swaps.Factors:
+    atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
+    return swaps.summed(swaps.native(firings), swaps.scaled(atoms, -dose * firings.coefficient))
+
+
+@torch.no_grad()
+def _erase(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    firings: Firings,
+    watched: int,
+    doses: tuple[float, ...],
+    condition: str,
+    rng: torch.Generator,
+) -> pd.DataFrame:
+    if condition == "random":
+        atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
+        other = swaps.random_like("gaussian", sae, firings, cell, rng)
+        other = swaps.with_norm(other, firings.coefficient * atoms.norm())
+        ones = torch.ones_like(firings.coefficient)
+        written = [swaps.summed(swaps.native(firings), swaps.scaled(other, -d * ones)) for d in doses]
+    else:
+        written = [_erased(sae, cell, firings, dose) for dose in doses]
+    changes, kls = [], []
+    for base, patched in swaps.swapped_logits(model, cell, tokens, firings.position, written):
+        before = swaps.log_probabilities(base)[:, watched]
+        changes.append(torch.stack([swaps.log_probabilities(p)[:, watched] - before for p in patched]))
+        kls.append(torch.stack([swaps.divergence(p, base) for p in patched]))
+    count = len(firings.position)
+    return pd.DataFrame(
+        {
+            "position": firings.position.repeat(len(doses)).cpu().numpy(),
+            "token": tokens[firings.position].repeat(len(doses)).cpu().numpy(),
+            "condition": condition,
+            "dose": np.repeat(doses, count),
+            "coefficient": firings.coefficient.repeat(len(doses)).cpu().numpy().astype(float),
+            "delta_logp": torch.cat(changes, dim=1).flatten().cpu().numpy(),
+            "kl": torch.cat(kls, dim=1).flatten().cpu().numpy(),
+        }
+    )
+
+
+def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
+    dose = min(records.dose.unique(), key=lambda d: abs(d - 1))
+    summary: dict[str, Any] = {"dose": float(dose)}
+    for condition in CONDITIONS:
+        part = records[records.condition == condition]
+        at = part[part.dose == dose]
+        summary[f"n_{condition}"] = len(at)
+        if not len(at):
+            continue
+        summary[f"median_delta_logp_{condition}"] = float(at.delta_logp.median())
+        summary[f"delta_logp_ci_{condition}"] = list(
+            statistics.median_interval(at.delta_logp, at.passage, seed)
+        )
+        summary[f"share_of_falls_{condition}"] = float((at.delta_logp < 0).mean())
+        summary[f"median_kl_{condition}"] = float(at.kl.median())
+        summary[f"fall_p_{condition}"] = statistics.paired_wilcoxon(-at.delta_logp, np.zeros(len(at)))
+        by_dose = part.groupby("dose").delta_logp.median()
+        summary[f"median_delta_logp_by_dose_{condition}"] = {f"{d:g}": float(x) for d, x in by_dose.items()}
+    return summary

@@ -1,0 +1,181 @@
+"""Selectivity (paper, experiment 11): which tokens an atom's write moves, and whether they are its own."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from sae_lens import SAE
+from torch import Tensor
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell
+from writesae_lens import statistics
+from writesae_lens.experiments import swaps
+from writesae_lens.experiments.inputs import (
+    Firings,
+    activity,
+    alive_atoms,
+    atom_factors,
+    check_at_least,
+    check_positive,
+    find_passages,
+    find_site,
+    native_writes,
+)
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run, generator
+from writesae_lens.figures import plot_selectivity
+from writesae_lens.rank1 import Factors
+
+
+def selectivity(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "passage pos"] | str,
+    n_atoms: int = 32,
+    n_positions: int = 4,
+    top_k: int = 20,
+    magnitude: float = 1.0,
+    context_size: int | None = None,
+    seed: int = 0,
+    progress_folder: str | None = None,
+    verbose: bool = True,
+) -> ExperimentResult:
+    """Add atoms at random positions, and compare the sets of tokens whose logits they move most.
+
+    An atom is selective when it moves the same tokens wherever it is written, and other tokens than other
+    atoms do. Each atom (and as many Gaussian rank-1 matrices, drawn once) is added to the native write with
+    ``magnitude`` times its norm; its set are the ``top_k`` tokens whose logits at that position move most
+    beyond the mean of all tokens, up or down. The overlap of two sets is the share that they have in common.
+
+    Args:
+        model: the model that the SAE was trained on.
+        sae: any SAE on a cell's writes, or on its states.
+        tokens: passages ``[passage, pos]``, or a text.
+        n_atoms: a random choice of the atoms that are dominant somewhere in the passages.
+        n_positions: random positions in each passage.
+        top_k: tokens in a set.
+        magnitude: of what is added, in units of the native write there.
+        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
+        seed: of atoms, positions and random matrices.
+        progress_folder: keeps finished passages, and resumes from them.
+        verbose: show a progress bar.
+
+    Returns:
+        a result whose ``records`` have a row a write: passage, position, kind ("atom", "random"), atom (of
+        random ones their number), kl (patched || native, nats), max_shift (logits), top (the set, as a
+        JSON list of token ids, largest first). Its ``summary`` has for each kind the mean overlap of the
+        same matrix at different positions (own_overlap), of different ones at the same position
+        (other_overlap), their difference (selectivity) with a 95% interval (bootstrap over matrices), and
+        chance_overlap.
+
+    Raises:
+        WriteSAEError: SAE and cell do not fit, the text is too short, or no atom fires.
+    """
+    check_at_least(2, n_atoms=n_atoms)
+    check_at_least(1, n_positions=n_positions, top_k=top_k)
+    check_at_least(0, seed=seed)
+    check_positive(magnitude=magnitude)
+    site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
+    top_k = min(top_k, model.cfg.d_vocab)
+    alive = alive_atoms([activity(model, sae, site, p) for p in passages], passages)
+    rng = torch.Generator().manual_seed(seed)
+    chosen = alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
+    device = passages.device
+    atoms = atom_factors(sae, chosen.to(device), site.cell.d_k, site.cell.d_v)
+    others = Factors(
+        torch.randn(len(chosen), 1, site.cell.d_k, generator=rng).to(device),
+        torch.randn(len(chosen), 1, site.cell.d_v, generator=rng).to(device),
+    )
+    run = Run(
+        "selectivity", model, sae, passages, progress_folder, verbose, n_atoms=len(chosen),
+        n_positions=n_positions, top_k=top_k, magnitude=magnitude, seed=seed,
+    )  # fmt: skip
+
+    def push(n: int) -> pd.DataFrame:
+        at = torch.randperm(passages.shape[1], generator=generator(seed, n))[:n_positions].sort().values
+        frame = _push(model, site.cell, passages[n], at.to(device), atoms, others, magnitude, top_k)
+        names = np.where(frame.kind == "atom", chosen.numpy()[frame.atom], frame.atom)
+        return frame.assign(passage=n, atom=names)
+
+    records = run.records(range(len(passages)), push, "Writing")
+    columns = ["passage", "position", "kind", "atom", "kl", "max_shift", "top"]
+    records = records[columns]
+    summary = _summarize(records, top_k, seed) | {"chance_overlap": top_k / model.cfg.d_vocab}
+    own, other = summary["own_overlap_atom"], summary["other_overlap_atom"]
+    headline = (
+        "no atom at two positions" if own is None else f"an atom moves {own:.1%} of the same {top_k} tokens"
+    ) + ("" if other is None else f" elsewhere; other atoms move {other:.1%} of them")
+    return run.result(records, summary, {"selectivity": plot_selectivity}, headline)
+
+
+@torch.no_grad()
+def _push(
+    model: HookedRecurrent,
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    positions: Int[Tensor, " position"],
+    atoms: Factors,
+    others: Factors,
+    magnitude: float,
+    top_k: int,
+) -> pd.DataFrame:
+    key, value = native_writes(model, cell, tokens)
+    count, n = len(positions), len(atoms.key)
+    at = positions.repeat_interleave(2 * n)
+    native = swaps.native(Firings(at, torch.zeros_like(at), torch.ones_like(at).float(), key[at], value[at]))
+    both = swaps.one_after_another(atoms, others)
+    both = Factors(both.key.repeat(count, 1, 1), both.value.repeat(count, 1, 1))
+    added = swaps.with_norm(both, magnitude * native.norm())
+    kl, top, most = [], [], []
+    for base, (patched,) in swaps.swapped_logits(model, cell, tokens, at, [swaps.summed(native, added)]):
+        shift = patched - base
+        shift = shift - shift.mean(-1, keepdim=True)
+        found = shift.abs().topk(top_k, dim=-1)
+        kl.append(swaps.divergence(patched, base))
+        most.append(shift.gather(-1, found.indices[:, :1]).squeeze(-1))
+        top += found.indices.tolist()
+    return pd.DataFrame(
+        {
+            "position": at.cpu().numpy(),
+            "kind": (["atom"] * n + ["random"] * n) * count,
+            "atom": np.tile(np.tile(np.arange(n), 2), count),
+            "kl": torch.cat(kl).cpu().numpy(),
+            "max_shift": torch.cat(most).double().cpu().numpy(),
+            "top": [str(ids) for ids in top],
+        }
+    )
+
+
+def _summarize(records: pd.DataFrame, top_k: int, seed: int) -> dict[str, Any]:
+    sets = records.assign(top=[frozenset(int(x) for x in row[1:-1].split(",")) for row in records.top])
+    summary: dict[str, Any] = {"n_writes": len(records)}
+    for kind, part in sets.groupby("kind"):
+        own = _overlaps(part, ["atom"], top_k)
+        other = _overlaps(part, ["passage", "position"], top_k)
+        summary[f"own_overlap_{kind}"] = float(own.overlap.mean()) if len(own) else None
+        summary[f"other_overlap_{kind}"] = float(other.overlap.mean()) if len(other) else None
+        interval = None
+        if len(own) and len(other):
+            low, high = statistics.cluster_bootstrap(own.overlap, own.group, seed)
+            level = float(other.overlap.mean())
+            summary[f"selectivity_{kind}"] = float(own.overlap.mean()) - level
+            interval = [low - level, high - level]
+        summary[f"selectivity_ci_{kind}"] = interval
+        summary[f"median_kl_{kind}"] = float(part.kl.median())
+    return summary
+
+
+def _overlaps(part: pd.DataFrame, by: list[str], top_k: int) -> pd.DataFrame:
+    """The overlaps of all pairs of sets in each group."""
+    rows = [
+        (number, len(a & b) / top_k)
+        for number, (_, group) in enumerate(part.groupby(by))
+        for a, b in combinations(group.top, 2)
+    ]
+    return pd.DataFrame(rows, columns=["group", "overlap"])

@@ -1,0 +1,152 @@
+"""Splice (paper, experiment 8): what a text loses when a head remembers reconstructions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor
+
+from hooked_models import HookedRecurrent
+from hooked_models.caches import repeated
+from hooked_models.hooked_recurrent import Site
+from writesae_lens import statistics
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.inputs import check_at_least, find_passages, find_site
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run
+from writesae_lens.figures import plot_splice
+
+CONDITIONS = ("native", "spliced", "deleted")
+
+
+def splice_test(
+    model: HookedRecurrent,
+    saes: SAE[Any] | Sequence[SAE[Any]],
+    tokens: Int[Tensor, "passage pos"] | str,
+    context_size: int | None = None,
+    seed: int = 0,
+    progress_folder: str | None = None,
+    verbose: bool = True,
+) -> ExperimentResult:
+    """Give heads reconstructions for a passage's first half, and measure perplexity on the second.
+
+    An SAE on states replaces its head's state once, after the first half, by the reconstruction of it; one
+    on writes replaces every write of the first half. ``deleted`` puts zeros there instead: what the head's
+    memory of the first half is worth.
+
+    Args:
+        model: the model that the SAEs were trained on.
+        saes: one, or one for each of several heads (all heads of a layer, say), which are replaced together.
+        tokens: passages ``[passage, pos]``, or a text.
+        context_size: tokens of a passage, for text (None: the first SAE's own, else 256).
+        seed: of the bootstrap.
+        progress_folder: keeps finished passages, and resumes from them.
+        verbose: show a progress bar.
+
+    Returns:
+        a result whose ``records`` have a row a passage: passage, n_tokens (predicted ones), nll_native,
+        nll_spliced, nll_deleted (mean nats a token), error (squared error of the reconstruction as a share
+        of the squared norm, over all that was replaced). Its ``summary`` has perplexity_native,
+        perplexity_spliced, perplexity_deleted, increase_percent with a 95% interval (bootstrap over
+        passages), increase_percent_deleted, and recovered: the share of the deletion's rise in nats that the
+        reconstruction avoids (None where deletion costs nothing).
+
+    Raises:
+        WriteSAEError: SAEs and cells do not fit, two SAEs are on one cell, or passages have fewer than four
+            tokens.
+    """
+    several = [saes] if isinstance(saes, SAE) else list(saes)
+    if not several:
+        raise WriteSAEError("there are no SAEs to splice in: give one at least")
+    check_at_least(0, seed=seed)
+    sites = [find_site(model, sae) for sae in several]
+    if len({site.cell for site in sites}) < len(sites):
+        raise WriteSAEError("two SAEs are on one cell: each head can be given one reconstruction")
+    passages = find_passages(model, several[0], tokens, context_size)
+    if passages.shape[1] < 4:
+        raise WriteSAEError(f"passages of {passages.shape[1]} tokens have no halves: give 4 tokens or more")
+    run = Run("splice", model, several, passages, progress_folder, verbose, seed=seed)
+
+    def splice(n: int) -> pd.DataFrame:
+        frame = _splice(model, several, sites, passages[n])
+        frame.insert(0, "passage", n)
+        return frame
+
+    records = run.records(range(len(passages)), splice, "Splicing")
+    summary = _summarize(records, seed) | {"n_heads": len(sites)}
+    low, high = summary["increase_percent_ci"]
+    headline = (
+        f"perplexity {summary['perplexity_native']:.3f} natively, {summary['increase_percent']:+.2f}% "
+        f"({low:+.2f} to {high:+.2f}) spliced, {summary['increase_percent_deleted']:+.2f}% deleted"
+    )
+    return run.result(records, summary, {"splice": plot_splice}, headline)
+
+
+@torch.no_grad()
+def _splice(
+    model: HookedRecurrent, saes: Sequence[SAE[Any]], sites: list[Site], tokens: Int[Tensor, " pos"]
+) -> pd.DataFrame:
+    half = len(tokens) // 2
+    errors, powers = [], []
+
+    def replaced(sae: SAE[Any], native: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
+        rebuilt = sae(native).to(native.dtype)
+        errors.append(float((rebuilt - native).float().square().sum()))
+        powers.append(float(native.float().square().sum()))
+        return rebuilt
+
+    def edit(sae: SAE[Any]) -> Any:
+        def hook(write: Tensor, hook: Any) -> Tensor:
+            write = write.clone()
+            write[1] = replaced(sae, write[1])
+            write[2] = 0
+            return write
+
+        return hook
+
+    hooks = [
+        (model.write_hook_name(site.cell.layer, site.cell.head), edit(sae))
+        for sae, site in zip(saes, sites, strict=True)
+        if site.kind == "write"
+    ]
+    cache = model.new_cache()
+    if hooks:
+        with model.hooks(fwd_hooks=hooks):
+            model(tokens[:half].expand(len(CONDITIONS), -1), past_key_values=cache, use_cache=True)
+    else:  # the first half is native in all conditions
+        model(tokens[None, :half], past_key_values=cache, use_cache=True)
+        cache = repeated(cache, len(CONDITIONS))
+    for sae, (cell, kind) in zip(saes, sites, strict=True):
+        if kind == "state":
+            state = model.mixers[cell.layer].cached_state(cache)[:, cell.head]
+            state[1] = replaced(sae, state[1].flatten()[None]).view_as(state[1])
+            state[2] = 0
+    rest = tokens[half:].expand(len(CONDITIONS), -1)
+    log_p = model(rest, past_key_values=cache, use_cache=True).double().log_softmax(-1)
+    nll = -log_p[:, :-1].gather(-1, rest[:, 1:, None]).squeeze(-1).mean(-1)
+    row = {f"nll_{name}": [float(x)] for name, x in zip(CONDITIONS, nll, strict=True)}
+    error = sum(errors) / max(sum(powers), 1e-30)
+    return pd.DataFrame({"n_tokens": [len(tokens) - half - 1], **row, "error": error})
+
+
+def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
+    nll = records[[f"nll_{name}" for name in CONDITIONS]].to_numpy()
+    native, spliced, deleted = nll.mean(0)
+    draws = np.random.default_rng(seed).integers(0, len(nll), (statistics.N_RESAMPLES, len(nll)))
+    rises = np.expm1((nll[:, 1] - nll[:, 0])[draws].mean(1))
+    return {
+        "n_passages": len(records),
+        "n_tokens": int(records.n_tokens.sum()),
+        **{f"perplexity_{name}": float(np.exp(x)) for name, x in zip(CONDITIONS, nll.mean(0), strict=True)},
+        "increase_percent": float(100 * np.expm1(spliced - native)),
+        "increase_percent_ci": (100 * np.quantile(rises, [0.025, 0.975])).tolist(),
+        "increase_percent_deleted": float(100 * np.expm1(deleted - native)),
+        "recovered": float(1 - (spliced - native) / (deleted - native)) if deleted > native else None,
+        "error": float(records.error.mean()),
+    }
