@@ -213,7 +213,9 @@ class HookedMixer(BranchAware):
         """
         state = cached(cache, self.layer_index, "recurrent_states")
         if state is None:
-            raise HookedModelError(f"the cache holds no state of layer {self.layer_index} yet: run tokens first")
+            raise HookedModelError(
+                f"the cache holds no state of layer {self.layer_index} yet: run tokens first"
+            )
         return state.mT if self.state_is_transposed else state
 
     @property

@@ -279,7 +279,7 @@ def plot_signs(result: ExperimentResult) -> Figure:
                          rasterized=True)  # fmt: skip
         axis.axhline(0, color=INK, lw=0.8)
         axis.axvline(0, color=INK, lw=0.8)
-        axis.set_xscale("symlog", linthresh=max(float(records[column].abs().quantile(0.5)), 1e-12))
+        axis.set_xscale("symlog", linthresh=max(float(np.median(records[column].abs())), 1e-12))
         axis.set_yscale("symlog", linthresh=limit)
         axis.set_xlabel("predicted shift of the logit")
         axis.tick_params(axis="x", labelrotation=45)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.decoding import Prefix
+from writesae_lens.experiments.decoding import Prefix, batches
 from writesae_lens.experiments.inputs import (
     activity,
     atom_factors,
@@ -27,7 +27,7 @@ from writesae_lens.experiments.inputs import (
     find_site,
 )
 from writesae_lens.experiments.result import ExperimentResult
-from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.run import Run, seed_of
 from writesae_lens.figures import plot_amplification
 
 STATISTICS = ("newlines_per_400", "distinct_tokens", "repeated_4grams", "characters_per_token")
@@ -115,16 +115,19 @@ def amplify(
         conditions["random"] = other * (max(factors) * own.norm() / other.norm().clamp(min=1e-30))
     writes = torch.stack(list(conditions.values()))
 
+    groups = batches(len(passages), len(writes) * model.cfg.d_vocab)
+
     def speak(n: int) -> pd.DataFrame:
-        said = _decode(model, cell, passages[n], writes, n_tokens, temperature, generator(seed, n))
+        said = _decode(model, cell, passages[groups[n]], writes, n_tokens, temperature, seed_of(seed, n))
         frame = pd.DataFrame([_count(model, row) for row in said.tolist()])
-        frame.insert(0, "condition", list(conditions))
-        frame.insert(0, "prompt", n)
+        numbers = range(len(passages))[groups[n]]
+        frame.insert(0, "condition", list(conditions) * len(numbers))
+        frame.insert(0, "prompt", np.repeat(numbers, len(conditions)))
         return frame
 
-    records = run.records(range(len(passages)), speak, "Decoding", unit="prompt")
-    summary = _summarize(records, list(conditions)) | {"n_prompts": len(passages)}
-    by = summary["by_condition"]
+    records = run.records(range(len(groups)), speak, "Decoding", unit="batch")
+    by = _summarize(records, list(conditions))
+    summary = {"by_condition": by, "n_prompts": len(passages)}
     largest = f"{max(factors):g}x"
     headline = f"newlines per 400 tokens: {by['native']['newlines_per_400']:.1f} natively, " + ", ".join(
         f"{by[name]['newlines_per_400']:.1f} at {name}" for name in (largest, "random") if name in by
@@ -136,15 +139,16 @@ def amplify(
 def _decode(
     model: HookedRecurrent,
     cell: Cell,
-    tokens: Int[Tensor, " pos"],
-    writes: Tensor,
+    prompts: Int[Tensor, "prompt pos"],
+    writes: Float[Tensor, "condition d_k d_v"],
     n_tokens: int,
     temperature: float,
-    rng: torch.Generator,
-) -> Int[Tensor, "condition token"]:
-    prefix = Prefix(model, cell, tokens[:-1])
-    logits, cache = prefix.run(tokens[-1:].expand(len(writes), -1))
-    return prefix.decode(logits[:, -1], cache, n_tokens, temperature, rng=rng, added=writes)
+    seed: int,
+) -> Int[Tensor, "row token"]:
+    prefix = Prefix(model, cell, prompts[:, :-1])
+    logits, cache = prefix.run(prompts[:, -1:].repeat_interleave(len(writes), dim=0))
+    added = writes.repeat(len(prompts), 1, 1)
+    return prefix.decode(logits[:, -1], cache, n_tokens, temperature, seed, added)
 
 
 def _count(model: HookedRecurrent, ids: list[int]) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def _count(model: HookedRecurrent, ids: list[int]) -> dict[str, Any]:
     return dict(zip(STATISTICS, values, strict=True)) | {"continuation": json.dumps(ids)}
 
 
-def _summarize(records: pd.DataFrame, conditions: list[str]) -> dict[str, Any]:
+def _summarize(records: pd.DataFrame, conditions: list[str]) -> dict[str, dict[str, float | None]]:
     native = records.loc[records.condition == "native"]
     found: dict[str, dict[str, float | None]] = {}
     for name in conditions:
@@ -171,4 +175,4 @@ def _summarize(records: pd.DataFrame, conditions: list[str]) -> dict[str, Any]:
                 pair = np.asarray(part[statistic]), np.asarray(native[statistic])
                 found[name][f"{statistic}_cohens_d"] = statistics.cohens_d(*pair)
                 found[name][f"{statistic}_p"] = statistics.mann_whitney(*pair)
-    return {"by_condition": found}
+    return found

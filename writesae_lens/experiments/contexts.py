@@ -93,7 +93,7 @@ def top_contexts(
     headline = f"{summary['n_atoms_active']} atoms active, {summary['n_atoms_never_active']} never" + (
         "" if purity is None else f"; {purity:.0%} of an atom's top contexts have its most common token"
     )
-    return run.result(records[columns], summary, {"contexts": plot_contexts}, headline)
+    return run.result(records.reindex(columns=columns), summary, {"contexts": plot_contexts}, headline)
 
 
 @torch.no_grad()

@@ -140,14 +140,15 @@ def erase_atom(
     }
     low, high = summary["delta_logp_ci_firing"]
     headline = (
-        f"erasing atom {chosen} moves log p of {summary['preferred_token_text'] or watched!r} by "
-        f"{summary['median_delta_logp_firing']:+.4f} ({low:+.4f} to {high:+.4f}) at {summary['n_firing']} firings"
+        f"atom {chosen} erased: log p of {summary['preferred_token_text'] or watched!r} moves by "
+        f"{summary['median_delta_logp_firing']:+.4f} ({low:+.4f} to {high:+.4f}), "
+        f"{summary['n_firing']} firings"
     )
     return run.result(records, summary, {"erasure": plot_erasure}, headline)
 
 
 def _positions(found: list[Activity], atom: int, seed: int) -> tuple[list[Firings], list[Firings]]:
-    """Where the atom is active, and as many positions of each passage, as far as there are, where it is not."""
+    """Where the atom is active, and as many positions of each passage, if there are, where it is not."""
     mean = torch.cat([x.acts[x.acts[:, atom] > 0, atom] for x in found]).float().mean()
     firing, elsewhere = [], []
     for n, (acts, key, value) in enumerate(found):
@@ -225,18 +226,18 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     dose = min(records.dose.unique(), key=lambda d: abs(d - 1))
     summary: dict[str, Any] = {"dose": float(dose)}
     for condition in CONDITIONS:
-        part = records[records.condition == condition]
-        at = part[part.dose == dose]
+        part = records.loc[records["condition"] == condition]
+        at = part.loc[part["dose"] == dose]
         summary[f"n_{condition}"] = len(at)
         if not len(at):
             continue
-        summary[f"median_delta_logp_{condition}"] = float(at.delta_logp.median())
+        summary[f"median_delta_logp_{condition}"] = float(at["delta_logp"].median())
         summary[f"delta_logp_ci_{condition}"] = list(
-            statistics.median_interval(at.delta_logp, at.passage, seed)
+            statistics.median_interval(at["delta_logp"], at["passage"], seed)
         )
-        summary[f"share_of_falls_{condition}"] = float((at.delta_logp < 0).mean())
-        summary[f"median_kl_{condition}"] = float(at.kl.median())
-        summary[f"fall_p_{condition}"] = statistics.paired_wilcoxon(-at.delta_logp, np.zeros(len(at)))
-        by_dose = part.groupby("dose").delta_logp.median()
+        summary[f"share_of_falls_{condition}"] = float((at["delta_logp"] < 0).mean())
+        summary[f"median_kl_{condition}"] = float(at["kl"].median())
+        summary[f"fall_p_{condition}"] = statistics.paired_wilcoxon(-at["delta_logp"], np.zeros(len(at)))
+        by_dose = part.groupby("dose")["delta_logp"].median()
         summary[f"median_delta_logp_by_dose_{condition}"] = {f"{d:g}": float(x) for d, x in by_dose.items()}
     return summary

@@ -17,7 +17,7 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.decoding import Prefix
+from writesae_lens.experiments.decoding import Prefix, batches
 from writesae_lens.experiments.inputs import (
     check_at_least,
     check_choice,
@@ -28,9 +28,11 @@ from writesae_lens.experiments.inputs import (
     token_id,
 )
 from writesae_lens.experiments.result import ExperimentResult
-from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.run import Run, generator, seed_of
 from writesae_lens.figures import plot_install
 
+# Of Adam, on factors of norm 1.
+_STEP = 0.3
 # Native ranks at the first step, from 1: the paper's strata.
 STRATA = {
     "frequent": (2, 100),
@@ -48,7 +50,7 @@ def install_tokens(
     magnitude: float | tuple[float, ...] = 3.0,
     positions: int = 3,
     direction: Literal["jacobian", "unembedding"] = "jacobian",
-    n_refinements: int = 4,
+    n_refinements: int = 20,
     n_tokens: int = 20,
     temperature: float = 0.0,
     context_size: int | None = None,
@@ -62,10 +64,12 @@ def install_tokens(
     native write there joins that write; everything else is native. Directions:
 
     - ``unembedding`` (the paper's): key side that of the native write, value side W_O[head] W_U[target].
-    - ``jacobian``: the rank-1 matrix of that norm along which the target's log-probability at the first step
-      rises most: the leading singular pair of its gradient by the write, through the true model (decay,
-      erase, every coming read, norm, gate and all later layers). The gradient is taken at the native
-      writes, then ``n_refinements`` times at what was found; the best of them by log-probability stays.
+    - ``jacobian``: the rank-1 matrix of that norm that raises the target's logit most above the others: by
+      the gradient of its margin over the likeliest other token (a soft maximum over the coming ``n_tokens``
+      steps, along the native continuation), through the true model: decay, erase, every coming read, norm,
+      gate and all later layers. It starts as the gradient's leading singular pair at the native writes; as
+      the head's norm bends the response long before three write norms, ``n_refinements`` steps of Adam on
+      both factors follow, and the best of all stays.
 
     Each edit has a control, a Gaussian rank-1 write of the same norm.
 
@@ -80,7 +84,7 @@ def install_tokens(
         magnitude: of what is added, in units of the native write there; several are tried one by one.
         positions: how many.
         direction: what is written.
-        n_refinements: of ``jacobian``; 0 is the derivative at the native writes.
+        n_refinements: of ``jacobian``; 0 leaves the derivative at the native writes.
         n_tokens: to decode.
         temperature: 0 is greedy, else tokens are drawn, with the same random numbers for every edit.
         context_size: tokens of a prompt, for text (None: the SAE's own, else 256).
@@ -124,15 +128,21 @@ def install_tokens(
         n_tokens=n_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
 
-    def install(n: int) -> pd.DataFrame:
-        rng = generator(seed, n)
-        prompt = _Prompt(model, cell, passages[n], positions)
-        chosen = prompt.draw_targets(rng) if wanted is None else [(t, "given") for t in wanted]
-        refine = n_refinements if direction == "jacobian" else None
-        return prompt.install(chosen, magnitudes, refine, n_tokens, temperature, rng).assign(prompt=n)
+    n_rows = (len(STRATA) if wanted is None else len(wanted)) * len(magnitudes)
+    groups = batches(len(passages), n_rows * (positions + n_tokens) * model.cfg.d_vocab)
 
-    records = run.records(range(len(passages)), install, "Installing", unit="prompt")
-    summary = _summarize(records) | {"n_prompts": len(passages)}
+    def install(n: int) -> pd.DataFrame:
+        group = _Prompts(model, cell, passages[groups[n]], positions, n_tokens, temperature, seed_of(seed, n))
+        if wanted is None:
+            names, chosen = group.draw_targets(generator(seed + 1, n))
+        else:
+            names, chosen = ["given"] * len(wanted), torch.tensor([wanted] * len(group.tokens))
+        refine = n_refinements if direction == "jacobian" else None
+        frame = group.install(chosen, names, magnitudes, refine, generator(seed, n))
+        return frame.assign(prompt=np.arange(len(passages))[groups[n]][frame.prompt])
+
+    records = run.records(range(len(groups)), install, "Installing", unit="batch")
+    summary: dict[str, Any] = {**_summarize(records), "n_prompts": len(passages)}
     low, high = summary["target_in_continuation_ci"]
     headline = (
         f"target in continuation {summary['target_in_continuation']:.1%} ({low:.1%} to {high:.1%}), natively "
@@ -141,117 +151,153 @@ def install_tokens(
     return run.result(records, summary, {"install": plot_install}, headline)
 
 
-class _Prompt:
-    """One prompt: its native continuation, and installs that share its cached prefix."""
+class _Prompts:
+    """Some prompts: their native continuations, and installs that share their cached prefixes."""
 
     def __init__(
-        self, model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, " pos"], positions: int
+        self,
+        model: HookedRecurrent,
+        cell: Cell,
+        tokens: Int[Tensor, "prompt pos"],
+        positions: int,
+        n_tokens: int,
+        temperature: float,
+        seed: int,
     ) -> None:
         self.model, self.cell, self.tokens = model, cell, tokens
-        self.last = tokens[-positions:]
-        self.prefix = Prefix(model, cell, tokens[:-positions])
-        key, value = (x[-positions:].float() for x in native_writes(model, cell, tokens))
-        self.key, self.norm = key, key.norm(dim=-1) * value.norm(dim=-1)
+        self.last, self.n_tokens = tokens[:, -positions:], n_tokens
+        self.prefix = Prefix(model, cell, tokens[:, :-positions])
+        self.how = {"n_tokens": n_tokens, "temperature": temperature, "seed": seed}
+        writes = [native_writes(model, cell, prompt) for prompt in tokens]
+        self.key, value = (torch.stack(x)[:, -positions:].float() for x in zip(*writes, strict=True))
+        self.norm = self.key.norm(dim=-1) * value.norm(dim=-1)
         with torch.no_grad():
-            self.logits = self.prefix.run(self.last[None])[0][0, -1].double()
+            logits, cache = self.prefix.run(self.last)
+            self.logits = logits[:, -1].double()
+            self.said = self.prefix.decode(logits[:, -1], cache, **self.how)
 
-    def ranks(self, logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, " row"]) -> Tensor:
-        at = logits.gather(1, targets[:, None])
-        return (logits > at).sum(-1) + 1
-
-    def draw_targets(self, rng: torch.Generator) -> list[tuple[int, str]]:
-        """One token of each stratum that has any."""
-        order = self.logits.argsort(descending=True).tolist()
-        inside, size = set(self.tokens.tolist()), len(order)
-        drawn = []
-        for name, (low, high) in STRATA.items():
-            if name == "out_of_context":
-                pool = [t for t in order[size // 2 :] if t not in inside]
-            else:
-                assert low is not None
-                pool = order[low - 1 : None if high is None else high - 1]
-            if pool:
-                drawn.append((pool[int(torch.randint(0, len(pool), (), generator=rng))], name))
-        return drawn
+    def draw_targets(self, rng: torch.Generator) -> tuple[list[str], Int[Tensor, "prompt target"]]:
+        """One token of each stratum that the vocabulary has, for every prompt."""
+        drawn: dict[str, list[int]] = {}
+        for prompt, row in zip(self.tokens.tolist(), self.logits, strict=True):
+            order = row.argsort(descending=True).tolist()
+            unseen = set(range(len(order))) - set(prompt)
+            for name, (low, high) in STRATA.items():
+                if low is None:
+                    pool = [t for t in order[len(order) // 2 :] if t in unseen]
+                else:
+                    pool = order[low - 1 : None if high is None else high - 1]
+                if pool:
+                    token = pool[int(torch.randint(0, len(pool), (), generator=rng))]
+                    drawn.setdefault(name, []).append(token)
+        return list(drawn), torch.tensor(list(drawn.values())).T
 
     def install(
         self,
-        chosen: list[tuple[int, str]],
+        chosen: Int[Tensor, "prompt target"],
+        names: list[str],
         magnitudes: tuple[float, ...],
         refine: int | None,
-        n_tokens: int,
-        temperature: float,
         rng: torch.Generator,
     ) -> pd.DataFrame:
-        device, n = self.tokens.device, len(chosen) * len(magnitudes)
-        targets = torch.tensor([t for t, _ in chosen for _ in magnitudes], device=device)
-        sizes = torch.tensor([m for _ in chosen for m in magnitudes], device=device)[:, None] * self.norm
-        added = self._unembedding(targets) if refine is None else self._jacobian(targets, sizes, refine)
-        shape = n, len(self.last)
+        n_prompts, n_targets = chosen.shape
+        n, device = n_targets * len(magnitudes), self.tokens.device  # edits of a prompt
+        targets = chosen.to(device).repeat_interleave(len(magnitudes), dim=1).flatten()
+        of = torch.arange(n_prompts, device=device).repeat_interleave(n)  # the prompt of each edit
+        size = torch.tensor(magnitudes, device=device).repeat(n_prompts * n_targets)
+        sizes = size[:, None] * self.norm[of]
+        added = (
+            self._unembedding(targets, of) if refine is None else self._jacobian(targets, of, sizes, refine)
+        )
+        shape = len(targets), self.last.shape[1]
         control = [torch.randn(*shape, d, generator=rng).to(device) for d in (self.cell.d_k, self.cell.d_v)]
-        every = torch.cat([_of_norm(*x, sizes) for x in (added, tuple(control))])
-        every = torch.cat([every, every.new_zeros(1, *every.shape[1:])])  # the last row is native
-        with torch.no_grad():
-            logits, cache = self.prefix.run(self.last.expand(len(every), -1), every)
-            first = logits[:, -1].double()
-            said = self.prefix.decode(logits[:, -1], cache, n_tokens, temperature, rng=rng)
-        contains = (said[:, None] == targets[:, None]).any(-1)  # [row, target]
-        log_p = first.log_softmax(-1)[:, targets]
-        own, ctl = torch.arange(n, device=device), torch.arange(n, 2 * n, device=device)
-        native_rank = self.ranks(first[-1:].expand(n, -1), targets)
-        rank = self.ranks(first[:n], targets)
+        own, other = (self._decode(_of_norm(*x, sizes), of) for x in (added, (control[0], control[1])))
+        native = self.logits[of], self.said[of]
+
+        def log_p(first: Tensor) -> Tensor:
+            return first.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+        def rank(first: Tensor) -> Tensor:
+            return (first > first.gather(1, targets[:, None])).sum(-1) + 1
+
+        def contains(said: Tensor) -> Tensor:
+            return (said == targets[:, None]).any(-1)
+
         columns = {
+            "prompt": of,
             "target": targets,
-            "stratum": np.repeat([name for _, name in chosen], len(magnitudes)),
-            "magnitude": np.tile(magnitudes, len(chosen)),
-            "native_rank": native_rank,
-            "rank": rank,
-            "rank_shift": native_rank - rank,
-            "lift": log_p[own, own] - log_p[-1],
-            "in_continuation": contains[own, own],
-            "native_in_continuation": contains[-1],
-            "control_in_continuation": contains[ctl, own],
-            "control_lift": log_p[ctl, own] - log_p[-1],
+            "stratum": np.tile(np.repeat(names, len(magnitudes)), n_prompts),
+            "magnitude": np.tile(magnitudes, n_prompts * n_targets),
+            "native_rank": rank(native[0]),
+            "rank": rank(own[0]),
+            "rank_shift": rank(native[0]) - rank(own[0]),
+            "lift": log_p(own[0]) - log_p(native[0]),
+            "in_continuation": contains(own[1]),
+            "native_in_continuation": contains(native[1]),
+            "control_in_continuation": contains(other[1]),
+            "control_lift": log_p(other[0]) - log_p(native[0]),
         }
         frame = pd.DataFrame({k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in columns.items()})
-        frame["continuation"] = [json.dumps(row) for row in said[:n].tolist()]
-        frame["native_continuation"] = json.dumps(said[-1].tolist())
-        return frame
+        texts = {"continuation": own[1], "native_continuation": native[1]}
+        return frame.assign(
+            **{name: [json.dumps(row) for row in said.tolist()] for name, said in texts.items()}
+        )
 
-    def _unembedding(self, targets: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def _decode(
+        self, added: Float[Tensor, "row pos d_k d_v"], of: Int[Tensor, " row"]
+    ) -> tuple[Float[Tensor, "row d_vocab"], Int[Tensor, "row token"]]:
+        """First logits and continuation with what is added."""
+        logits, cache = self.prefix.run(self.last[of], added)
+        return logits[:, -1].double(), self.prefix.decode(logits[:, -1], cache, **self.how)
+
+    def _unembedding(self, targets: Int[Tensor, " row"], of: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
         """The native keys, and the targets' rows of the unembedding as the head's output sees them."""
         unembedding: Any = self.model.original_model.get_output_embeddings().weight  # type: ignore[operator]
         output = self.model.mixers[self.cell.layer].head_output(self.cell.head)
         values = (unembedding[targets].float() @ output.float().T).detach()
-        count = len(self.last)
-        return self.key.expand(len(targets), -1, -1), values[:, None].expand(-1, count, -1)
+        return self.key[of], values[:, None].expand(-1, self.last.shape[1], -1)
 
     def _jacobian(
-        self, targets: Int[Tensor, " row"], sizes: Float[Tensor, "row pos"], refine: int
+        self,
+        targets: Int[Tensor, " row"],
+        of: Int[Tensor, " row"],
+        sizes: Float[Tensor, "row pos"],
+        refine: int,
     ) -> tuple[Tensor, Tensor]:
-        """Leading pairs of the gradient of the targets' log-probabilities by the writes."""
-        shape = len(targets), len(self.last), self.cell.d_k, self.cell.d_v
-        added = torch.zeros(shape, device=targets.device)
-        best: tuple[Tensor, Tensor] | None = None
-        reached = torch.full((len(targets),), -float("inf"), device=targets.device, dtype=torch.float64)
-        pair = (added[..., 0], added[..., 0, :])
-        for turn in range(refine + 2):
-            added.requires_grad_()
+        """Leading pairs of the gradient of the targets' margins by the writes."""
+        along = torch.cat([self.last, self.said[:, :-1]], dim=1)[of]
+        n_written = self.last.shape[1]
+        sides = self.cell.d_k, self.cell.d_v
+        coming = torch.zeros(len(of), along.shape[1] - n_written, *sides, device=of.device)
+
+        def margin(added: Tensor) -> Float[Tensor, " row"]:
+            logits, _ = self.prefix.run(along, torch.cat([added, coming], dim=1))
+            logits = logits[:, n_written - 1 :].float()
+            place = targets[:, None, None].expand(-1, logits.shape[1], 1)
+            others = logits.scatter(2, place, -float("inf")).amax(-1)
+            return (logits.gather(2, place).squeeze(2) - others).logsumexp(-1)
+
+        with torch.enable_grad():
+            nothing = torch.zeros(len(of), n_written, *sides, device=of.device, requires_grad=True)
+            (gradient,) = torch.autograd.grad(margin(nothing).sum(), nothing)
+        left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
+        factors = [f.clone().requires_grad_() for f in (left[..., 0], right[..., 0, :])]
+        optimizer = torch.optim.Adam(factors, lr=_STEP)
+        best = [f.detach().clone() for f in factors]
+        reached = torch.full((len(of),), -float("inf"), device=of.device)
+        for turn in range(refine + 1 if refine else 0):
             with torch.enable_grad():
-                logits, _ = self.prefix.run(self.last.expand(len(targets), -1), added)
-                log_p = logits[:, -1].double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-                (gradient,) = torch.autograd.grad(log_p.sum(), added)
-            if turn:  # the first round is native
-                better = (log_p.detach() > reached)[:, None, None]
-                reached = torch.maximum(reached, log_p.detach())
-                best = pair if best is None else (
-                    torch.where(better, pair[0], best[0]), torch.where(better, pair[1], best[1])
-                )  # fmt: skip
-            left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
-            pair = left[..., 0], right[..., 0, :]
-            added = _of_norm(*pair, sizes)
-        assert best is not None
-        return best
+                found = margin(_of_norm(factors[0], factors[1], sizes))
+            better = found.detach() > reached
+            for kept, factor in zip(best, factors, strict=True):
+                kept[better] = factor.detach()[better]
+            reached[better] = found.detach()[better]
+            if turn < refine:
+                optimizer.zero_grad()
+                (-found.sum()).backward(inputs=factors)
+                optimizer.step()
+        return best[0], best[1]
 
 
 def _of_norm(
@@ -268,9 +314,7 @@ def _summarize(records: pd.DataFrame) -> dict[str, Any]:
     summary["n_installs"] = len(records)
     for column in ("stratum", "magnitude"):
         found = records.groupby(column, sort=False)
-        summary[f"by_{column}"] = {
-            str(name): {"n": len(part), **_rates(part)} for name, part in found
-        }
+        summary[f"by_{column}"] = {str(name): {"n": len(part), **_rates(part)} for name, part in found}
     return summary
 
 
@@ -279,7 +323,7 @@ def _rates(records: pd.DataFrame) -> dict[str, Any]:
         "target_in_continuation": float(records.in_continuation.mean()),
         "native_target_in_continuation": float(records.native_in_continuation.mean()),
         "control_target_in_continuation": float(records.control_in_continuation.mean()),
-        "first_token": float((records["rank"] == 1).mean()),
+        "first_token": float(np.mean(records["rank"] == 1)),
         "median_rank_shift": float(records.rank_shift.median()),
         "mean_lift": float(records.lift.mean()),
         "mean_control_lift": float(records.control_lift.mean()),

@@ -44,10 +44,10 @@ def reader_trace(
 ) -> ExperimentResult:
     """Add atoms at a position t0, and follow the change of what every head of this and later layers reads.
 
-    The change of a head at t is |o_t(added) - o_t(native)| / |o_t(native)|, o_t = S_t^T q_t what it reads from
-    its state before norm and gate. The atom's own head reads the write itself; other heads of its layer
-    cannot; heads of later layers see it through what reached their own inputs. As many Gaussian rank-1
-    writes of the same norm are the control.
+    The change of a head at t is |o_t(added) - o_t(native)| / |o_t(native)|, where o_t = S_t^T q_t is what it
+    reads from its state, before norm and gate. The atom's own head reads the write itself; other heads of its
+    layer cannot; heads of later layers see it through what reached their own inputs. As many Gaussian
+    rank-1 writes of the same norm are the control.
 
     Args:
         model: the model that the SAE was trained on.
@@ -102,8 +102,10 @@ def reader_trace(
         return _trace(model, cell, tokens, position, writes, size, chosen.numpy()).assign(passage=n)
 
     records = run.records(range(len(passages)), trace, "Tracing")
-    records = records[["passage", "position", "kind", "atom", "layer", "head", "horizon", "change"]]
-    summary = _summarize(records, cell) | {"n_passages": len(passages)}
+    records = records.reindex(
+        columns=["passage", "position", "kind", "atom", "layer", "head", "horizon", "change"]
+    )
+    summary: dict[str, Any] = {**_summarize(records, cell), "n_passages": len(passages)}
     readers = summary["top_readers"]
     headline = (
         "no layer reads after this one"
@@ -159,24 +161,24 @@ def _trace(
 
 
 def _summarize(records: pd.DataFrame, cell: Cell) -> dict[str, Any]:
-    own = records[(records.layer == cell.layer) & (records["head"] == cell.head)]
-    later = records[records.layer > cell.layer]
+    own = records.loc[(records["layer"] == cell.layer) & (records["head"] == cell.head)]
+    later = records.loc[records["layer"] > cell.layer]
 
     def by(frame: pd.DataFrame, column: str) -> dict[str, float]:
-        means = frame[frame.kind == "atom"].groupby(column).change.mean()
+        means = frame.loc[frame["kind"] == "atom"].groupby(column)["change"].mean()
         return {str(at): float(x) for at, x in means.items()}
 
-    atoms = later[later.kind == "atom"]
-    means = atoms.groupby(["layer", "head"]).change.mean().sort_values(ascending=False)
+    atoms = later.loc[later["kind"] == "atom"]
+    means = atoms.groupby(["layer", "head"])["change"].mean().sort_values(ascending=False)
     summary: dict[str, Any] = {
         "own_change_by_horizon": by(own, "horizon"),
         "change_by_layer": by(later, "layer"),
         "change_by_horizon": by(later, "horizon"),
         "top_readers": [
-            {"layer": int(layer), "head": int(head), "change": float(x)}
-            for (layer, head), x in means.head(10).items()
+            {"layer": int(row["layer"]), "head": int(row["head"]), "change": float(row["change"])}
+            for row in means.head(10).reset_index().to_dict("records")
         ],
     }
-    random = later.loc[later.kind == "random", "change"]
-    ratio = None if not len(later) or not random.mean() > 0 else float(atoms.change.mean() / random.mean())
+    random = later.loc[later["kind"] == "random", "change"]
+    ratio = None if not len(later) or not random.mean() > 0 else float(atoms["change"].mean() / random.mean())
     return summary | {"ratio_to_random": ratio}

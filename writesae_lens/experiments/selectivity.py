@@ -105,7 +105,7 @@ def selectivity(
 
     records = run.records(range(len(passages)), push, "Writing")
     columns = ["passage", "position", "kind", "atom", "kl", "max_shift", "top"]
-    records = records[columns]
+    records = records.reindex(columns=columns)
     summary = _summarize(records, top_k, seed) | {"chance_overlap": top_k / model.cfg.d_vocab}
     own, other = summary["own_overlap_atom"], summary["other_overlap_atom"]
     headline = (

@@ -79,7 +79,7 @@ def splice_test(
         return frame
 
     records = run.records(range(len(passages)), splice, "Splicing")
-    summary = _summarize(records, seed) | {"n_heads": len(sites)}
+    summary: dict[str, Any] = {**_summarize(records, seed), "n_heads": len(sites)}
     low, high = summary["increase_percent_ci"]
     headline = (
         f"perplexity {summary['perplexity_native']:.3f} natively, {summary['increase_percent']:+.2f}% "
