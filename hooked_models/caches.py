@@ -20,8 +20,10 @@ def cached(cache: Any, layer: int, name: str) -> Tensor | None:
 
 
 def repeated(cache: Any, count: int) -> Any:
-    """A copy of a cache with every row ``count`` times, one after another."""
+    """A copy of a cache (or None) with every row ``count`` times, one after another."""
     twin = copy.deepcopy(cache)
+    if twin is None:
+        return None
 
     def repeat(held: Any) -> Any:
         if isinstance(held, dict):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hooked_models import adapters, loading, zoo
+from hooked_models.caches import repeated
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.mixers import Added, BranchAware, Branches, HookedMixer, Swap, is_listened_to
 
@@ -325,6 +326,7 @@ class HookedRecurrent(SAETransformerBridge):
         keys: Float[Tensor, "row d_k"],
         values: Float[Tensor, "row d_v"],
         linear: bool = False,
+        past_key_values: Any = None,
     ) -> Float[Tensor, "row pos d_vocab"]:
         """Logits of a passage when a cell writes key value^T beside its native write at one position.
 
@@ -337,6 +339,7 @@ class HookedRecurrent(SAETransformerBridge):
                 carried through every later decay and erase to every later read, and through the head's
                 norm and gate, exactly; only what comes after the layer is linearised, at the native passage
                 (one forward-mode derivative).
+            past_key_values: a cache, of one row, of what comes before ``tokens``; it is left as it is.
 
         Raises:
             HookedModelError: no such cell, or shapes or positions that do not fit.
@@ -356,10 +359,13 @@ class HookedRecurrent(SAETransformerBridge):
                 f"{int(positions.min())} .. {int(positions.max())}"
             )
         mixer = self.mixers[layer]
+        past: dict[str, Any] = {"use_cache": False}
+        if past_key_values is not None:
+            past = {"use_cache": True, "past_key_values": repeated(past_key_values, n_rows)}
         with forward_ad.dual_level() if linear else contextlib.nullcontext():
             try:
                 mixer._added = Added(head, positions, keys, values, linear)
-                logits = self.forward(tokens.expand(n_rows, -1), use_cache=False)
+                logits = self.forward(tokens.expand(n_rows, -1), **past)
             finally:
                 mixer._added = None
             if not linear:

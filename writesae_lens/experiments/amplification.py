@@ -20,8 +20,9 @@ from writesae_lens.experiments.decoding import Prefix, batches
 from writesae_lens.experiments.inputs import (
     activity,
     atom_factors,
-    check_any_fires,
+    busiest_atom,
     check_at_least,
+    check_atom,
     check_positive,
     find_passages,
     find_site,
@@ -57,7 +58,7 @@ def amplify(
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         prompts: ``[prompt, pos]``, or a text to cut into prompts; the atoms' coefficients are those here.
-        atom: the atom (None: the one with the largest sum of coefficients).
+        atom: the atom (None: the one that is dominant most often).
         factors: multiples of the mean coefficient.
         n_tokens: to decode.
         temperature: 0 is greedy.
@@ -79,24 +80,22 @@ def amplify(
     """
     check_positive(factors=factors)
     check_at_least(1, n_tokens=n_tokens)
-    check_at_least(0, seed=seed, atom=atom)
+    check_at_least(0, seed=seed)
     if not 0 <= temperature < float("inf"):
         raise WriteSAEError(f"temperature={temperature} makes no sense: give 0 or more")
     site, passages = find_site(model, sae), find_passages(model, sae, prompts, context_size)
     if model.tokenizer is None:
         raise WriteSAEError("the model has no tokenizer, and so no text to count in")
-    if atom is not None and atom >= sae.cfg.d_sae:
-        raise WriteSAEError(f"atom={atom}, but the SAE has atoms 0 to {sae.cfg.d_sae - 1}")
+    check_atom(sae, atom)
     if passages.shape[1] < 2:
         raise WriteSAEError("prompts of one token are too short: give 2 tokens or more")
-    found = torch.cat([activity(model, sae, site, p).acts.float().clamp(min=0) for p in passages])
-    total = found.sum(0)
-    check_any_fires(int((total > 0).sum()), 1, passages)
-    chosen = int(total.argmax()) if atom is None else atom
-    if not total[chosen] > 0:
+    found = [activity(model, sae, site, p) for p in passages]
+    chosen = busiest_atom(found, passages) if atom is None else atom
+    acts = torch.cat([x.acts.float() for x in found])
+    if not bool((acts[:, chosen] > 0).any()):
         raise WriteSAEError(f"atom {chosen} is active at no position of these {len(passages)} prompts")
-    mean = float(total[chosen] / (found[:, chosen] > 0).sum())
-    others = [int(x) for x in (total > 0).nonzero() if int(x) != chosen]
+    mean = float(acts[acts[:, chosen] > 0, chosen].mean())
+    others = [int(x) for x in (acts > 0).any(0).nonzero() if int(x) != chosen]
     rng = torch.Generator().manual_seed(seed)
     control = others[int(torch.randint(0, len(others), (), generator=rng))] if others else None
     run = Run(

@@ -22,8 +22,9 @@ from writesae_lens.experiments.inputs import (
     Firings,
     activity,
     atom_factors,
-    check_any_fires,
+    busiest_atom,
     check_at_least,
+    check_atom,
     check_positive,
     find_passages,
     find_site,
@@ -64,7 +65,7 @@ def erase_atom(
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         tokens: passages ``[passage, pos]``, or a text.
-        atom: the atom (None: the one with the largest sum of coefficients).
+        atom: the atom (None: the one that is dominant most often).
         token: the token to watch, an id or the text of one token (None: the preferred one).
         doses: multiples of what the atom writes.
         context_size: tokens of a passage, for text (None: the SAE's own, else 256).
@@ -84,19 +85,16 @@ def erase_atom(
             not a single token.
     """
     check_positive(doses=doses)
-    check_at_least(0, seed=seed, atom=atom)
+    check_at_least(0, seed=seed)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    if atom is not None and atom >= sae.cfg.d_sae:
-        raise WriteSAEError(f"atom={atom}, but the SAE has atoms 0 to {sae.cfg.d_sae - 1}")
+    check_atom(sae, atom)
     watched = None if token is None else token_id(model, token)
     found = [
         activity(model, sae, site, passage)
         for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)
     ]
-    total = torch.stack([x.acts.clamp(min=0).sum(0) for x in found]).sum(0)
-    check_any_fires(int((total > 0).sum()), 1, passages)
-    chosen = int(total.argmax()) if atom is None else atom
-    if not total[chosen] > 0:
+    chosen = busiest_atom(found, passages) if atom is None else atom
+    if not any(bool((x.acts[:, chosen] > 0).any()) for x in found):
         raise WriteSAEError(f"atom {chosen} is active at no position of these {len(passages)} passages")
     firings, elsewhere = _positions(found, chosen, seed)
     every = torch.cat([torch.full_like(f.position, n) for n, f in enumerate(firings)])

@@ -12,6 +12,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import (
@@ -138,9 +139,13 @@ def _passage(
     n_tokens: int,
 ) -> pd.DataFrame:
     """Predicted and measured shifts of one passage; atoms and epsilons by number."""
-    native = model(tokens[None], return_type="logits")[0]
-    followed = native[position].topk(n_tokens).indices
-    n_atoms, later = len(atoms.key), slice(position, None)
+    past = None
+    if position:  # the rows differ from t0 on
+        past = model.new_cache()
+        model(tokens[None, :position], past_key_values=past, use_cache=True)
+    coming, n_atoms = tokens[position:], len(atoms.key)
+    native = model(coming[None], past_key_values=repeated(past, 1), use_cache=past is not None)[0]
+    followed = native[0].topk(n_tokens).indices
     atom = torch.arange(n_atoms).repeat_interleave(len(sizes))
     size = sizes.repeat(n_atoms).to(atoms.key)
     keys, values = atoms.key[atom, 0] * size[:, None], atoms.value[atom, 0]
@@ -148,12 +153,12 @@ def _passage(
     predicted, measured = [], []
     for start in range(0, len(atom), step):
         rows = slice(start, start + step)
-        where = torch.full_like(atom[rows], position)
-        args = tokens, cell.layer, cell.head, where, keys[rows], values[rows]
-        changed = model.run_with_added_writes(*args)
-        measured.append((changed - native)[:, later, followed])
+        args = coming, cell.layer, cell.head, torch.zeros_like(atom[rows]), keys[rows], values[rows]
+        changed = model.run_with_added_writes(*args, past_key_values=past)
+        measured.append((changed - native)[:, :, followed])
         if form == "exact":
-            predicted.append(model.run_with_added_writes(*args, linear=True)[:, later, followed])
+            linear = model.run_with_added_writes(*args, linear=True, past_key_values=past)
+            predicted.append(linear[:, :, followed])
     if form == "gate_product":
         predicted.append(_gate_product(model, cell, tokens, position, keys, values, followed))
     shifts = {name: torch.cat(x).double().cpu() for name, x in (("p", predicted), ("m", measured))}

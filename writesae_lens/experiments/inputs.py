@@ -194,6 +194,23 @@ def alive_atoms(found: Sequence[Activity], passages: Int[Tensor, "passage pos"])
     return alive
 
 
+def busiest_atom(found: Sequence[Activity], passages: Int[Tensor, "passage pos"]) -> int:
+    """The atom that is dominant at the most positions.
+
+    Raises:
+        WriteSAEError: none ever is.
+    """
+    dominant = torch.cat([x.acts.argmax(-1)[x.acts.amax(-1) > 0] for x in found])
+    check_any_fires(len(dominant), len(dominant), passages)
+    return int(dominant.bincount().argmax())
+
+
+def check_atom(sae: SAE[Any], atom: int | None) -> None:
+    """Refuse an atom that the SAE does not have; None is fine."""
+    if atom is not None and not 0 <= atom < sae.cfg.d_sae:
+        raise WriteSAEError(f"atom {atom} does not exist: the SAE has atoms 0 to {sae.cfg.d_sae - 1}")
+
+
 def find_cell(model: HookedRecurrent, subject: SAE[Any] | Cell | tuple[int, int]) -> Cell:
     """The cell of an SAE, or the one that is given, as it is or as (layer, head).
 
