@@ -406,3 +406,31 @@ def plot_contexts(result: ExperimentResult) -> Figure:
     strength.set(xlabel="cosine to the native write there", ylabel="largest coefficient", yscale="log")
     strength.set_title("Each atom's strongest position", fontsize=11, loc="left")
     return figure
+
+
+def plot_comparison(result: ExperimentResult) -> Figure:
+    """Win rate with its interval, and the distribution of KL, of every stand-in."""
+    records, table = result.records, result.summary["table"]
+    figure, (rates, spread) = _figure(11.0, 0.9 + 0.42 * len(table), 2)
+    saes = set(result.summary["names"])
+    names = [row["name"] for row in table][::-1]
+    for place, row in enumerate(reversed(table)):
+        color = ATOM if row["name"] in saes else DELETE if row["name"] == "delete" else RANDOM
+        if row["win_rate"] is not None:
+            rates.plot(row["win_rate_ci"], [place, place], color=color, lw=2)
+            rates.plot([row["win_rate"]], [place], "o", color=color)
+            rates.text(1.02, place, f"{row['win_rate']:.1%}", va="center", fontsize=9)
+        logs = np.log10(records.loc[records["name"] == row["name"], "kl"].clip(lower=_FLOOR))
+        box = spread.boxplot([logs], positions=[place], orientation="horizontal", showfliers=False,
+                             widths=0.55, patch_artist=True)  # fmt: skip
+        box["boxes"][0].set(facecolor=color, alpha=0.4)
+        box["medians"][0].set(color=INK)
+    rates.axvline(0.5, color=INK, lw=0.8, ls="--")
+    rates.set(xlim=(0, 1))
+    rates.set_xlabel("win rate against deletion")
+    rates.set_title(f"{result.summary['n_firings']:,} shared firings", fontsize=11, loc="left")
+    spread.set_xlabel("log10 KL to the native distribution (nats)")
+    spread.set_title("How far from native", fontsize=11, loc="left")
+    for axis in (rates, spread):
+        axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    return figure

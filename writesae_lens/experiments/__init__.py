@@ -1,6 +1,7 @@
 """The paper's experiments, one call each."""
 
 from writesae_lens.experiments.amplification import amplify
+from writesae_lens.experiments.compare import compare
 from writesae_lens.experiments.contexts import top_contexts
 from writesae_lens.experiments.erasure import erase_atom
 from writesae_lens.experiments.formula import logit_formula_test
@@ -17,6 +18,7 @@ from writesae_lens.experiments.splice import splice_test
 __all__ = [
     "ExperimentResult",
     "amplify",
+    "compare",
     "erase_atom",
     "install_tokens",
     "logit_formula_test",

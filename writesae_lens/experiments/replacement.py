@@ -97,7 +97,7 @@ def replacement_test(
         find_firings(model, sae, site, passage)
         for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)
     ]
-    kept = _thin(firings, skip_positions, max_firings, max_firings_per_atom, seed)
+    kept = thin(firings, skip_positions, max_firings, max_firings_per_atom, seed)
     check_any_fires(sum(len(f.position) for f in firings), sum(map(len, kept)), passages)
     run = Run(
         "replacement", model, sae, passages, progress_folder, verbose, scale=scale, random=random, kl=kl,
@@ -118,7 +118,7 @@ def replacement_test(
     return run.result(records, summary, figures, headline)
 
 
-def _thin(
+def thin(
     firings: list[Firings], skip: int, total: int | None, per_atom: int | None, seed: int
 ) -> list[Tensor]:
     """Indices of the firings to keep, per passage."""

@@ -1,0 +1,126 @@
+"""What a WriteSAE must be better than (paper, experiment 10): other dictionaries, in the same form.
+
+Each is an SAE with the cell's hook in its metadata, so that every experiment takes it. The dense-encoder
+variant is ``WriteSAETrainingConfig(encoder="dense")``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from sae_lens import SAE
+from torch import Tensor
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import sides_of
+from writesae_lens.config import WriteSAEConfig, WriteSAETrainingConfig
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.inputs import find_passages, native_writes
+from writesae_lens.sae import WriteSAE
+
+# Writes that the principal component is taken of: their Gram matrix has the square of it.
+_MAX_WRITES = 4096
+
+
+@torch.no_grad()
+def flat_svd(sae: SAE[Any], d_k: int | None = None, d_v: int | None = None) -> WriteSAE:
+    """The leading singular pairs of a flat TopK SAE's atoms, at their singular values.
+
+    Encoder, selection and decoder bias stay those of the flat SAE, so its coefficients do.
+
+    Args:
+        sae: SAELens's ``topk``, or a `WriteSAE` with dense encoder and decoder.
+        d_k, d_v: the cell's sides, where the SAE does not tell.
+
+    Raises:
+        WriteSAEError: it is no such SAE, or its sides are not known.
+    """
+    activation = getattr(sae.cfg, "activation", "topk" if sae.cfg.architecture() == "topk" else None)
+    factored = (
+        getattr(sae.cfg, "decoder", "dense") != "dense" or getattr(sae.cfg, "encoder", "dense") != "dense"
+    )
+    if activation != "topk" or factored:
+        raise WriteSAEError("flat_svd takes an SAE whose encoder and decoder are dense, with TopK")
+    sides = (d_k, d_v) if d_k is not None and d_v is not None else sides_of(sae)
+    if sides is None or sides[0] * sides[1] != sae.cfg.d_in:
+        raise WriteSAEError(
+            f"the atoms of this SAE are rows of {sae.cfg.d_in} numbers: give d_k and d_v, with that product"
+        )
+    names = ("W_dec", "W_enc", "b_enc", "b_dec")
+    atoms, encoder, bias, decoder_bias = (getattr(sae, name).float() for name in names)
+    if sae.cfg.apply_b_dec_to_input:
+        bias = bias - decoder_bias @ encoder
+    if sae.cfg.rescale_acts_by_decoder_norm:  # selection is by the coefficients of atoms of norm 1
+        norm = atoms.norm(dim=-1).clamp(min=1e-8)
+        atoms, encoder, bias = atoms / norm[:, None], encoder * norm, bias * norm
+    left, singular, right = torch.linalg.svd(atoms.view(-1, *sides), full_matrices=False)
+    flat = WriteSAE(
+        WriteSAEConfig(
+            d_k=sides[0], d_v=sides[1], d_sae=sae.cfg.d_sae, k=sae.cfg.k, encoder="dense",
+            rescale_acts_by_decoder_norm=False, device=sae.cfg.device, metadata=sae.cfg.metadata,
+        )
+    )  # fmt: skip
+    flat.load_state_dict(
+        {
+            "dec_key": (left[:, :, 0] * singular[:, :1])[:, None],
+            "dec_value": right[:, :1],
+            "enc_matrix": encoder.T.reshape(-1, *sides),
+            "b_enc": bias,
+            "b_dec": decoder_bias,
+        }
+    )
+    return flat
+
+
+@torch.no_grad()
+def principal_component(
+    model: HookedRecurrent,
+    layer: int,
+    head: int,
+    tokens: Int[Tensor, "passage pos"] | str,
+    context_size: int | None = None,
+    seed: int = 0,
+) -> WriteSAE:
+    """The leading principal component of a cell's writes (not centred): an SAE of two atoms, it and minus it.
+
+    Args:
+        model: the model.
+        layer, head: the cell.
+        tokens: passages to read writes in, or a text; of more than 4,096 writes a random choice counts.
+        context_size: tokens of a passage, for text (None: 256).
+        seed: of the choice.
+    """
+    cell = model.cell(layer, head)
+    passages = find_passages(model, cell, tokens, context_size)
+    writes = [native_writes(model, cell, passage) for passage in passages]
+    key, value = (torch.cat(x).double() for x in zip(*writes, strict=True))
+    chosen = torch.randperm(len(key), generator=torch.Generator().manual_seed(seed))[:_MAX_WRITES]
+    key, value = key[chosen.to(key.device)], value[chosen.to(key.device)]
+    # The component lies in the writes' span: it comes from their Gram matrix, for which none is built.
+    weights = torch.linalg.eigh((key @ key.T) * (value @ value.T)).eigenvectors[:, -1]
+    component = (key * weights[:, None]).T @ value
+    component = component / component.norm().clamp(min=1e-30)
+    sae = WriteSAE(
+        WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, d_sae=2, k=1, encoder="tied", decoder="dense")
+    ).to(key.device)
+    sae.load_state_dict(sae.state_dict() | {"dec_matrix": torch.stack([component, -component]).float()})
+    sae.cfg.metadata.model_name = model.cfg.model_name
+    sae.cfg.metadata.hook_name = model.write_hook_name(layer, head)
+    return sae
+
+
+def matched_d_sae(cfg: WriteSAETrainingConfig, encoder: str, decoder: str) -> int:
+    """Atoms of another member of the family with (at most) as many parameters: a parameter-matched control.
+
+    Args:
+        cfg: of the dictionary to match.
+        encoder, decoder: of the other one, as in the config.
+    """
+
+    def per_atom(encoder: str, decoder: str) -> int:
+        sizes = {"bilinear": cfg.rank * (cfg.d_k + cfg.d_v), "dense": cfg.d_k * cfg.d_v, "tied": 0}
+        return sizes[encoder] + sizes["bilinear" if decoder == "factored" else "dense"] + 1
+
+    return max(1, cfg.d_sae * per_atom(cfg.encoder, cfg.decoder) // per_atom(encoder, decoder))

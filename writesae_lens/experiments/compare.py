@@ -1,0 +1,214 @@
+"""Comparison (paper, experiment 10): several dictionaries and random controls on the same firings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from sae_lens import SAE
+from torch import Tensor
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell
+from writesae_lens import statistics
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments import swaps
+from writesae_lens.experiments.inputs import (
+    Firings,
+    atom_factors,
+    check_any_fires,
+    check_at_least,
+    check_choice,
+    find_firings,
+    find_passages,
+    find_site,
+    native_cosines,
+)
+from writesae_lens.experiments.replacement import thin
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run, generator
+from writesae_lens.figures import plot_comparison
+
+DELETE, NONE = "delete", -1
+
+
+def compare(
+    model: HookedRecurrent,
+    saes: Mapping[str, SAE[Any]],
+    tokens: Int[Tensor, "passage pos"] | str,
+    random: Sequence[str] = swaps.RANDOM,
+    scale: Literal["coefficient", "matched_norm"] = "coefficient",
+    kl: Literal["patched_base", "base_patched"] = "patched_base",
+    max_firings: int | None = None,
+    skip_positions: int = 0,
+    context_size: int | None = None,
+    seed: int = 0,
+    progress_folder: str | None = None,
+    verbose: bool = True,
+) -> ExperimentResult:
+    """The replacement test of several dictionaries of one cell, at the positions where all of them fire.
+
+    Args:
+        model: the model that the SAEs were trained on.
+        saes: by name; on writes or on states, of any type; `writesae_lens.baselines` makes some. The first is
+            the one that the others are compared with.
+        tokens: passages ``[passage, pos]``, or a text.
+        random: controls, any of "gaussian", "atom", "orthogonal", "native_marginals" (see
+            `replacement_test`), with the norm of the first SAE's atom.
+        scale: atoms at their coefficients, or at the native write's norm.
+        kl: KL(patched || base), as in the paper, or the other way round.
+        max_firings: keep a random choice of so many positions (None: all).
+        skip_positions: leave out the first positions of every passage.
+        context_size: tokens of a passage, for text (None: the first SAE's own, else 256).
+        seed: of the random matrices and the thinning.
+        progress_folder: keeps finished passages, and resumes from them.
+        verbose: show progress bars.
+
+    Returns:
+        a result whose ``records`` have a row a firing and stand-in: passage, position, token, name (of an
+        SAE, a control, or "delete"), atom (-1: none), coefficient, cosine (to the native write), kl,
+        kl_delete. Its ``summary`` has ``table``, a row a stand-in: name, win_rate (against deletion) with
+        a 95% interval, median_kl, median_cosine, kl_over_delete (the ratio of medians), first_is_nearer
+        (share of firings at which the first SAE's KL is smaller), coverage (share of all positions at which
+        the SAE fires).
+
+    Raises:
+        WriteSAEError: no SAEs, SAEs on different cells or that do not fit, a name twice, or no position at
+            which all fire.
+    """
+    check_choice("scale", scale, "coefficient", "matched_norm")
+    check_choice("kl", kl, "patched_base", "base_patched")
+    for kind in random:
+        check_choice("random", kind, *swaps.RANDOM)
+    check_at_least(1, max_firings=max_firings)
+    check_at_least(0, skip_positions=skip_positions, seed=seed)
+    if not saes:
+        raise WriteSAEError("there are no SAEs to compare: give one at least")
+    twice = set(saes) & {*swaps.RANDOM, DELETE}
+    if twice:
+        raise WriteSAEError(f"{', '.join(sorted(twice))} are names of controls: call the SAEs otherwise")
+    first = next(iter(saes.values()))
+    sites = {name: find_site(model, sae) for name, sae in saes.items()}
+    cell = find_site(model, first).cell
+    other = [name for name, site in sites.items() if site.cell != cell]
+    if other:
+        raise WriteSAEError(
+            f"{', '.join(other)} belong to another cell than layer {cell.layer} head {cell.head}: only SAEs "
+            "of one cell have firings in common"
+        )
+    passages = find_passages(model, first, tokens, context_size)
+    found = [
+        {name: find_firings(model, sae, find_site(model, sae), p) for name, sae in saes.items()}
+        for p in passages
+    ]
+    shared = [_shared(firings) for firings in found]
+    kept = thin([firings[next(iter(saes))] for firings in shared], skip_positions, max_firings, None, seed)
+    check_any_fires(sum(len(next(iter(f.values())).position) for f in shared), sum(map(len, kept)), passages)
+    run = Run(
+        "comparison", model, list(saes.values()), passages, progress_folder, verbose, names=list(saes),
+        random=list(random), scale=scale, kl=kl, max_firings=max_firings, skip_positions=skip_positions,
+        seed=seed,
+    )  # fmt: skip
+
+    def test(n: int) -> pd.DataFrame:
+        firings = {name: Firings(*(x[kept[n]] for x in f)) for name, f in shared[n].items()}
+        frame = _test(model, saes, cell, passages[n], firings, random, scale, kl, generator(seed, n))
+        frame.insert(0, "passage", n)
+        return frame
+
+    records = run.records([n for n, index in enumerate(kept) if len(index)], test, "Comparing")
+    coverage = {name: sum(len(f[name].position) for f in found) / passages.numel() for name in saes}
+    table = _table(records, list(saes), list(random), coverage)
+    summary = {"table": table, "n_firings": len(records) // (len(saes) + len(random) + 1)}
+    headline = ", ".join(
+        f"{row['name']} {row['win_rate']:.1%}" for row in table if row["win_rate"] is not None
+    )
+    headline = f"win rates at {summary['n_firings']} shared firings: {headline}"
+    return run.result(records, summary, {"comparison": plot_comparison}, headline)
+
+
+def _shared(firings: Mapping[str, Firings]) -> dict[str, Firings]:
+    """The firings at the positions where all SAEs have one."""
+    common = torch.stack([torch.bincount(f.position, minlength=_end(firings)) for f in firings.values()]).all(
+        0
+    )
+    return {name: Firings(*(x[common[f.position]] for x in f)) for name, f in firings.items()}
+
+
+def _end(firings: Mapping[str, Firings]) -> int:
+    return max((int(f.position.max()) + 1 for f in firings.values() if len(f.position)), default=0)
+
+
+@torch.no_grad()
+def _test(
+    model: HookedRecurrent,
+    saes: Mapping[str, SAE[Any]],
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    firings: Mapping[str, Firings],
+    random: Sequence[str],
+    scale: str,
+    kl: str,
+    rng: torch.Generator,
+) -> pd.DataFrame:
+    first = next(iter(firings.values()))
+    native, conditions, about = swaps.native(first), {}, {}
+    nothing = torch.full_like(first.atom, NONE), torch.full_like(first.coefficient, float("nan"))
+    for name, sae in saes.items():
+        f = firings[name]
+        atoms = atom_factors(sae, f.atom, cell.d_k, cell.d_v)
+        size = f.coefficient if scale == "coefficient" else native.norm() / atoms.norm().clamp(min=1e-30)
+        conditions[name] = swaps.scaled(atoms, size)
+        about[name] = f.atom, f.coefficient
+    norm = next(iter(conditions.values())).norm()
+    for kind in random:
+        drawn = swaps.random_like(kind, next(iter(saes.values())), first, cell, rng)
+        conditions[kind], about[kind] = swaps.with_norm(drawn, norm), nothing
+    conditions[DELETE], about[DELETE] = swaps.zeros_like(native), nothing
+    found = swaps.swapped_logits(model, cell, tokens, first.position, list(conditions.values()))
+    kls = torch.cat(
+        [torch.stack([swaps.divergence(p, base, kl) for p in patched]) for base, patched in found], dim=1
+    )
+    frames = [
+        pd.DataFrame(
+            {
+                "position": first.position.cpu().numpy(),
+                "token": tokens[first.position].cpu().numpy(),
+                "name": name,
+                "atom": about[name][0].cpu().numpy(),
+                "coefficient": about[name][1].double().cpu().numpy(),
+                "cosine": native_cosines(first, condition).double().cpu().numpy(),
+                "kl": values.cpu().numpy(),
+                "kl_delete": kls[-1].cpu().numpy(),
+            }
+        )
+        for (name, condition), values in zip(conditions.items(), kls, strict=True)
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _table(
+    records: pd.DataFrame, saes: list[str], random: list[str], coverage: dict[str, float]
+) -> list[dict[str, Any]]:
+    groups = {name: records.loc[records["name"] == name] for name in (*saes, *random, DELETE)}
+    first, delete = groups[saes[0]]["kl"].to_numpy(), groups[DELETE]["kl"].median()
+    table = []
+    for name, part in groups.items():
+        wins = (part["kl"] < part["kl_delete"]).to_numpy()
+        is_delete = name == DELETE
+        table.append(
+            {
+                "name": name,
+                "win_rate": None if is_delete else float(wins.mean()),
+                "win_rate_ci": None if is_delete else list(statistics.wilson_interval(wins)),
+                "median_kl": float(part["kl"].median()),
+                "kl_over_delete": float(part["kl"].median() / max(float(delete), 1e-30)),
+                "median_cosine": None if is_delete else float(part["cosine"].median()),
+                "first_is_nearer": None if name == saes[0] else float((first < part["kl"].to_numpy()).mean()),
+                "coverage": coverage.get(name),
+            }
+        )
+    return table
