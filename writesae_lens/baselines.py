@@ -37,11 +37,9 @@ def flat_svd(sae: SAE[Any], d_k: int | None = None, d_v: int | None = None) -> W
     Raises:
         WriteSAEError: it is no such SAE, or its sides are not known.
     """
-    activation = getattr(sae.cfg, "activation", "topk" if sae.cfg.architecture() == "topk" else None)
-    factored = (
-        getattr(sae.cfg, "decoder", "dense") != "dense" or getattr(sae.cfg, "encoder", "dense") != "dense"
-    )
-    if activation != "topk" or factored:
+    cfg: Any = sae.cfg
+    ours = isinstance(cfg, WriteSAEConfig) and (cfg.encoder, cfg.decoder, cfg.activation)
+    if ours != ("dense", "dense", "topk") and cfg.architecture() != "topk":
         raise WriteSAEError("flat_svd takes an SAE whose encoder and decoder are dense, with TopK")
     sides = (d_k, d_v) if d_k is not None and d_v is not None else sides_of(sae)
     if sides is None or sides[0] * sides[1] != sae.cfg.d_in:

@@ -237,8 +237,9 @@ def test_what_is_assigned_to_the_cached_state_is_what_the_next_token_meets(model
             return outputs
 
         hooks = [(name, set_state), (out, restore)]
-        # After the last layer nothing can tell.
-        expected = without_cache(model, tokens[:2], hooks[: 1 if layer == last else 2])[:, PREFIX:]
+        if layer == last and "rwkv" not in model.cfg.model_name:
+            hooks.pop()  # nothing after the last layer mixes tokens but RWKV-7's token shift
+        expected = without_cache(model, tokens[:2], hooks)[:, PREFIX:]
         assert float((expected[1] - native[1]).abs().max()) > 1e-2
         close(found, expected)
         close(found[0], native[0])

@@ -100,10 +100,7 @@ def compare(
             "of one cell have firings in common"
         )
     passages = find_passages(model, first, tokens, context_size)
-    found = [
-        {name: find_firings(model, sae, find_site(model, sae), p) for name, sae in saes.items()}
-        for p in passages
-    ]
+    found = [{name: find_firings(model, sae, sites[name], p) for name, sae in saes.items()} for p in passages]
     shared = [_shared(firings) for firings in found]
     kept = thin([firings[next(iter(saes))] for firings in shared], skip_positions, max_firings, None, seed)
     check_any_fires(sum(len(next(iter(f.values())).position) for f in shared), sum(map(len, kept)), passages)
@@ -123,23 +120,17 @@ def compare(
     coverage = {name: sum(len(f[name].position) for f in found) / passages.numel() for name in saes}
     table = _table(records, list(saes), list(random), coverage)
     summary = {"table": table, "n_firings": len(records) // (len(saes) + len(random) + 1)}
-    headline = ", ".join(
-        f"{row['name']} {row['win_rate']:.1%}" for row in table if row["win_rate"] is not None
-    )
-    headline = f"win rates at {summary['n_firings']} shared firings: {headline}"
+    rates = [f"{row['name']} {row['win_rate']:.1%}" for row in table if row["win_rate"] is not None]
+    headline = f"win rates at {summary['n_firings']} shared firings: {', '.join(rates)}"
     return run.result(records, summary, {"comparison": plot_comparison}, headline)
 
 
 def _shared(firings: Mapping[str, Firings]) -> dict[str, Firings]:
     """The firings at the positions where all SAEs have one."""
-    common = torch.stack([torch.bincount(f.position, minlength=_end(firings)) for f in firings.values()]).all(
-        0
-    )
-    return {name: Firings(*(x[common[f.position]] for x in f)) for name, f in firings.items()}
-
-
-def _end(firings: Mapping[str, Firings]) -> int:
-    return max((int(f.position.max()) + 1 for f in firings.values() if len(f.position)), default=0)
+    common = next(iter(firings.values())).position
+    for f in firings.values():
+        common = common[torch.isin(common, f.position)]
+    return {name: Firings(*(x[torch.isin(f.position, common)] for x in f)) for name, f in firings.items()}
 
 
 @torch.no_grad()
