@@ -1,4 +1,4 @@
-"""Command line: ``writesae-lens demo | train | replace | formula | models | pull | convert | push``."""
+"""Command line: ``writesae-lens demo | train | (an experiment) | models | pull | convert | push``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hooked_models.errors import HookedModelError, one_line, printable
+from writesae_lens import commands
 from writesae_lens.errors import WriteSAEError
 
 app = typer.Typer(
@@ -18,24 +19,8 @@ app = typer.Typer(
     help="Sparse autoencoders on the cache writes of recurrent language models.",
 )
 
-SAEReference = Annotated[
-    str,
-    typer.Option(
-        help="An SAE: a folder that SAELens wrote, a best.pt, or RELEASE:ID from the Hub (see models)."
-    ),
-]
 # What a configuration raises that is JSON, but not of an SAE.
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
-TextFile = Annotated[
-    Path | None, typer.Option(help="UTF-8 text; default: the model's held-out text.", show_default=False)
-]
-ModelName = Annotated[
-    str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
-]
-MaxPassages = Annotated[int, typer.Option(min=1, help="Passages to read, at most.")]
-ContextSize = Annotated[int | None, typer.Option(min=1, help="Tokens of a passage.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
-Resume = Annotated[bool, typer.Option(help="Keep finished passages in OUT, and go on from them.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 
 
@@ -56,7 +41,7 @@ def demo(
 
     result = run_demo(out, model, _cell(cell), d_sae, k, training_tokens, seed)
     typer.echo(f"report: {out / 'report.html'}")
-    _headline(result.summary)
+    typer.echo(result.headline)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -95,82 +80,31 @@ def train(
         typer.echo(f"trained: {folder}")
 
 
-@app.command()
-def replace(
-    sae: SAEReference,
-    text: TextFile = None,
-    model: ModelName = None,
-    out: Annotated[Path, typer.Option(help="Folder for records, figures and report.")] = Path(
-        "writesae-replacement"
-    ),
-    scale: Annotated[
-        str, typer.Option(help="Size of the atom: coefficient or matched_norm.")
-    ] = "coefficient",
-    replaces: Annotated[
-        str, typer.Option(help="What the atom stands in for: write, or update (erase and write).")
-    ] = "write",
-    max_firings: Annotated[int, typer.Option(min=1, help="Firings to test, at most.")] = 5000,
-    max_passages: MaxPassages = 32,
-    context_size: ContextSize = None,
-    device: Device = "cpu",
-    resume: Resume = False,
-    seed: Seed = 0,
-) -> None:
-    """Run the replacement test of an SAE on a text."""
-    from writesae_lens.experiments import replacement_test
+def _report(out: Path, model: Any, result: Any, passages: Any) -> None:
     from writesae_lens.report import write_report
 
-    booted, loaded, passages = _inputs(sae, text, model, context_size, max_passages, device)
-    result = replacement_test(
-        booted,
-        loaded,
-        passages,
-        scale=scale,  # type: ignore[arg-type]
-        replaces=replaces,  # type: ignore[arg-type]
-        max_firings=max_firings,
-        seed=seed,
-        progress_folder=str(out / "progress") if resume else None,
-    )
-    result.save(out)
-    write_report(out / "report.html", booted, result, passages)
+    write_report(out / "report.html", model, result, passages)
     typer.echo(f"report: {out / 'report.html'}")
-    _headline(result.summary)
 
 
-@app.command()
-def formula(
-    sae: SAEReference,
-    text: TextFile = None,
-    model: ModelName = None,
-    out: Annotated[Path, typer.Option(help="Folder for records and figures.")] = Path("writesae-formula"),
-    form: Annotated[str, typer.Option(help="exact, or gate_product (the paper's, fitted).")] = "exact",
-    n_atoms: Annotated[int, typer.Option(min=1, help="Atoms to add.")] = 50,
-    max_horizon: Annotated[int, typer.Option(min=0, help="Tokens to follow each for.")] = 16,
-    max_passages: MaxPassages = 16,
-    context_size: ContextSize = 64,
-    device: Device = "cpu",
-    resume: Resume = False,
-    seed: Seed = 0,
-) -> None:
-    """Predict what added atoms do to later logits, and measure it."""
-    from writesae_lens.experiments import logit_formula_test
+def _load(subject: commands.Subject) -> tuple[Any, list[Any], Any, str]:
+    """Model, SAEs (or the cell) and text."""
+    from hooked_models import HookedRecurrent, zoo
 
-    booted, loaded, passages = _inputs(sae, text, model, context_size, max_passages, device)
-    result = logit_formula_test(
-        booted,
-        loaded,
-        passages,
-        form=form,  # type: ignore[arg-type]
-        n_atoms=n_atoms,
-        max_horizon=max_horizon,
-        seed=seed,
-        progress_folder=str(out / "progress") if resume else None,
-    )
-    result.save(out)
-    found = result.summary["median_r2_by_eps"].items()
-    by_eps = ", ".join(f"{x:.4f} at {eps}" for eps, x in found) or "none, for nothing moves,"
-    typer.echo(f"saved: {out}")
-    typer.echo(f"median R2 {by_eps} write norms, {result.summary['n_cells']} atoms and sizes")
+    saes = [_load_sae(reference, subject.device) for reference in subject.saes]
+    name = subject.model or next((sae.cfg.metadata.model_name for sae in saes), None)
+    if name is None:
+        raise WriteSAEError(f"{subject.saes[0]} does not say which model it belongs to: give --model")
+    if subject.text is None and name not in zoo.SHIPPED:
+        raise WriteSAEError(f"{name} ships with no text: give --text FILE")
+    content = zoo.held_out_text() if subject.text is None else _read(subject.text)
+    model = HookedRecurrent.boot_transformers(name, device=subject.device)
+    where = _cell(subject.cell)
+    return model, saes, where and model.cell(*where), content
+
+
+for _name in commands.COMMANDS:
+    commands.add(app, _name, _load, _report if _name == "replace" else None)
 
 
 @app.command()
@@ -302,26 +236,6 @@ def _read(path: Path) -> str:
         raise WriteSAEError(f"could not read {path} as UTF-8 text: {error}") from error
 
 
-def _inputs(
-    sae: str, text: Path | None, model: str | None, context_size: int | None, max_passages: int, device: str
-) -> tuple[Any, Any, Any]:
-    """The model, the SAE, and passages from the end of the text."""
-    from hooked_models import HookedRecurrent, zoo
-    from writesae_lens.experiments.inputs import as_passages
-
-    loaded = _load_sae(sae, device)
-    name = model or loaded.cfg.metadata.model_name
-    if name is None:
-        raise WriteSAEError(f"{sae} does not say which model it belongs to: give --model")
-    if text is None and name not in zoo.SHIPPED:
-        raise WriteSAEError(f"{name} ships with no text: give --text FILE")
-    content = zoo.held_out_text() if text is None else _read(text)
-    booted = HookedRecurrent.boot_transformers(name, device=device)
-    size = context_size or loaded.cfg.metadata.context_size
-    passages = as_passages(booted, content, size, bool(loaded.cfg.metadata.prepend_bos))
-    return booted, loaded, passages[-max_passages:]
-
-
 def _load_sae(reference: str, device: str) -> Any:
     from sae_lens import SAE
     from safetensors import SafetensorError
@@ -352,13 +266,6 @@ def _load_sae(reference: str, device: str) -> Any:
         raise WriteSAEError(
             f"could not load the SAE in {folder}: {type(error).__name__}: {reason}"
         ) from error
-
-
-def _headline(summary: dict[str, Any]) -> None:
-    low, high = summary["win_rate_ci"]
-    typer.echo(
-        f"win rate {summary['win_rate']:.1%} ({low:.1%} to {high:.1%}), {summary['n_firings']} firings"
-    )
 
 
 def main() -> None:
