@@ -52,6 +52,11 @@ class HookedGatedDeltaNet(HookedMixer):
     def output_weight(self) -> Tensor:
         return self._layer.out_proj.weight
 
+    @torch.no_grad()
+    def stop_decay(self) -> None:
+        """Make the layer a DeltaNet: it forgets what it overwrites, and nothing else (decay 1)."""
+        self._layer.A_log.fill_(-float("inf"))
+
     def inputs(
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
     ) -> tuple[Recurrence, Tensor]:

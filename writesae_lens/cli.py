@@ -108,6 +108,55 @@ for _name in commands.COMMANDS:
 
 
 @app.command()
+def reproduce(
+    config: Annotated[
+        str | None, typer.Option(help="A run of the paper; without it they are listed.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Another model in the base model's place, tiny-gdn for one.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="default, or paper: its training, formula and direction.")
+    ] = "default",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default: reproduce-CONFIG.", show_default=False)
+    ] = None,
+    training_tokens: Annotated[
+        int | None,
+        typer.Option(min=10_000, help="Default: the paper's; on shipped models 600,000.", show_default=False),
+    ] = None,
+    experiments: Annotated[
+        str | None, typer.Option(help="Commands, commas between; default: all.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say sizes, memory and time, and do nothing.")
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Run one of the paper's configurations: train, every experiment, a table with the paper's figures.
+
+    Run again with the same OUT, it goes on where it stopped.
+    """
+    from writesae_lens import reproduce as paper
+
+    if config is None:
+        for name, run in paper.CONFIGS.items():
+            typer.echo(f"{name:22}{run.about}")
+        return
+    if dry_run:
+        typer.echo(paper.estimate(config, model, training_tokens))
+        return
+    if recipe not in ("default", "paper"):
+        raise WriteSAEError(f"--recipe is default or paper, got {recipe!r}")
+    chosen = tuple(commands.COMMANDS) if experiments is None else tuple(experiments.split(","))
+    folder = out or Path(f"reproduce-{config}")
+    table = paper.reproduce(config, folder, model, recipe, training_tokens, chosen, device, seed)  # type: ignore[arg-type]
+    typer.echo(paper.as_markdown(table))
+    typer.echo(f"saved: {folder / 'table.md'}")
+
+
+@app.command()
 def models(
     model: Annotated[str | None, typer.Option(help="List this model's cells.")] = None,
 ) -> None:

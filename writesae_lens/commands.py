@@ -188,7 +188,7 @@ def _option_of(annotation: Any, default: Any) -> tuple[Any, Any, dict[str, Any]]
     """A type that typer knows, a default, and more about the option."""
     arguments = get_args(annotation)
     if get_origin(annotation) is Literal:
-        words = enum.Enum("Words", {word: word for word in arguments}, type=str)
+        words: Any = enum.Enum("Words", {word: word for word in arguments}, type=str)
         return words, words(default), {}
     if get_origin(annotation) in (Union, types.UnionType):
         inner = [a for a in arguments if a is not type(None)]

@@ -156,7 +156,7 @@ def run_training(
     try:
         if several:
             sae_of, hook_of = ({names[c]: x for c, x in of.items()} for of in (saes, hooks))
-            runner = MultiSAETrainingRunner(_several(cfg, sae_of, hook_of), **overrides)
+            runner = MultiSAETrainingRunner(config_of_several(cfg, sae_of, hook_of), **overrides)
         else:
             cfg.hook_name, cfg.sae = hooks[chosen[0]], saes[chosen[0]]
             if cfg.use_cached_activations and "--cached_activations_path" not in given:
@@ -205,7 +205,7 @@ def _dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> Dataset | None:
     return Dataset.from_dict({"text": shipped_text()[0]})
 
 
-def _several(
+def config_of_several(
     cfg: LanguageModelSAERunnerConfig[Any], saes: dict[str, Any], hooks: dict[str, str]
 ) -> MultiSAETrainingRunnerConfig:
     """The same settings for SAELens's runner of several SAEs."""

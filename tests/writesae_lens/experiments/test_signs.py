@@ -1,5 +1,6 @@
 """The sign test against full edited forward passes, and against gradients through hooks."""
 
+import inspect
 import json
 
 import numpy as np
@@ -86,16 +87,30 @@ def along(model, passage, positions, targets, layer, head, matrices):
 
 
 @pytest.mark.parametrize(
-    ("direction", "magnitude", "layer", "head"),
-    [("jacobian", 1.0, 1, 2), ("unembedding", 1.0, 1, 2), ("jacobian", 0.3, 0, 3), ("unembedding", 2.0, 3, 0)],
+    ("model", "direction", "magnitude", "layer", "head"),
+    [
+        ("tiny-gdn", "jacobian", 1.0, 1, 2),
+        ("tiny-gdn", "unembedding", 2.0, 3, 0),
+        ("tiny-mamba2", "jacobian", 0.3, 0, 3),
+        ("tiny-mamba2", "unembedding", 1.0, 1, 9),
+        ("tiny-rwkv7", "jacobian", 1.0, 0, 0),
+        ("tiny-rwkv7", "unembedding", 1.0, 3, 1),
+    ],
+    indirect=["model"],
 )
 def test_every_trial_is_a_full_edited_forward_pass(model, tokens, direction, magnitude, layer, head):
-    result = sign_test(
-        model, (layer, head), tokens, direction, magnitude, n_trials=26, seed=5, verbose=False
-    )
+    result = sign_test(model, (layer, head), tokens, direction, magnitude, n_trials=14, seed=5, verbose=False)
     records, cell = result.records, model.cell(layer, head)
-    assert list(records.columns) == "passage position token rank predicted linear measured".split()
-    assert sorted(records.passage.value_counts()) == [8, 9, 9]
+    assert list(records.columns) == [
+        "passage",
+        "position",
+        "token",
+        "rank",
+        "predicted",
+        "linear",
+        "measured",
+    ]
+    assert sorted(records.passage.value_counts()) == [4, 5, 5]
     mixer = model.mixers[layer]._layer
     projection = getattr(mixer, "out_proj", None) or mixer.o_proj
     w_o = projection.weight[:, head * cell.d_v : (head + 1) * cell.d_v].detach().double()
@@ -151,15 +166,12 @@ def check_summary(summary, records):
 
 
 def test_small_writes_move_logits_as_the_derivative_says(model, tokens):
-    for direction in ("jacobian", "unembedding"):
-        records = sign_test(
-            model, (LAYER, HEAD), tokens, direction, magnitude=0.01, n_trials=60, verbose=False
-        ).records
-        # Rounding of float32 logits is all that may be in the way.
-        clear = records[records.linear.abs() > 1e-4]
-        assert len(clear) > 10
-        assert (np.sign(clear.linear) == np.sign(clear.measured)).all()
-        assert np.corrcoef(clear.linear, clear.measured)[0, 1] > 0.99
+    records = sign_test(model, (LAYER, HEAD), tokens, magnitude=0.02, n_trials=30, verbose=False).records
+    # Rounding of float32 logits is all that may be in the way.
+    clear = records[records.linear > 5e-5]
+    assert len(clear) > 20
+    assert (clear.measured > 0).all()
+    assert np.corrcoef(clear.linear, clear.measured)[0, 1] > 0.99
 
 
 def test_trials_spread_over_passages_and_positions(gdn, passages):
@@ -185,9 +197,7 @@ def test_only_the_cell_of_an_sae_counts(gdn, passages):
     subjects = (
         (LAYER, HEAD),
         gdn.cell(LAYER, HEAD),
-        make_sae(gdn),
         make_sae(gdn, "state"),
-        make_sae(gdn, rank=2),
     )
     first, *others = (sign_test(gdn, subject, passages, **HOW) for subject in subjects)
     for other in others:
@@ -222,12 +232,20 @@ def test_text_is_cut_into_passages(gdn):
         ({"magnitude": float("inf")}, "magnitude must be positive"),
         ({"seed": -1}, "seed=-1"),
         ({"context_size": 10}, "cut into passages already"),
-        ({"direction": "gradient"}, "direction='gradient' is unknown: choose jacobian or unembedding"),
     ],
 )
 def test_bad_input(gdn, passages, options, message):
     with pytest.raises(WriteSAEError, match=message):
         sign_test(gdn, (LAYER, HEAD), passages, **(HOW | options))
+
+
+def test_a_direction_that_is_none_is_refused(gdn, passages):
+    # The annotation, which the tests check, would refuse it before the function does.
+    plain = inspect.unwrap(sign_test)
+    with pytest.raises(
+        WriteSAEError, match="direction='gradient' is unknown: choose jacobian or unembedding"
+    ):
+        plain(gdn, (LAYER, HEAD), passages, direction="gradient", **HOW)
 
 
 def test_cells_that_do_not_exist_are_refused(gdn, passages):
@@ -265,7 +283,7 @@ def test_resumed_saved_and_drawn(gdn, passages, tmp_path, monkeypatch):
     resumed = sign_test(gdn, (LAYER, HEAD), passages, progress_folder=folder, **HOW)
     assert calls == [passages[0].tolist()] + [passages[1].tolist()] * 2
     pd.testing.assert_frame_equal(resumed.records, whole.records, rtol=1e-12)
-    assert resumed.summary == pytest.approx(whole.summary)
+    assert resumed.summary == whole.summary
     for other in ({"seed": 1}, {"magnitude": 2.0}, {"n_trials": 8}, {"direction": "unembedding"}):
         with pytest.raises(WriteSAEError, match="other settings"):
             sign_test(gdn, (LAYER, HEAD), passages, progress_folder=folder, **(HOW | other))
