@@ -21,9 +21,10 @@ def cached(cache: Any, layer: int, name: str) -> Tensor | None:
 
 def repeated(cache: Any, count: int) -> Any:
     """A copy of a cache (or None) with every row ``count`` times, one after another."""
-    twin = copy.deepcopy(cache)
-    if twin is None:
+    if cache is None:
         return None
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
 
     def repeat(held: Any) -> Any:
         if isinstance(held, dict):

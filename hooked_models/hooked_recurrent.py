@@ -342,7 +342,7 @@ class HookedRecurrent(SAETransformerBridge):
             past_key_values: a cache, of one row, of what comes before ``tokens``; it is left as it is.
 
         Raises:
-            HookedModelError: no such cell, or shapes or positions that do not fit.
+            HookedModelError: no such cell, or shapes, positions or a cache that do not fit.
         """
         cell, n_rows = self.cell(layer, head), len(positions)
         found, expected = (tuple(keys.shape), tuple(values.shape)), ((n_rows, cell.d_k), (n_rows, cell.d_v))
@@ -361,6 +361,11 @@ class HookedRecurrent(SAETransformerBridge):
         mixer = self.mixers[layer]
         past: dict[str, Any] = {"use_cache": False}
         if past_key_values is not None:
+            held = len(mixer.cached_state(past_key_values))
+            if held != 1:
+                raise HookedModelError(
+                    f"past_key_values must hold one row, which all rows share; it holds {held}"
+                )
             past = {"use_cache": True, "past_key_values": repeated(past_key_values, n_rows)}
         with forward_ad.dual_level() if linear else contextlib.nullcontext():
             try:

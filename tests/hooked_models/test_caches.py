@@ -108,11 +108,6 @@ def test_no_cache_stays_no_cache_and_an_empty_one_is_empty(model: Any, tokens: T
     close(go_on(model, tokens[:2], empty), without_cache(model, tokens[:2]))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="repeated deep-copies, and torch deep-copies no tensor that has a gradient history",
-)
 @pytest.mark.parametrize("way", ["repeated", "run_with_added_writes"])
 def test_a_cache_that_was_filled_outside_no_grad_can_be_copied(model: Any, tokens: Tensor, way: str):
     cache = model.new_cache()

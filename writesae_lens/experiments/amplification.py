@@ -47,7 +47,7 @@ def amplify(
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
-    """Add an atom to a head's write at every decoded token, and compare the texts.
+    """Add an atom to a head's write at every decoded token that is read, and compare the texts.
 
     What is added is factor x (the atom's mean coefficient where it is active) x atom. The control writes
     another atom, drawn among the active ones, with the same Frobenius norm as the atom at the largest
@@ -71,7 +71,7 @@ def amplify(
         a result whose ``records`` have a row a text: prompt, condition ("native", "2x", ..., "random"),
         newlines_per_400 (tokens), distinct_tokens (share of different ones), repeated_4grams (share of
         4-grams that occurred before), characters_per_token, continuation (token ids, as JSON). Its
-        ``summary`` has atom, control_atom, mean_coefficient, and for each condition the mean of each
+        ``summary`` has atom, control_atom, mean_coefficient, and by_condition the mean of each
         statistic, with Cohen's d and the two-sided Mann-Whitney p against the native texts.
 
     Raises:
@@ -79,6 +79,8 @@ def amplify(
             tokens, or the atom does not exist or is active nowhere.
     """
     check_positive(factors=factors)
+    if len({f"{factor:g}" for factor in factors}) < len(factors):
+        raise WriteSAEError(f"factors must differ in six digits, got {factors}")
     check_at_least(1, n_tokens=n_tokens)
     check_at_least(0, seed=seed)
     if not 0 <= temperature < float("inf"):

@@ -54,11 +54,10 @@ def top_contexts(
 
     Returns:
         a result whose ``records`` have a row an atom and position, the atom's strongest first: atom, rank
-        (from 1), passage, position, coefficient, dominant (no other atom is as active there), cosine (to
-        the native write), token (id), text_before, text, text_after (None without a tokenizer). Its
-        ``summary`` has n_atoms_active, n_atoms_never_active, positions_per_atom (median), and
-        token_purity: the mean over atoms with at least two contexts of the share of their most common
-        token.
+        (from 1), passage, position, coefficient, dominant (whether it is the most active atom there), cosine
+        (to the native write), token (id), text_before, text, text_after (None without a tokenizer). Its
+        ``summary`` has n_atoms_active, n_atoms_never_active, positions_per_atom (median), and token_purity:
+        the mean over atoms with at least two contexts of the share of their most common token.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, or no atom is active.
@@ -115,7 +114,7 @@ def _strongest(
             "atom": atom.cpu().numpy(),
             "position": at.cpu().numpy(),
             "coefficient": firings.coefficient.cpu().numpy().astype(float),
-            "dominant": (firings.coefficient >= acts[at].amax(-1).float()).cpu().numpy(),
+            "dominant": (acts[at].argmax(-1) == atom).cpu().numpy(),
             "cosine": native_cosines(firings, factors).cpu().numpy().astype(float),
             "token": tokens[at].cpu().numpy(),
             "n_positions": (acts > 0).sum(0)[atom].cpu().numpy(),

@@ -31,7 +31,7 @@ from writesae_lens.experiments.inputs import (
     token_id,
 )
 from writesae_lens.experiments.result import ExperimentResult
-from writesae_lens.experiments.run import Run, generator, seed_of
+from writesae_lens.experiments.run import Run, generator
 from writesae_lens.figures import plot_erasure
 
 DOSES = (0.25, 0.5, 1.0, 2.0)
@@ -54,8 +54,8 @@ def erase_atom(
 
     At a firing position, dose x coefficient x atom is subtracted from the native write; the effect is the
     change of the token's log-probability at that position, log p(erased) - log p(native). Controls: the
-    same at as many positions where the atom is not active, with its mean coefficient ("elsewhere"), and
-    a Gaussian rank-1 matrix of the erased one's norm at the firing positions ("random").
+    same at as many positions as it has firings, where it is not active, with its mean coefficient
+    ("elsewhere"), and a Gaussian rank-1 matrix of the erased one's norm at the firing positions ("random").
 
     The atom's *preferred token* has the largest sum of log p(native) - log p(erased) over firings, at dose
     1. That sum is taken over every other firing and the test runs on the rest: on the firings that chose
@@ -78,7 +78,8 @@ def erase_atom(
         condition ("firing", "elsewhere", "random"), dose, coefficient, delta_logp (of the watched token,
         nats), kl (patched || native). Its ``summary`` has atom, preferred_token (id) and its text; for
         each condition the median change at dose 1 (or the nearest dose), its 95% interval (bootstrap over
-        passages), the share of falls, and the medians by dose; and the one-sided Wilcoxon p of a fall.
+        passages), the share of falls, and the medians by dose; and the one-sided Wilcoxon p of a fall (None
+        where a condition has no positions).
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the atom does not exist or is active nowhere, or ``token`` is
@@ -152,7 +153,7 @@ def _positions(found: list[Activity], atom: int, seed: int) -> tuple[list[Firing
     for n, (acts, key, value) in enumerate(found):
         active = acts[:, atom] > 0
         at, silent = active.nonzero().squeeze(-1), (~active).nonzero().squeeze(-1)
-        order = torch.randperm(len(silent), generator=torch.Generator().manual_seed(seed_of(seed + 1, n)))
+        order = torch.randperm(len(silent), generator=generator(seed, n, 1))
         other = silent[order[: len(at)].to(silent.device)].sort().values
         for where, kept, size in ((at, firing, acts[at, atom].float()), (other, elsewhere, mean)):
             kept.append(
@@ -227,15 +228,18 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
         part = records.loc[records["condition"] == condition]
         at = part.loc[part["dose"] == dose]
         summary[f"n_{condition}"] = len(at)
-        if not len(at):
-            continue
-        summary[f"median_delta_logp_{condition}"] = float(at["delta_logp"].median())
-        summary[f"delta_logp_ci_{condition}"] = list(
-            statistics.median_interval(at["delta_logp"], at["passage"], seed)
-        )
-        summary[f"share_of_falls_{condition}"] = float((at["delta_logp"] < 0).mean())
-        summary[f"median_kl_{condition}"] = float(at["kl"].median())
-        summary[f"fall_p_{condition}"] = statistics.paired_wilcoxon(-at["delta_logp"], np.zeros(len(at)))
         by_dose = part.groupby("dose")["delta_logp"].median()
-        summary[f"median_delta_logp_by_dose_{condition}"] = {f"{d:g}": float(x) for d, x in by_dose.items()}
+        found: dict[str, Any] = dict.fromkeys(
+            ("median_delta_logp", "delta_logp_ci", "share_of_falls", "median_kl", "fall_p")
+        )
+        if len(at):
+            found = {
+                "median_delta_logp": float(at["delta_logp"].median()),
+                "delta_logp_ci": list(statistics.median_interval(at["delta_logp"], at["passage"], seed)),
+                "share_of_falls": float((at["delta_logp"] < 0).mean()),
+                "median_kl": float(at["kl"].median()),
+                "fall_p": statistics.paired_wilcoxon(-at["delta_logp"], np.zeros(len(at))),
+            }
+        found["median_delta_logp_by_dose"] = {f"{d:g}": float(x) for d, x in by_dose.items()}
+        summary |= {f"{name}_{condition}": value for name, value in found.items()}
     return summary

@@ -257,6 +257,7 @@ def token_id(model: HookedRecurrent, token: int | str) -> int:
                 f"{token!r} is not one token but {len(ids)} ({pieces}); many tokens start with a space"
             )
         return ids[0]
+    token = int(token)
     if not 0 <= token < model.cfg.d_vocab:
         raise WriteSAEError(f"token {token} does not exist: ids run from 0 to {model.cfg.d_vocab - 1}")
     return token

@@ -32,7 +32,7 @@ from writesae_lens.experiments.run import Run, generator, seed_of
 from writesae_lens.figures import plot_install
 
 # Of Adam, on factors of norm 1.
-_STEP = 0.3
+_STEP = 0.1
 # Native ranks at the first step, from 1: the paper's strata.
 STRATA = {
     "frequent": (2, 100),
@@ -46,8 +46,8 @@ def install_tokens(
     model: HookedRecurrent,
     sae_or_cell: SAE[Any] | Cell | tuple[int, int],
     prompts: Int[Tensor, "passage pos"] | str,
-    targets: Sequence[int | str] | None = None,
-    magnitude: float | tuple[float, ...] = 3.0,
+    targets: Sequence[int | str] | int | str | None = None,
+    magnitude: float | Sequence[float] = 3.0,
     positions: int = 3,
     direction: Literal["jacobian", "unembedding"] = "jacobian",
     n_refinements: int = 20,
@@ -65,11 +65,11 @@ def install_tokens(
 
     - ``unembedding`` (the paper's): key side that of the native write, value side W_O[head] W_U[target].
     - ``jacobian``: the rank-1 matrix of that norm that raises the target's logit most above the others: by
-      the gradient of its margin over the likeliest other token (a soft maximum over the coming ``n_tokens``
-      steps, along the native continuation), through the true model: decay, erase, every coming read, norm,
-      gate and all later layers. It starts as the gradient's leading singular pair at the native writes; as
-      the head's norm bends the response long before three write norms, ``n_refinements`` steps of Adam on
-      both factors follow, and the best of all stays.
+      the gradient of its margin over the likeliest other token (the log of the sum of its exponentials over
+      the coming ``n_tokens`` steps, along the native continuation), through the true model: decay, erase,
+      every coming read, norm, gate and all later layers. It starts as the gradient's leading singular pair at
+      the native writes; as the head's norm bends the response long before three write norms,
+      ``n_refinements`` steps of Adam on both factors follow, and the best of all stays.
 
     Each edit has a control, a Gaussian rank-1 write of the same norm.
 
@@ -98,14 +98,15 @@ def install_tokens(
         log-probability, nats), in_continuation, native_in_continuation, control_in_continuation,
         control_lift, continuation and native_continuation (token ids, as JSON). Its ``summary`` has
         target_in_continuation with a 95% interval, native_target_in_continuation,
-        control_target_in_continuation, median_rank_shift, mean_lift, first_token (how often the target
-        comes first), and all of these by stratum and by magnitude.
+        control_target_in_continuation, median_rank_shift, mean_lift, mean_control_lift, first_token (how
+        often the target comes first), and all of these by_stratum and by_magnitude.
 
     Raises:
         WriteSAEError: a target is not one token, or prompts are not longer than ``positions``.
         HookedModelError: there is no such cell.
     """
-    magnitudes = magnitude if isinstance(magnitude, tuple) else (magnitude,)
+    magnitudes = tuple(magnitude) if isinstance(magnitude, Sequence) else (magnitude,)
+    targets = [targets] if isinstance(targets, (int, str)) else targets
     check_choice("direction", direction, "jacobian", "unembedding")
     check_positive(magnitude=magnitudes)
     check_at_least(1, positions=positions, n_tokens=n_tokens)
@@ -134,7 +135,7 @@ def install_tokens(
     def install(n: int) -> pd.DataFrame:
         group = _Prompts(model, cell, passages[groups[n]], positions, n_tokens, temperature, seed_of(seed, n))
         if wanted is None:
-            names, chosen = group.draw_targets(generator(seed + 1, n))
+            names, chosen = group.draw_targets(generator(seed, n, 1))
         else:
             names, chosen = ["given"] * len(wanted), torch.tensor([wanted] * len(group.tokens))
         refine = n_refinements if direction == "jacobian" else None

@@ -84,11 +84,11 @@ class Run:
         return ExperimentResult(self.name, records, {**summary, **self.settings}, figures, headline)
 
 
-def seed_of(seed: int, number: int) -> int:
-    """An independent seed for each part, whatever order or run they are computed in."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+def seed_of(seed: int, *numbers: int) -> int:
+    """An independent seed for each part (and use), whatever order or run they are computed in."""
+    return int(np.random.SeedSequence([seed, *numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def generator(seed: int, number: int) -> torch.Generator:
-    """A part's own source of random numbers."""
-    return torch.Generator().manual_seed(seed_of(seed, number))
+def generator(seed: int, *numbers: int) -> torch.Generator:
+    """A part's own source of random numbers (for one use, if there are several)."""
+    return torch.Generator().manual_seed(seed_of(seed, *numbers))

@@ -57,7 +57,8 @@ def selectivity(
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         tokens: passages ``[passage, pos]``, or a text.
-        n_atoms: a random choice of the atoms that are dominant somewhere in the passages.
+        n_atoms: a random choice of the atoms that are dominant somewhere in the passages; 2 or more (where
+            fewer are, overlaps of different ones are None).
         n_positions: random positions in each passage.
         top_k: tokens in a set.
         magnitude: of what is added, in units of the native write there.
@@ -68,11 +69,11 @@ def selectivity(
 
     Returns:
         a result whose ``records`` have a row a write: passage, position, kind ("atom", "random"), atom (of
-        random ones their number), kl (patched || native, nats), max_shift (logits), top (the set, as a
-        JSON list of token ids, largest first). Its ``summary`` has for each kind the mean overlap of the
-        same matrix at different positions (own_overlap), of different ones at the same position
-        (other_overlap), their difference (selectivity) with a 95% interval (bootstrap over matrices), and
-        chance_overlap.
+        random ones their number), kl (patched || native, nats), max_shift (logits), top (the set, as a JSON
+        list of token ids, largest first). Its ``summary`` has for each kind the mean overlap of the same
+        matrix at different positions of any passages (own_overlap), of different ones at the same position
+        (other_overlap), their difference (selectivity) with a 95% interval (own_overlap resampled by
+        matrices), and chance_overlap.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, or no atom fires.

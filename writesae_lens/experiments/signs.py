@@ -47,17 +47,18 @@ def sign_test(
     native write's norm times ``magnitude``:
 
     - ``unembedding`` (the paper's): key side that of the native write, value side W_O[head] W_U[T]; the
-      prediction is <key, q_t> |W_O[head] W_U[T]| times the norm, whose sign is that of <key, q_t>.
+      prediction is <unit key, q_t> |W_O[head] W_U[T]| times the norm: its sign is that of <key, q_t>.
     - ``jacobian``: key side the read q_t, value side the derivative of T's logit by the head's output at the
       native passage; the prediction is the derivative along it, which is never negative.
 
     Args:
         model: the model.
-        sae_or_cell: a cell, (layer, head), or an SAE on one; only the cell counts.
+        sae_or_cell: a cell, (layer, head), or an SAE on one; only the cell counts (and, for text, the size of
+            its passages).
         tokens: passages ``[passage, pos]``, or a text.
         direction: what is written.
         magnitude: of what is written, in units of the native write there.
-        n_trials: spread evenly over the passages; every position at most once for each 1 / n of them.
+        n_trials: spread evenly over the passages; no position of a passage comes again before all have come.
         context_size: tokens of a passage, for text (None: the SAE's own, else 256).
         seed: of positions and tokens.
         progress_folder: keeps finished passages, and resumes from them.

@@ -38,7 +38,8 @@ def splice_test(
 
     An SAE on states replaces its head's state once, after the first half, by the reconstruction of it; one
     on writes replaces every write of the first half. ``deleted`` puts zeros there instead: what the head's
-    memory of the first half is worth.
+    memory of the first half is worth. The state is exchanged between two tokens: outputs of the first half
+    stay native. An odd token belongs to the second half, whose first token is not predicted.
 
     Args:
         model: the model that the SAEs were trained on.
@@ -51,11 +52,12 @@ def splice_test(
 
     Returns:
         a result whose ``records`` have a row a passage: passage, n_tokens (predicted ones), nll_native,
-        nll_spliced, nll_deleted (mean nats a token), error (squared error of the reconstruction as a share
-        of the squared norm, over all that was replaced). Its ``summary`` has perplexity_native,
-        perplexity_spliced, perplexity_deleted, increase_percent with a 95% interval (bootstrap over
-        passages), increase_percent_deleted, and recovered: the share of the deletion's rise in nats that the
-        reconstruction avoids (None where deletion costs nothing).
+        nll_spliced, nll_deleted (mean nats a token), error (squared error of the reconstruction as a share of
+        the squared norm, over all that was replaced; of writes above another spliced layer, as they are
+        there). Its ``summary`` has perplexity_native, perplexity_spliced, perplexity_deleted, error (mean),
+        increase_percent with a 95% interval (bootstrap over passages), increase_percent_deleted, and
+        recovered: the share of the deletion's rise in nats that the reconstruction avoids (None where
+        deletion costs nothing).
 
     Raises:
         WriteSAEError: SAEs and cells do not fit, two SAEs are on one cell, or passages have fewer than four
