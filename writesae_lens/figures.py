@@ -363,7 +363,7 @@ def plot_selectivity(result: ExperimentResult) -> Figure:
     axis.axhline(summary["chance_overlap"], color=INK, lw=0.8, ls="--", label="chance")
     axis.set_xticks([0, 1], ["same matrix,\nother position", "other matrix,\nsame position"])
     axis.set_ylabel(f"shared part of the {summary['top_k']} tokens moved most")
-    axis.set(ylim=(0, 1.08))
+    axis.margins(y=0.3)
     axis.set_title("Are the tokens that an atom moves its own?", fontsize=11, loc="left")
     axis.legend(frameon=False, fontsize=9)
     return figure
