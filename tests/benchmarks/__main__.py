@@ -12,7 +12,7 @@ import warnings
 import torch
 import transformers
 
-from tests.benchmarks import bench_hooks, bench_replacement, bench_runner, bench_sae
+from tests.benchmarks import bench_experiments, bench_hooks, bench_replacement, bench_runner, bench_sae
 
 warnings.filterwarnings("ignore")
 transformers.logging.set_verbosity_error()
@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread\n")
 print("| what | against | ratio | wanted | ours | theirs |")
 print("|---|---|---|---|---|---|")
-for module in (bench_hooks, bench_sae, bench_runner, bench_replacement):
+for module in (bench_hooks, bench_sae, bench_runner, bench_replacement, bench_experiments):
     for row in module.rows():
         print(
             f"| {row.what} | {row.against} | {row.ratio} | {row.wanted} | {row.ours} | {row.theirs} |",

@@ -19,6 +19,7 @@ from writesae_lens.experiments.inputs import (
     activity,
     alive_atoms,
     atom_factors,
+    cache_of,
     check_at_least,
     check_choice,
     check_positive,
@@ -139,10 +140,7 @@ def _passage(
     n_tokens: int,
 ) -> pd.DataFrame:
     """Predicted and measured shifts of one passage; atoms and epsilons by number."""
-    past = None
-    if position:  # the rows differ from t0 on
-        past = model.new_cache()
-        model(tokens[None, :position], past_key_values=past, use_cache=True)
+    past = cache_of(model, tokens[:position])
     coming, n_atoms = tokens[position:], len(atoms.key)
     native = model(coming[None], past_key_values=repeated(past, 1), use_cache=past is not None)[0]
     followed = native[0].topk(n_tokens).indices

@@ -108,6 +108,16 @@ def as_passages(
     return tokens.to(next(model.original_model.parameters()).device)
 
 
+@torch.no_grad()
+def cache_of(model: HookedRecurrent, tokens: Int[Tensor, " pos"]) -> Any:
+    """The cache after some tokens, which rows that differ later share; None after none."""
+    if not len(tokens):
+        return None
+    cache = model.new_cache()
+    model(tokens[None], past_key_values=cache, use_cache=True)
+    return cache
+
+
 class Activity(NamedTuple):
     """What the atoms of an SAE do at every position of one passage, and what is written there."""
 

@@ -12,12 +12,14 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import (
     activity,
     alive_atoms,
     atom_factors,
+    cache_of,
     check_at_least,
     check_positive,
     find_passages,
@@ -130,20 +132,29 @@ def _trace(
     hooks = {
         n: model.write_factor_hook_names(n)[2].replace("hook_read", "hook_recurrence_out") for n in layers
     }
-    _, cache = model.run_with_cache(tokens[None], names_filter=list(hooks.values()), use_cache=False)
+    past, coming = cache_of(model, tokens[:position]), tokens[position:]
+    _, cache = model.run_with_cache(
+        coming[None],
+        names_filter=list(hooks.values()),
+        past_key_values=repeated(past, 1),
+        use_cache=past is not None,
+    )
     changes: dict[int, Float[Tensor, "write horizon head"]] = {}
 
     def measure(layer: int) -> Any:
         def hook(x: Tensor, hook: Any) -> None:
-            native = cache[hooks[layer]][:, position:].float()
-            moved = (x[:, position:].float() - native).norm(dim=-1)
+            native = cache[hooks[layer]].float()
+            moved = (x.float() - native).norm(dim=-1)
             changes[layer] = moved / native.norm(dim=-1).clamp(min=1e-30)
 
         return hook
 
     with model.hooks(fwd_hooks=[(hooks[n], measure(n)) for n in layers]):
-        at = torch.full((count,), position, device=tokens.device)
-        model.run_with_added_writes(tokens, cell.layer, cell.head, at, writes.key * size, writes.value)
+        at = torch.zeros(count, dtype=torch.long, device=tokens.device)
+        keys = writes.key * size
+        model.run_with_added_writes(
+            coming, cell.layer, cell.head, at, keys, writes.value, past_key_values=past
+        )
     table = torch.stack([changes[n] for n in layers], dim=1)  # [write, layer, horizon, head]
     grid = np.indices(table.shape).reshape(4, -1)
     half = count // 2
