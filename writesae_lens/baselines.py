@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import sides_of
+from writesae_lens.activations import for_training
 from writesae_lens.config import WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import find_passages, native_writes
@@ -45,6 +46,10 @@ def flat_svd(sae: SAE[Any], d_k: int | None = None, d_v: int | None = None) -> W
     if sides is None or sides[0] * sides[1] != sae.cfg.d_in:
         raise WriteSAEError(
             f"the atoms of this SAE are rows of {sae.cfg.d_in} numbers: give d_k and d_v, with that product"
+        )
+    if sae.cfg.normalize_activations != "none":
+        raise WriteSAEError(
+            f"normalize_activations={sae.cfg.normalize_activations!r} scales the inputs: fold that in first"
         )
     names = ("W_dec", "W_enc", "b_enc", "b_dec")
     atoms, encoder, bias, decoder_bias = (getattr(sae, name).float() for name in names)
@@ -117,8 +122,11 @@ def matched_d_sae(cfg: WriteSAETrainingConfig, encoder: str, decoder: str) -> in
         encoder, decoder: of the other one, as in the config.
     """
 
+    # Of the activation: thresholds, gates.
+    learnt = sum(p.numel() for p in for_training(cfg, torch.zeros(1)).parameters())
+
     def per_atom(encoder: str, decoder: str) -> int:
         sizes = {"bilinear": cfg.rank * (cfg.d_k + cfg.d_v), "dense": cfg.d_k * cfg.d_v, "tied": 0}
-        return sizes[encoder] + sizes["bilinear" if decoder == "factored" else "dense"] + 1
+        return sizes[encoder] + sizes["bilinear" if decoder == "factored" else "dense"] + 1 + learnt
 
     return max(1, cfg.d_sae * per_atom(cfg.encoder, cfg.decoder) // per_atom(encoder, decoder))

@@ -129,6 +129,7 @@ def reproduce(
         str | None, typer.Option(help="Commands, commas between; default: all.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the model: float32 or bfloat16.")] = "float32",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say sizes, memory and time, and do nothing.")
     ] = False,
@@ -145,13 +146,13 @@ def reproduce(
             typer.echo(f"{name:22}{run.about}")
         return
     if dry_run:
-        typer.echo(paper.estimate(config, model, training_tokens))
+        typer.echo(paper.estimate(config, model, training_tokens, dtype))
         return
     if recipe not in ("default", "paper"):
         raise WriteSAEError(f"--recipe is default or paper, got {recipe!r}")
     chosen = tuple(commands.COMMANDS) if experiments is None else tuple(experiments.split(","))
     folder = out or Path(f"reproduce-{config}")
-    table = paper.reproduce(config, folder, model, recipe, training_tokens, chosen, device, seed)  # type: ignore[arg-type]
+    table = paper.reproduce(config, folder, model, recipe, training_tokens, chosen, device, dtype, seed)  # type: ignore[arg-type]
     typer.echo(paper.as_markdown(table))
     typer.echo(f"saved: {folder / 'table.md'}")
 

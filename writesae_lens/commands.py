@@ -90,6 +90,8 @@ def add(app: typer.Typer, name: str, load: Load, extra: Callable[..., None] | No
         out, resume = given.pop("out") or Path(f"writesae-{name}"), given.pop("resume")
         seed, saes = given.pop("seed"), given.pop("sae")
         named = [saes] if isinstance(saes, str) else list(saes or [])
+        if len(set(named)) < len(named):
+            raise WriteSAEError("one --sae is given twice: each must be another")
         where = given.pop("cell", None)
         if bool(named) == bool(where):
             both = "one of --sae and --cell" if "sae_or_cell" in takes else "--sae"
@@ -148,7 +150,13 @@ def _shared_parameters(name: str, command: Command, takes: Any) -> list[inspect.
         option("text", Path | None, None, "UTF-8 text; default: the model's held-out text.", **hidden),
         option("model", str | None, None, "Default: the model that the SAE names.", **hidden),
         option("out", Path, Path(f"writesae-{name}"), "Folder for records, summary and figures."),
-        option("max_passages", int, command.max_passages, "Passages to read, at most.", min=1),
+        option(
+            "max_passages",
+            int,
+            command.max_passages,
+            "Passages to read, at most: the text's last ones.",
+            min=1,
+        ),
         option(
             "context_size",
             int | None,
@@ -233,6 +241,7 @@ def _argument_help(function: Callable[..., Any]) -> dict[str, str]:
         if colon:
             line = " ".join(help.split()).replace("``", "")
             found |= {
-                name.strip(): (line[:1].upper() + line[1:]).replace("[", r"\[") for name in names.split(",")
+                name.strip(): (line[:1].upper() + line[1:]).replace("[", r"\[").replace("(None:", "(default:")
+                for name in names.split(",")
             }
     return found

@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
+from writesae_lens.statistics import between
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -178,9 +180,9 @@ def plot_population(result: ExperimentResult) -> Figure:
     axis.set(ylim=(-0.03, 1.03))
     axis.set_xlabel("median cosine of the atom to the native write")
     axis.set_ylabel("win rate of the atom")
-    low, high = summary["mean_win_rate_ci"]
+    interval = between(summary["mean_win_rate_ci"], ".1%")
     title = f"The mean atom wins at {summary['mean_win_rate']:.1%} of its firings"
-    axis.set_title(f"{title}\n95% interval {low:.1%} to {high:.1%}", fontsize=11, loc="left")
+    axis.set_title(f"{title}\n95% interval{interval or ': none, for one atom'}", fontsize=11, loc="left")
     axis.legend(frameon=False, fontsize=9, loc="lower left")
     return figure
 
@@ -252,9 +254,9 @@ def plot_erasure(result: ExperimentResult) -> Figure:
     spread.axhline(0, color=INK, lw=0.8, ls="--")
     token = summary["preferred_token_text"] or summary["preferred_token"]
     spread.set_ylabel(f"change of log p of {token!r} (nats)")
-    low, high = summary["delta_logp_ci_firing"]
+    interval = between(summary["delta_logp_ci_firing"], "+.3f")
     title = f"Atom {summary['atom']} erased: {summary['median_delta_logp_firing']:+.3f}"
-    spread.set_title(f"{title} ({low:+.3f} to {high:+.3f})", fontsize=11, loc="left")
+    spread.set_title(f"{title}{interval}", fontsize=11, loc="left")
     for name in names:
         medians = summary[f"median_delta_logp_by_dose_{name}"]
         doses.plot([float(d) for d in medians], list(medians.values()), "o-", color=colors[name], label=name)

@@ -76,7 +76,9 @@ def write_report(
 
 def verdict(summary: dict[str, Any]) -> str:
     """What the numbers amount to, in two sentences."""
-    rate, (low, high) = summary["win_rate"], summary["win_rate_ci_by_passage"]
+    # Of one passage there is no interval over passages, but one over firings.
+    rate, ends = summary["win_rate"], summary["win_rate_ci_by_passage"]
+    over, (low, high) = ("passages", ends) if ends else ("firings", summary["win_rate_ci"])
     if low > 0.5:
         answer = "Yes: one rank-1 atom keeps the model nearer to itself than deleting the write does"
     elif high < 0.5:
@@ -86,7 +88,7 @@ def verdict(summary: dict[str, Any]) -> str:
     paper_rate, paper_model = PAPER_WIN_RATES[summary["architecture"]]
     compared = "above" if rate > paper_rate else "below"
     return (
-        f"{answer}, at {rate:.1%} of firings (95% interval over passages {low:.1%} to {high:.1%}). "
+        f"{answer}, at {rate:.1%} of firings (95% interval over {over} {low:.1%} to {high:.1%}). "
         f"That is {compared} the {paper_rate:.1%} that the paper reports on {paper_model}."
     )
 
@@ -156,8 +158,8 @@ def _method(summary: dict[str, Any]) -> list[str]:
 
 def _table(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     def interval(name: str) -> str:
-        low, high = summary[name]
-        return f"{low:.1%} to {high:.1%}"
+        ends = summary[name]
+        return "none" if ends is None else f"{ends[0]:.1%} to {ends[1]:.1%}"
 
     medians = [
         (

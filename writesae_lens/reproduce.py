@@ -28,15 +28,15 @@ from writesae_lens.demo import DEFAULT_CELLS
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import ExperimentResult
 from writesae_lens.experiments.inputs import as_passages
-from writesae_lens.experiments.result import write_whole
+from writesae_lens.experiments.result import Progress, write_whole
 from writesae_lens.train import Runner, config_of_several, shipped_text
 
 TEXT = "Skylion007/openwebtext"
 N_ATOMS = 2048
 # Documents of a hub dataset to read: four fifths to train on, the rest to test on.
 N_DOCUMENTS = 6000
-# What `estimate` reckons with: dense products on one H100, at a third of its peak in bfloat16.
-FLOPS = 3e14
+# What `estimate` reckons with: dense products on one H100 at a third of its peak, by bytes of a number.
+FLOPS = {4: 2e13, 2: 3e14}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Paper:
         about: what the paper found there.
         figures: (experiment, path in its summary) to the paper's figure.
         training_tokens: 5,000 sequences of 1,024 tokens, four fifths of them, and the paper's epochs.
-        batch: inputs a step.
+        batch, warm_up: inputs a step, and steps of the rising learning rate.
         decay: whether the base model decays at all; a stand-in for one that does not has its decay stopped.
     """
 
@@ -62,6 +62,7 @@ class Paper:
     figures: dict[tuple[str, str], float]
     training_tokens: int = 4000 * 1024 * 20
     batch: int = 256
+    warm_up: int = 50
     decay: bool = True
 
 
@@ -96,6 +97,7 @@ CONFIGS = {
             ("install", "target_in_continuation"): 0.25,
             ("install", "native_target_in_continuation"): 0.083,
             ("splice", "increase_percent"): 0.58,
+            ("compare", "writesae"): 0.9125,
             ("compare", "flat_svd"): 0.9136,
         },
     ),
@@ -130,14 +132,21 @@ CONFIGS = {
             ("replace", "median_kl_delete"): 1.62,
             ("formula", "median_r2"): -0.07,
             ("partition", "register_median_cosine"): 0.0575,
+            ("compare", "writesae"): 0.8285,
             ("compare", "flat_svd"): 0.763,
         },
         training_tokens=4000 * 1024 * 50,
         batch=128,
+        warm_up=100,
     ),
     "rwkv7-1.5b-L12H0": Paper(
         "rwkv7-1.5b", 12, 0, 1.5e9, "The paper's atoms do no better than deletion here.",
-        {WIN: 0.453, ("partition", "register_median_cosine"): 0.18, ("compare", "flat_svd"): 0.478},
+        {
+            WIN: 0.453,
+            ("partition", "register_median_cosine"): 0.18,
+            ("compare", "writesae"): 0.453,
+            ("compare", "flat_svd"): 0.478,
+        },
     ),
     "deltanet-1.3b-L12H8": Paper(
         "deltanet-1.3b", 12, 8, 1.3e9, "No decay: at chance in the paper, though atoms align best here.",
@@ -150,6 +159,11 @@ CONFIGS = {
     ),
 }  # fmt: skip
 Recipe = Literal["default", "paper"]
+VARIANTS = {
+    "default": "Ours: SAEs on writes, formula without a fitted number, directions by the derivative; the "
+    "paper's figures are of SAEs on states, the fitted gate product and the unembedding's directions.",
+    "paper": "Both: SAEs on states, the fitted gate product, the unembedding's directions.",
+}
 # What the table shows of each experiment beside the paper's figures.
 MAIN: dict[str, tuple[str, ...]] = {
     "replace": ("win_rate", "strict_chain_rate", "median_kl_atom", "median_kl_delete", "median_cosine"),
@@ -175,6 +189,7 @@ def reproduce(
     training_tokens: int | None = None,
     experiments: tuple[str, ...] = tuple(COMMANDS),
     device: str = "cpu",
+    dtype: str = "float32",
     seed: int = 0,
 ) -> pd.DataFrame:
     """Train on a cell of the paper, run every experiment, and set the figures beside the paper's.
@@ -191,13 +206,14 @@ def reproduce(
         training_tokens: (None: the paper's; on shipped models 600,000).
         experiments: commands of ``writesae-lens``.
         device: cpu, cuda, ...
+        dtype: of the model; in bfloat16 KLs below some 1e-4 are rounding.
         seed: of everything random.
 
     Returns:
-        a table, a row a figure: experiment, figure, paper, ours, seconds (of the experiment).
+        a table, a row a figure: experiment, figure, cell, paper, ours, seconds (of the experiment).
 
     Raises:
-        WriteSAEError: no such configuration or experiment, or a folder with an SAE of another run.
+        WriteSAEError: no such configuration or experiment, or a folder with another run in it.
         HookedModelError: the model cannot be loaded.
     """
     paper, out = config(name), Path(out)
@@ -205,14 +221,19 @@ def reproduce(
     if unknown:
         raise WriteSAEError(f"no experiment {', '.join(sorted(unknown))}: there are {', '.join(COMMANDS)}")
     source = model_name or releases.BASE_MODELS[paper.base].name
-    model = HookedRecurrent.boot_transformers(source, device=device)
+    tokens = training_tokens or (600_000 if source in zoo.SHIPPED else paper.training_tokens)
+    run = {"config": name, "model": source, "recipe": recipe, "training_tokens": tokens, "dtype": dtype}
+    Progress(out, run | {"seed": seed})
+    model = HookedRecurrent.boot_transformers(source, device=device, dtype=dtype)
     if model_name is not None and not paper.decay:
         for mixer in model.mixers.values():
-            if isinstance(mixer, HookedGatedDeltaNet):
-                mixer.stop_decay()
+            if not isinstance(mixer, HookedGatedDeltaNet):
+                raise WriteSAEError(
+                    f"{name} has no decay: only a Gated DeltaNet, as tiny-gdn is, can stand in"
+                )
+            mixer.stop_decay()
     cells = find_cells(model, source, paper)
     train_text, test_text = texts(source)
-    tokens = training_tokens or (600_000 if source in zoo.SHIPPED else paper.training_tokens)
     dataset = Dataset.from_dict({"text": train_text})
     many = len(cells) > 1
     folders = [out / f"L{cell.layer}H{cell.head}" if many else out for cell in cells]
@@ -264,7 +285,8 @@ def reproduce(
         )
         table = pd.concat([means.assign(cell="mean"), table], ignore_index=True)
     write_whole(out / "table.csv", lambda path: table.to_csv(path, index=False))
-    text = f"# {name}: {source}, recipe {recipe}\n\n{paper.about}\n\n{as_markdown(table)}\n"
+    head = f"# {name}: {source}, recipe {recipe}"
+    text = "\n\n".join([head, paper.about, VARIANTS[recipe], as_markdown(table)]) + "\n"
     write_whole(out / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
     return table
 
@@ -293,26 +315,33 @@ def config(name: str) -> Paper:
     return CONFIGS[name]
 
 
-def estimate(name: str, model_name: str | None = None, training_tokens: int | None = None) -> str:
+def estimate(
+    name: str, model_name: str | None = None, training_tokens: int | None = None, dtype: str = "float32"
+) -> str:
     """Sizes, memory and time of a run, without loading the base model.
 
     The time is arithmetic: two operations a parameter and token forwards, for training and for what the
-    experiments run, on one H100 at a third of its peak; on other machines it scales with theirs.
+    experiments run, on one H100 at a third of its peak for the dtype; elsewhere it scales with the machine.
     """
     paper = config(name)
     base = releases.BASE_MODELS[paper.base]
-    d_k, d_v, n_parameters, width = base.d_k, base.d_v, paper.n_parameters, 2
-    source, flops, machine = base.name, FLOPS, "an H100"
+    d_k, d_v, n_parameters, width = base.d_k, base.d_v, paper.n_parameters, 4 if dtype == "float32" else 2
+    source, flops, machine = base.name, FLOPS[width], f"an H100 in {dtype}"
     tokens = training_tokens or paper.training_tokens
-    if model_name in zoo.SHIPPED:  # small enough to look at
+    n_cells = 1 if paper.head is not None else 16
+    if model_name is not None and model_name not in zoo.SHIPPED:
+        raise WriteSAEError(
+            f"the estimate knows the base model and what ships ({', '.join(zoo.SHIPPED)}), not {model_name!r}"
+        )
+    if model_name is not None:  # small enough to look at
         model = HookedRecurrent.boot_transformers(model_name, device="cpu")
-        cell = find_cells(model, model_name, paper)[0]
+        cells = find_cells(model, model_name, paper)
+        cell, n_cells = cells[0], len(cells)
         d_k, d_v, source, flops, machine = cell.d_k, cell.d_v, model_name, 2e10, "two CPU cores"
         n_parameters, width = sum(p.numel() for p in model.original_model.parameters()), 4
         tokens = training_tokens or 600_000
     d_sae = N_ATOMS
     n_sae = 2 * d_sae * (d_k + d_v) + d_sae
-    n_cells = 1 if paper.head is not None else 16
     step = 6 * d_sae * (d_k + d_v) * tokens * n_cells
     tested = sum(command.max_passages for command in COMMANDS.values()) * 256 * 12
     forward = 2 * n_parameters * (tokens + tested)
@@ -379,7 +408,10 @@ def _train(
         "train_batch_size_tokens": 512,
     }
     if recipe == "paper":
-        schedule = PAPER_SCHEDULE | {"train_batch_size_tokens": paper.batch}
+        schedule = PAPER_SCHEDULE | {
+            "train_batch_size_tokens": paper.batch,
+            "lr_warm_up_steps": paper.warm_up,
+        }
     cfg = LanguageModelSAERunnerConfig(
         sae=saes[first],
         model_class_name="HookedRecurrent",

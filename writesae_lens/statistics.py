@@ -33,8 +33,8 @@ def wilson_interval(wins: ArrayLike, confidence: float = 0.95) -> tuple[float, f
 
 def cluster_bootstrap(
     wins: ArrayLike, clusters: ArrayLike, seed: int = 0, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of a mean when whole clusters (atoms, passages) are resampled.
+) -> list[float] | None:
+    """Percentile interval of a mean when whole clusters are resampled (None: there is but one).
 
     Args:
         wins: booleans, or rates.
@@ -43,11 +43,12 @@ def cluster_bootstrap(
     """
     frame = pd.DataFrame({"win": np.asarray(wins, dtype=float), "cluster": np.asarray(clusters)})
     grouped = frame.groupby("cluster")["win"].agg(["sum", "count"]).to_numpy()
+    if len(grouped) < 2:
+        return None
     draws = np.random.default_rng(seed).integers(0, len(grouped), (N_RESAMPLES, len(grouped)))
     resampled = grouped[draws].sum(axis=1)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled[:, 0] / resampled[:, 1], [tail, 1 - tail])
-    return float(low), float(high)
+    return np.quantile(resampled[:, 0] / resampled[:, 1], [tail, 1 - tail]).tolist()
 
 
 def median_and_error(values: ArrayLike) -> tuple[float, float]:
@@ -58,12 +59,14 @@ def median_and_error(values: ArrayLike) -> tuple[float, float]:
 
 def median_interval(
     values: ArrayLike, clusters: ArrayLike, seed: int = 0, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of a median when whole clusters (passages) are resampled; 2,000 resamples."""
+) -> list[float] | None:
+    """Percentile interval of a median when whole clusters (passages) are resampled; None for one cluster."""
     x = np.asarray(values, dtype=float)
     names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
     order = np.argsort(x, kind="stable")
     x, cluster = x[order], cluster[order]
+    if len(names) < 2:
+        return None
     medians = []
     for draw in np.random.default_rng(seed).integers(0, len(names), (N_RESAMPLES, len(names))):
         # How often each value was drawn tells which two stand in the middle; nothing is sorted again.
@@ -71,8 +74,12 @@ def median_interval(
         middle = np.searchsorted(up_to, [(up_to[-1] - 1) // 2, up_to[-1] // 2], side="right")
         medians.append(x[middle].mean())
     tail = (1 - confidence) / 2
-    low, high = np.quantile(medians, [tail, 1 - tail])
-    return float(low), float(high)
+    return np.quantile(medians, [tail, 1 - tail]).tolist()
+
+
+def between(interval: list[float] | None, form: str) -> str:
+    """An interval in words, each end in a format: " (low to high)"; nothing if there is none."""
+    return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"
 
 
 def cliffs_delta(larger: ArrayLike, smaller: ArrayLike) -> float:

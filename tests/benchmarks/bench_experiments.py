@@ -6,12 +6,14 @@ continuation (install, amplify). What ours takes is the whole call, statistics i
 """
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -106,7 +108,10 @@ class Bench:
     def row(self, what: str, each: float, off: str, against: str = EDITED, seconds: Any = None) -> Row:
         theirs = seconds or self.seconds
         row = speedup(what, [each], theirs, against, "> 1 x")
-        return row._replace(ours=f"{each * 1000:.2f} ms; {off}", theirs=f"{row.theirs} ({len(theirs)} runs)")
+        ratio = f"{statistics.median(theirs) / each:.1f} x faster"
+        return row._replace(
+            ratio=ratio, ours=f"{each * 1000:.2f} ms; {off}", theirs=f"{row.theirs} ({len(theirs)} runs)"
+        )
 
 
 def unit(matrix: Tensor) -> Tensor:
@@ -356,7 +361,7 @@ def trace(bench: Bench) -> Row:
         for layer, part in writes.get_group((row.passage, row.kind, row.atom)).groupby("layer"):
             o, change = native[names[layer]], moved[names[layer]] - native[names[layer]]  # type: ignore[index]
             share = change.norm(dim=-1) / o.norm(dim=-1).clamp(min=1e-30)
-            here = share[part.position.to_numpy() + part.horizon.to_numpy(), part["head"].to_numpy()]
+            here = share[np.asarray(part.position) + np.asarray(part.horizon), np.asarray(part["head"])]
             gap = (torch.as_tensor(here).double() - torch.tensor(part.change.to_numpy())).abs().max()
             worst = max(worst, float(gap))
     return bench.row("reader trace, per write", each, f"changes {worst:.1e} off")

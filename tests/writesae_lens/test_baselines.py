@@ -130,7 +130,6 @@ def test_flat_svd_refuses_what_is_not_flat_and_topk(make, sides, message):
         baselines.flat_svd(make(), *sides)
 
 
-@pytest.mark.xfail(strict=True, reason="the inputs' normalisation is dropped without a word")
 def test_flat_svd_keeps_or_refuses_normalised_inputs(inputs):
     flat = flat_sae(normalize_activations="layer_norm")
     try:
@@ -245,7 +244,6 @@ def test_a_matched_dictionary_has_one_atom_at_least():
     assert baselines.matched_d_sae(cfg, "dense", "dense") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="thresholds and gates of JumpReLU and Gated are not counted")
 @pytest.mark.parametrize("activation", ["jumprelu", "gated"])
 def test_matched_dictionaries_count_what_the_activation_learns(activation):
     sizes = {"d_k": 5, "d_v": 7, "k": 1, "activation": activation}

@@ -76,11 +76,12 @@ def compare(
         the SAE fires).
 
     Raises:
-        WriteSAEError: no SAEs, SAEs on different cells or that do not fit, a name twice, or no position at
-            which all fire.
+        WriteSAEError: no SAEs, SAEs on different cells or that do not fit, one named like a control, or no
+            position at which all fire.
     """
     check_choice("scale", scale, "coefficient", "matched_norm")
     check_choice("kl", kl, "patched_base", "base_patched")
+    random = tuple(dict.fromkeys(random))
     for kind in random:
         check_choice("random", kind, *swaps.RANDOM)
     check_at_least(1, max_firings=max_firings)
@@ -103,6 +104,10 @@ def compare(
     found = [{name: find_firings(model, sae, sites[name], p) for name, sae in saes.items()} for p in passages]
     shared = [_shared(firings) for firings in found]
     kept = thin([firings[next(iter(saes))] for firings in shared], skip_positions, max_firings, None, seed)
+    if all(len(f.position) for of in found for f in of.values()) and not any(
+        len(next(iter(f.values())).position) for f in shared
+    ):
+        raise WriteSAEError("the SAEs fire, but at no position all of them: compare fewer at a time")
     check_any_fires(sum(len(next(iter(f.values())).position) for f in shared), sum(map(len, kept)), passages)
     run = Run(
         "comparison", model, list(saes.values()), passages, progress_folder, verbose, names=list(saes),
@@ -111,8 +116,8 @@ def compare(
     )  # fmt: skip
 
     def test(n: int) -> pd.DataFrame:
-        firings = {name: Firings(*(x[kept[n]] for x in f)) for name, f in shared[n].items()}
-        frame = _test(model, saes, cell, passages[n], firings, random, scale, kl, generator(seed, n))
+        how = random, scale, kl, generator(seed, n)
+        frame = _test(model, saes, cell, passages[n], shared[n], kept[n], *how)
         frame.insert(0, "passage", n)
         return frame
 
@@ -139,12 +144,14 @@ def _test(
     saes: Mapping[str, SAE[Any]],
     cell: Cell,
     tokens: Int[Tensor, " pos"],
-    firings: Mapping[str, Firings],
+    every: Mapping[str, Firings],
+    kept: Int[Tensor, " firing"],
     random: Sequence[str],
     scale: str,
     kl: str,
     rng: torch.Generator,
 ) -> pd.DataFrame:
+    firings = {name: Firings(*(x[kept] for x in f)) for name, f in every.items()}
     first = next(iter(firings.values()))
     native, conditions, about = swaps.native(first), {}, {}
     nothing = torch.full_like(first.atom, NONE), torch.full_like(first.coefficient, float("nan"))
@@ -156,7 +163,7 @@ def _test(
         about[name] = f.atom, f.coefficient
     norm = next(iter(conditions.values())).norm()
     for kind in random:
-        drawn = swaps.random_like(kind, next(iter(saes.values())), first, cell, rng)
+        drawn = swaps.random_like(kind, *next(iter(zip(saes.values(), every.values()))), kept, cell, rng)
         conditions[kind], about[kind] = swaps.with_norm(drawn, norm), nothing
     conditions[DELETE], about[DELETE] = swaps.zeros_like(native), nothing
     found = swaps.swapped_logits(model, cell, tokens, first.position, list(conditions.values()))

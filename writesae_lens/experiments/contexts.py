@@ -114,7 +114,7 @@ def _strongest(
             "atom": atom.cpu().numpy(),
             "position": at.cpu().numpy(),
             "coefficient": firings.coefficient.cpu().numpy().astype(float),
-            "dominant": (acts[at].argmax(-1) == atom).cpu().numpy(),
+            "dominant": (acts.argmax(-1)[at] == atom).cpu().numpy(),
             "cosine": native_cosines(firings, factors).cpu().numpy().astype(float),
             "token": tokens[at].cpu().numpy(),
             "n_positions": (acts > 0).sum(0)[atom].cpu().numpy(),

@@ -29,7 +29,8 @@ class Prefix:
         self._model, self._name = model, model.write_hook_name(cell.layer, cell.head)
         self._cache, self._n_prompts = model.new_cache(), len(tokens)
         with torch.no_grad():
-            model(tokens, past_key_values=self._cache, use_cache=True)
+            for part in tokens.split(max(1, _LOGITS_PER_PASS // len(tokens) // model.cfg.d_vocab), dim=1):
+                model(part, past_key_values=self._cache, use_cache=True)
 
     def run(
         self, tokens: Int[Tensor, "row pos"], added: Added | None = None

@@ -45,6 +45,7 @@ def erase_atom(
     atom: int | None = None,
     token: int | str | None = None,
     doses: tuple[float, ...] = DOSES,
+    max_firings: int | None = 500,
     context_size: int | None = None,
     seed: int = 0,
     progress_folder: str | None = None,
@@ -68,8 +69,9 @@ def erase_atom(
         atom: the atom (None: the one that is dominant most often).
         token: the token to watch, an id or the text of one token (None: the preferred one).
         doses: multiples of what the atom writes.
+        max_firings: keep a random choice of so many of the atom's firings (None: all).
         context_size: tokens of a passage, for text (None: the SAE's own, else 256).
-        seed: of control positions, random matrices and the bootstrap.
+        seed: of the choice, control positions, random matrices and the bootstrap.
         progress_folder: keeps finished passages, and resumes from them.
         verbose: show a progress bar.
 
@@ -87,6 +89,7 @@ def erase_atom(
     """
     check_positive(doses=doses)
     check_at_least(0, seed=seed)
+    check_at_least(1, max_firings=max_firings)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     check_atom(sae, atom)
     watched = None if token is None else token_id(model, token)
@@ -97,7 +100,7 @@ def erase_atom(
     chosen = busiest_atom(found, passages) if atom is None else atom
     if not any(bool((x.acts[:, chosen] > 0).any()) for x in found):
         raise WriteSAEError(f"atom {chosen} is active at no position of these {len(passages)} passages")
-    firings, elsewhere = _positions(found, chosen, seed)
+    firings, elsewhere = _positions(found, chosen, max_firings, seed)
     every = torch.cat([torch.full_like(f.position, n) for n, f in enumerate(firings)])
     # Every other firing chooses the token, the rest are tested; the lone firing does both.
     tests = (
@@ -117,7 +120,8 @@ def erase_atom(
         watched = int(fall.argmax())
     run = Run(
         "erasure", model, sae, passages, progress_folder, verbose,
-        atom=chosen, preferred_token=watched, doses=list(doses), seed=seed,
+        atom=chosen, preferred_token=watched, doses=list(doses), max_firings=max_firings,
+        token_given=token is not None, seed=seed,
     )  # fmt: skip
 
     def erase(n: int) -> pd.DataFrame:
@@ -137,22 +141,29 @@ def erase_atom(
         "n_positions_that_chose_it": 0 if token is not None else len(every) - int(tests.sum()) or 1,
         "n_passages": len(passages),
     }
-    low, high = summary["delta_logp_ci_firing"]
+    interval = statistics.between(summary["delta_logp_ci_firing"], "+.4f")
     headline = (
         f"atom {chosen} erased: log p of {summary['preferred_token_text'] or watched!r} moves by "
-        f"{summary['median_delta_logp_firing']:+.4f} ({low:+.4f} to {high:+.4f}), "
+        f"{summary['median_delta_logp_firing']:+.4f}{interval}, "
         f"{summary['n_firing']} firings"
     )
     return run.result(records, summary, {"erasure": plot_erasure}, headline)
 
 
-def _positions(found: list[Activity], atom: int, seed: int) -> tuple[list[Firings], list[Firings]]:
+def _positions(
+    found: list[Activity], atom: int, max_firings: int | None, seed: int
+) -> tuple[list[Firings], list[Firings]]:
     """Where the atom is active, and as many positions of each passage, if there are, where it is not."""
     mean = torch.cat([x.acts[x.acts[:, atom] > 0, atom] for x in found]).float().mean()
+    active = torch.cat([x.acts[:, atom] > 0 for x in found])
+    order = torch.randperm(int(active.sum()), generator=generator(seed, 0, 2))[:max_firings]
+    kept_rows = active.nonzero().squeeze(-1)[order.to(active.device)]
+    tested = torch.zeros_like(active)
+    tested[kept_rows] = True
+    chosen = tested.split([len(x.acts) for x in found])
     firing, elsewhere = [], []
     for n, (acts, key, value) in enumerate(found):
-        active = acts[:, atom] > 0
-        at, silent = active.nonzero().squeeze(-1), (~active).nonzero().squeeze(-1)
+        at, silent = chosen[n].nonzero().squeeze(-1), (acts[:, atom] <= 0).nonzero().squeeze(-1)
         order = torch.randperm(len(silent), generator=generator(seed, n, 1))
         other = silent[order[: len(at)].to(silent.device)].sort().values
         for where, kept, size in ((at, firing, acts[at, atom].float()), (other, elsewhere, mean)):
@@ -172,7 +183,8 @@ def _fall(
     erased = _erased(sae, cell, firings, 1.0)
     falls = 0
     for base, (patched,) in swaps.swapped_logits(model, cell, tokens, firings.position, [erased]):
-        falls = falls + (swaps.log_probabilities(base) - swaps.log_probabilities(patched)).sum(0)
+        for b, p in zip(base.split(64), patched.split(64), strict=True):
+            falls = falls + (swaps.log_probabilities(b) - swaps.log_probabilities(p)).sum(0)
     assert isinstance(falls, Tensor)
     return falls
 
@@ -196,7 +208,7 @@ def _erase(
 ) -> pd.DataFrame:
     if condition == "random":
         atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
-        other = swaps.random_like("gaussian", sae, firings, cell, rng)
+        other = swaps.random_like("gaussian", sae, firings, torch.arange(len(firings.atom)), cell, rng)
         other = swaps.with_norm(other, firings.coefficient * atoms.norm())
         ones = torch.ones_like(firings.coefficient)
         written = [swaps.summed(swaps.native(firings), swaps.scaled(other, -d * ones)) for d in doses]
@@ -235,7 +247,7 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
         if len(at):
             found = {
                 "median_delta_logp": float(at["delta_logp"].median()),
-                "delta_logp_ci": list(statistics.median_interval(at["delta_logp"], at["passage"], seed)),
+                "delta_logp_ci": statistics.median_interval(at["delta_logp"], at["passage"], seed),
                 "share_of_falls": float((at["delta_logp"] < 0).mean()),
                 "median_kl": float(at["kl"].median()),
                 "fall_p": statistics.paired_wilcoxon(-at["delta_logp"], np.zeros(len(at))),

@@ -80,7 +80,7 @@ def logit_formula_test(
         a result whose ``records`` have a row a prediction: passage, position (t0), horizon (t - t0), token,
         rank (of the token, from 1), atom, epsilon (as given), eps (the norm added), predicted, measured
         (logits); for gate_product also unfitted. ``summary`` has the median over atoms and epsilons of R2
-        (each over passages, horizons and tokens), by epsilon, by horizon and by rank.
+        (each over passages, horizons and tokens), by epsilon, by horizon, by rank and by atom.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the text or a passage is too short, or no atom fires.
@@ -237,6 +237,7 @@ def _summarize(records: pd.DataFrame) -> dict[str, Any]:
         "median_r2_by_eps": medians("epsilon"),
         "median_r2_by_horizon": medians("horizon"),
         "median_r2_by_rank": medians("rank"),
+        "median_r2_by_atom": {str(at): median(x) for at, x in cells.groupby(level="atom")},
         "n_cells": len(cells),
     }
     if "unfitted" in records:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
@@ -18,6 +20,8 @@ from writesae_lens.rank1 import Factors, inner
 from writesae_lens.sae import MatrixSAE
 
 DEFAULT_CONTEXT = 256
+# Logits that one pass may hold: bounds memory on models with large vocabularies.
+_LOGITS_PER_PASS = 2**27
 
 
 class Firings(NamedTuple):
@@ -114,7 +118,8 @@ def cache_of(model: HookedRecurrent, tokens: Int[Tensor, " pos"]) -> Any:
     if not len(tokens):
         return None
     cache = model.new_cache()
-    model(tokens[None], past_key_values=cache, use_cache=True)
+    for part in tokens.split(max(1, _LOGITS_PER_PASS // model.cfg.d_vocab)):
+        model(part[None], past_key_values=cache, use_cache=True)
     return cache
 
 
@@ -293,8 +298,8 @@ def check_choice(name: str, given: str, *allowed: str) -> None:
 def check_positive(**values: float | Sequence[float]) -> None:
     """Refuse sizes that are not finite and above 0, by name; of several sizes there must be one at least."""
     for name, given in values.items():
-        numbers = given if isinstance(given, Sequence) else (given,)
-        if not numbers or not all(0 < x < float("inf") for x in numbers):
+        numbers = np.ravel(given)
+        if not len(numbers) or not all(0 < x < float("inf") for x in numbers):
             raise WriteSAEError(f"{name} must be positive numbers, got {given}")
 
 
@@ -311,6 +316,9 @@ def atom_factors(sae: SAE[Any], atoms: Int[Tensor, " atom"], d_k: int, d_v: int)
     if isinstance(sae, MatrixSAE) and sae.cfg.decoder == "factored":
         return Factors(*(f[atoms].float() for f in sae.decoder_factors()))
     matrices = sae.W_dec[atoms].float().view(-1, d_k, d_v)
+    if not isinstance(sae, MatrixSAE) and getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        # SAELens's coefficients are those of atoms of norm 1.
+        matrices = matrices / matrices.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]
     columns = torch.eye(d_v, device=matrices.device).expand(len(matrices), -1, -1)
     return Factors(matrices.mT, columns)
 
@@ -327,7 +335,12 @@ def fingerprint_run(
 ) -> str:
     """What records depend on beside the settings: tokens, SAEs, and what the model makes of a passage."""
     logits = model(passages[:1], return_type="logits")[0, -1]
-    return fingerprint(passages, logits, *(p.data for sae in saes for p in sae.parameters()))
+    settings = [
+        {k: v for k, v in sae.cfg.to_dict().items() if k not in ("device", "dtype", "metadata")}
+        for sae in saes
+    ]
+    said = torch.frombuffer(bytearray(json.dumps(settings, default=str).encode()), dtype=torch.uint8)
+    return fingerprint(passages, logits, said, *(x for sae in saes for x in sae.state_dict().values()))
 
 
 def fingerprint(*tensors: Tensor) -> str:

@@ -99,8 +99,8 @@ def population_test(
         "min_firings": min_firings,
         **{name: value for name, value in tested.summary.items() if name in known},
     }
-    low, high = summary["mean_win_rate_ci"]
-    headline = f"mean win rate {summary['mean_win_rate']:.1%} ({low:.1%} to {high:.1%}), {len(records)} atoms"
+    interval = statistics.between(summary["mean_win_rate_ci"], ".1%")
+    headline = f"mean win rate {summary['mean_win_rate']:.1%}{interval}, {len(records)} atoms"
     return ExperimentResult("population", records, summary, {"population": plot_population}, headline)
 
 
@@ -110,7 +110,7 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
         "n_atoms": len(records),
         "n_firings": int(records.n_firings.sum()),
         "mean_win_rate": float(rate.mean()),
-        "mean_win_rate_ci": list(statistics.cluster_bootstrap(rate, records.atom, seed)),
+        "mean_win_rate_ci": statistics.cluster_bootstrap(rate, records.atom, seed),
         "mean_strict_chain_rate": float(records.strict_chain_rate.mean()),
         "share_of_atoms_above_half": float((rate > 0.5).mean()),
     }

@@ -67,7 +67,7 @@ def replacement_test(
         scale: the atom at its coefficient, or at the native write's Frobenius norm; the random matrix has
             the atom's norm.
         random: a Gaussian rank-1 matrix, another atom of the dictionary, a rank-1 matrix orthogonal to the
-            native write on both sides, or one whose coordinates are drawn from those of the passage's writes.
+            native write on both sides, or one whose coordinates are drawn from the passage's other writes.
         kl: KL(patched || base), as in the paper, or the other way round.
         replaces: what each condition takes the place of: the native write k v^T, while the token's erase
             still happens, or the whole update, erase and write together (the two differ where an
@@ -106,9 +106,9 @@ def replacement_test(
     )  # fmt: skip
 
     def test(n: int) -> pd.DataFrame:
-        chosen = Firings(*(x[kept[n]] for x in firings[n]))
         how = (scale, random, kl, replaces)
-        return _test_passage(model, sae, site.cell, passages[n], chosen, n, *how, generator(seed, n))
+        found = firings[n], kept[n]
+        return _test_passage(model, sae, site.cell, passages[n], *found, n, *how, generator(seed, n))
 
     records = run.records([n for n, index in enumerate(kept) if len(index)], test, "Replacing")
     summary = _summarize(records, sae.cfg.d_sae, seed)
@@ -148,7 +148,8 @@ def _test_passage(
     sae: SAE[Any],
     cell: Cell,
     tokens: Int[Tensor, " pos"],
-    firings: Firings,
+    every: Firings,
+    kept: Int[Tensor, " firing"],
     number: int,
     scale: str,
     random: str,
@@ -156,10 +157,11 @@ def _test_passage(
     replaces: str,
     rng: torch.Generator,
 ) -> pd.DataFrame:
+    firings = Firings(*(x[kept] for x in every))
     atoms, native = atom_factors(sae, firings.atom, cell.d_k, cell.d_v), swaps.native(firings)
     norm = atoms.norm().clamp(min=1e-30)
     size = firings.coefficient if scale == "coefficient" else native.norm() / norm
-    other = swaps.with_norm(swaps.random_like(random, sae, firings, cell, rng), size * norm)
+    other = swaps.with_norm(swaps.random_like(random, sae, every, kept, cell, rng), size * norm)
     conditions = [swaps.scaled(atoms, size), swaps.zeros_like(atoms), other]
     found = swaps.swapped_logits(model, cell, tokens, firings.position, conditions, erase=replaces == "write")
     kls = [torch.stack([swaps.divergence(p, base, kl) for p in patched]) for base, patched in found]
@@ -187,8 +189,8 @@ def _summarize(records: pd.DataFrame, d_sae: int, seed: int) -> dict[str, Any]:
         "n_passages": int(records.passage.nunique()),
         "win_rate": float(wins.mean()),
         "win_rate_ci": list(statistics.wilson_interval(wins)),
-        "win_rate_ci_by_atom": list(statistics.cluster_bootstrap(wins, records.atom, seed)),
-        "win_rate_ci_by_passage": list(statistics.cluster_bootstrap(wins, records.passage, seed)),
+        "win_rate_ci_by_atom": statistics.cluster_bootstrap(wins, records.atom, seed),
+        "win_rate_ci_by_passage": statistics.cluster_bootstrap(wins, records.passage, seed),
         "win_rate_by_effect_quartile": statistics.mean_by_part(wins, delete, 4),
         "strict_chain_rate": float(chain.mean()),
         "strict_chain_rate_ci": list(statistics.wilson_interval(chain)),

@@ -163,10 +163,10 @@ def _summarize(records: pd.DataFrame, top_k: int, seed: int) -> dict[str, Any]:
         summary[f"other_overlap_{kind}"] = float(other.overlap.mean()) if len(other) else None
         interval = None
         if len(own) and len(other):
-            low, high = statistics.cluster_bootstrap(own.overlap, own.group, seed)
+            ends = statistics.cluster_bootstrap(own.overlap, own.group, seed)
             level = float(other.overlap.mean())
             summary[f"selectivity_{kind}"] = float(own.overlap.mean()) - level
-            interval = [low - level, high - level]
+            interval = ends and [end - level for end in ends]
         summary[f"selectivity_ci_{kind}"] = interval
         summary[f"median_kl_{kind}"] = float(part.kl.median())
     return summary

@@ -38,8 +38,10 @@ def splice_test(
 
     An SAE on states replaces its head's state once, after the first half, by the reconstruction of it; one
     on writes replaces every write of the first half. ``deleted`` puts zeros there instead: what the head's
-    memory of the first half is worth. The state is exchanged between two tokens: outputs of the first half
-    stay native. An odd token belongs to the second half, whose first token is not predicted.
+    memory of the first half is worth. A state is exchanged between two tokens, so all outputs of the first
+    half stay native; writes are replaced as they are made, which moves the head's outputs in the first half
+    too, and so what layers above remember of it. An odd token belongs to the second half, whose first token
+    is not predicted.
 
     Args:
         model: the model that the SAEs were trained on.
@@ -82,10 +84,10 @@ def splice_test(
 
     records = run.records(range(len(passages)), splice, "Splicing")
     summary: dict[str, Any] = {**_summarize(records, seed), "n_heads": len(sites)}
-    low, high = summary["increase_percent_ci"]
+    interval = statistics.between(summary["increase_percent_ci"], "+.2f")
     headline = (
-        f"perplexity {summary['perplexity_native']:.3f} natively, {summary['increase_percent']:+.2f}% "
-        f"({low:+.2f} to {high:+.2f}) spliced, {summary['increase_percent_deleted']:+.2f}% deleted"
+        f"perplexity {summary['perplexity_native']:.3f} natively, {summary['increase_percent']:+.2f}%"
+        f"{interval} spliced, {summary['increase_percent_deleted']:+.2f}% deleted"
     )
     return run.result(records, summary, {"splice": plot_splice}, headline)
 
@@ -98,7 +100,7 @@ def _splice(
     errors, powers = [], []
 
     def replaced(sae: SAE[Any], native: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
-        rebuilt = sae(native).to(native.dtype)
+        rebuilt = sae.decode(sae.encode(native)).to(native.dtype)  # without SAELens's error term
         errors.append(float((rebuilt - native).float().square().sum()))
         powers.append(float(native.float().square().sum()))
         return rebuilt
@@ -130,8 +132,11 @@ def _splice(
             state[1] = replaced(sae, state[1].flatten()[None]).view_as(state[1])
             state[2] = 0
     rest = tokens[half:].expand(len(CONDITIONS), -1)
-    log_p = model(rest, past_key_values=cache, use_cache=True).double().log_softmax(-1)
-    nll = -log_p[:, :-1].gather(-1, rest[:, 1:, None]).squeeze(-1).mean(-1)
+    logits = model(rest, past_key_values=cache, use_cache=True)[:, :-1]
+    nll = [
+        torch.nn.functional.cross_entropy(row.double(), told)
+        for row, told in zip(logits, rest[:, 1:], strict=True)
+    ]
     row = {f"nll_{name}": [float(x)] for name, x in zip(CONDITIONS, nll, strict=True)}
     error = sum(errors) / max(sum(powers), 1e-30)
     return pd.DataFrame({"n_tokens": [len(tokens) - half - 1], **row, "error": error})
@@ -141,13 +146,14 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     nll = records[[f"nll_{name}" for name in CONDITIONS]].to_numpy()
     native, spliced, deleted = nll.mean(0)
     draws = np.random.default_rng(seed).integers(0, len(nll), (statistics.N_RESAMPLES, len(nll)))
-    rises = np.expm1((nll[:, 1] - nll[:, 0])[draws].mean(1))
+    rises = 100 * np.expm1((nll[:, 1] - nll[:, 0])[draws].mean(1))
+    interval = np.quantile(rises, [0.025, 0.975]).tolist() if len(nll) > 1 else None
     return {
         "n_passages": len(records),
         "n_tokens": int(records.n_tokens.sum()),
         **{f"perplexity_{name}": float(np.exp(x)) for name, x in zip(CONDITIONS, nll.mean(0), strict=True)},
         "increase_percent": float(100 * np.expm1(spliced - native)),
-        "increase_percent_ci": (100 * np.quantile(rises, [0.025, 0.975])).tolist(),
+        "increase_percent_ci": interval,
         "increase_percent_deleted": float(100 * np.expm1(deleted - native)),
         "recovered": float(1 - (spliced - native) / (deleted - native)) if deleted > native else None,
         "error": float(records.error.mean()),

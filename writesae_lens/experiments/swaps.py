@@ -53,24 +53,35 @@ def with_norm(swap: Factors, norm: Float[Tensor, " firing"]) -> Factors:
     return scaled(swap, norm / swap.norm().clamp(min=1e-30))
 
 
-def random_like(kind: str, sae: SAE[Any], firings: Firings, cell: Cell, rng: torch.Generator) -> Factors:
+def random_like(
+    kind: str,
+    sae: SAE[Any],
+    every: Firings,
+    kept: Int[Tensor, " firing"],
+    cell: Cell,
+    rng: torch.Generator,
+) -> Factors:
     """One random matrix a firing, of any norm.
 
     Args:
         kind: gaussian: rank 1, standard normal factors; atom: another atom of the dictionary; orthogonal:
             rank 1, key and value orthogonal to those of the native write; native_marginals: rank 1, each
-            coordinate of key and value drawn from that coordinate's values at these firings (a control that
-            has the scale of every channel).
+            coordinate of key and value drawn from that coordinate's values at the other firings of the
+            passage (a control that has the scale of every channel).
+        every: the passage's firings.
+        kept: those of them that are asked for.
     """
+    firings = Firings(*(x[kept] for x in every))
     count, device = len(firings.atom), firings.atom.device
     if kind == "atom":
         shift = torch.randint(1, max(2, sae.cfg.d_sae), (count,), generator=rng).to(device)
         return atom_factors(sae, (firings.atom + shift) % sae.cfg.d_sae, cell.d_k, cell.d_v)
     factors = []
-    for own in (firings.write_key.float(), firings.write_value.float()):
+    for side in (every.write_key.float(), every.write_value.float()):
+        own = side[kept]
         if kind == "native_marginals":
-            drawn = torch.randint(0, max(count, 1), own.shape, generator=rng).to(device)
-            factors.append(own.gather(0, drawn))
+            further = torch.randint(1, max(len(side), 2), own.shape, generator=rng)
+            factors.append(side.gather(0, ((kept.cpu()[:, None] + further) % len(side)).to(device)))
             continue
         x = torch.randn(own.shape, generator=rng).to(device)
         if kind == "orthogonal":

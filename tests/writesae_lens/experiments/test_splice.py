@@ -148,7 +148,8 @@ def test_the_interval_is_that_of_a_bootstrap_over_passages(gdn):
 @pytest.mark.parametrize("kind", ["write", "state"])
 def test_a_perfect_sae_loses_nothing_and_an_empty_one_everything(gdn, kind, monkeypatch):
     sae, passages = make_sae(gdn, kind, 1, 2), read(gdn, 2, 16)
-    monkeypatch.setattr(WriteSAE, "forward", lambda self, x: x)
+    monkeypatch.setattr(WriteSAE, "encode", lambda self, x: x)
+    monkeypatch.setattr(WriteSAE, "decode", lambda self, x: x)
     result = splice_test(gdn, sae, passages, verbose=False)
     np.testing.assert_allclose(result.records.nll_spliced, result.records.nll_native, atol=1e-6)
     assert (np.abs(result.records.nll_deleted - result.records.nll_native) > 1e-4).all()
