@@ -144,7 +144,12 @@ def _cards(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _method(summary: dict[str, Any]) -> list[str]:
     size = "its coefficient" if summary["scale"] == "coefficient" else "the native write's norm"
-    other = "a random rank-1 matrix" if summary["random"] == "gaussian" else "another atom"
+    other = {
+        "gaussian": "a random rank-1 matrix",
+        "atom": "another atom",
+        "orthogonal": "a random rank-1 matrix orthogonal to the write",
+        "native_marginals": "a rank-1 matrix with coordinates of other writes",
+    }[summary["random"]]
     direction = "KL(patched || native)" if summary["kl"] == "patched_base" else "KL(native || patched)"
     whole = summary["replaces"] == "update" and summary["architecture"] != "mamba2"
     replaced = "whole native update (erase and write)" if whole else "native write"

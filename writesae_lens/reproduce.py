@@ -223,7 +223,6 @@ def reproduce(
     source = model_name or releases.BASE_MODELS[paper.base].name
     tokens = training_tokens or (600_000 if source in zoo.SHIPPED else paper.training_tokens)
     run = {"config": name, "model": source, "recipe": recipe, "training_tokens": tokens, "dtype": dtype}
-    Progress(out, run | {"seed": seed})
     model = HookedRecurrent.boot_transformers(source, device=device, dtype=dtype)
     if model_name is not None and not paper.decay:
         for mixer in model.mixers.values():
@@ -233,6 +232,7 @@ def reproduce(
                 )
             mixer.stop_decay()
     cells = find_cells(model, source, paper)
+    Progress(out, run | {"seed": seed})  # refuses a folder with another run in it
     train_text, test_text = texts(source)
     dataset = Dataset.from_dict({"text": train_text})
     many = len(cells) > 1
