@@ -426,6 +426,7 @@ def _train(
         device=device,
         seed=seed,
         n_checkpoints=0,
+        checkpoint_path=None,
         output_path=str(folders[first]),
         logger=LoggingConfig(log_to_wandb=False),
         **schedule,

@@ -135,7 +135,7 @@ def test_help_lists_every_argument_with_the_docstrings_words(name, monkeypatch):
         assert row is not None, argument
         said = re.search(rf"^    (?:\w+, )*{argument}(?:, \w+)*: (.*)$", arguments, flags=re.M)
         assert said, f"{argument} is not in the docstring"
-        words = plain(said[1].replace("``", ""))
+        words = plain(said[1].replace("``", "").replace("(None:", "(default:"))
         assert words[1:] in plain(row), argument
     for shared in ("--text", "--model", "--out", "--max-passages", "--device", "--resume", "--seed"):
         assert f"{shared} " in done.stdout

@@ -30,7 +30,7 @@ PAPER = {
         "install.by_stratum.rank_100_1000.target_in_continuation": 1.0,
         "install.by_stratum.rank_100_1000.native_target_in_continuation": 0.333,
         "install.target_in_continuation": 0.25, "install.native_target_in_continuation": 0.083,
-        "splice.increase_percent": 0.58, "compare.flat_svd": 0.9136,
+        "splice.increase_percent": 0.58, "compare.writesae": 0.9125, "compare.flat_svd": 0.9136,
     },
     "qwen3.5-0.8b-L17H4": {
         "replace.win_rate": 0.923, "replace.median_kl_atom": 1.82, "replace.median_kl_delete": 2.58,
@@ -45,9 +45,12 @@ PAPER = {
     "qwen3.5-27b-L32H16": {COSINE: 0.085},
     "mamba2-370m-L24H0": {
         "replace.win_rate": 0.8808, "replace.median_kl_atom": 0.97, "replace.median_kl_delete": 1.62,
-        "formula.median_r2": -0.07, COSINE: 0.0575, "compare.flat_svd": 0.7630,
+        "formula.median_r2": -0.07, COSINE: 0.0575, "compare.writesae": 0.8285,
+        "compare.flat_svd": 0.7630,
     },
-    "rwkv7-1.5b-L12H0": {"replace.win_rate": 0.453, COSINE: 0.180, "compare.flat_svd": 0.478},
+    "rwkv7-1.5b-L12H0": {
+        "replace.win_rate": 0.453, COSINE: 0.180, "compare.writesae": 0.453, "compare.flat_svd": 0.478,
+    },
     DELTANET: {"replace.win_rate": 0.483, "replace.strict_chain_rate": 0.177, COSINE: 0.997},
     "gla-1.3b-L12H0": {COSINE: 0.110},
 }  # fmt: skip

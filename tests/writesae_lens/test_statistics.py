@@ -31,7 +31,8 @@ def test_cluster_bootstrap_widens_with_the_clusters_and_is_reproducible():
     assert low < wins.mean() < high
     wilson = statistics.wilson_interval(wins)
     assert high - low > 2 * (wilson[1] - wilson[0])
-    assert statistics.cluster_bootstrap([True] * 6, [1, 1, 2, 2, 3, 3]) == (1, 1)
+    assert statistics.cluster_bootstrap([True] * 6, [1, 1, 2, 2, 3, 3]) == [1, 1]
+    assert statistics.cluster_bootstrap([True, False], [1, 1]) is None
 
 
 def test_cliffs_delta_counts_pairs():

@@ -155,7 +155,7 @@ def test_a_perfect_sae_loses_nothing_and_an_empty_one_everything(gdn, kind, monk
     assert (np.abs(result.records.nll_deleted - result.records.nll_native) > 1e-4).all()
     assert (result.records.error == 0).all()
     assert result.summary["increase_percent"] == pytest.approx(0, abs=1e-4)
-    monkeypatch.setattr(WriteSAE, "forward", lambda self, x: torch.zeros_like(x))
+    monkeypatch.setattr(WriteSAE, "decode", lambda self, x: torch.zeros_like(x))
     result = splice_test(gdn, sae, passages, verbose=False)
     np.testing.assert_allclose(result.records.nll_spliced, result.records.nll_deleted, atol=1e-6)
     np.testing.assert_allclose(result.records.error, 1)
