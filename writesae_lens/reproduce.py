@@ -471,10 +471,12 @@ def _figures(experiment: str, summary: dict[str, Any], paper: Paper) -> list[tup
     if experiment == "compare":
         return [(row["name"], row["win_rate"]) for row in summary["table"] if row["win_rate"] is not None]
     names = [figure for of, figure in paper.figures if of == experiment]
-    found = []
-    for name in [*names, *(n for n in MAIN[experiment] if n not in names)]:
-        value: Any = summary
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        found.append((name, value))
-    return found
+    return [(n, _at(summary, n)) for n in dict.fromkeys([*names, *MAIN[experiment]])]
+
+
+def _at(summary: Any, path: str) -> Any:
+    """What a summary holds at a path of names with dots between; names such as "0.1" have some themselves."""
+    if not isinstance(summary, dict) or path in summary:
+        return summary.get(path) if isinstance(summary, dict) else None
+    name, _, rest = path.partition(".")
+    return _at(summary.get(name), rest) if rest else None

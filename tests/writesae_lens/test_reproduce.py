@@ -302,3 +302,10 @@ def test_the_command_runs(small, untrained, tmp_path):
     folder = f"reproduce-{MAIN}"
     assert done.stdout.splitlines()[-1] == f"saved: {folder}/table.md"
     assert "| splice | increase_percent |" in (tmp_path / folder / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "found"), [("a.0.1", 2), ("a.b.c", 3), ("d", 4), ("a.0.2", None), ("d.x", None), ("x", None)]
+)
+def test_a_path_reaches_names_that_have_dots(path, found):
+    assert reproduce._at({"a": {"0.1": 2, "b": {"c": 3}}, "d": 4}, path) == found
