@@ -528,7 +528,8 @@ def test_replace_of_an_sae_of_the_hub(client, hub, tiny, tmp_path):
     arguments = ["replace", "--sae", str(tiny), *options, "--scale", "huge"]
     code, _, said = client.run("result = command(*arguments)", arguments=arguments)
     assert code == 2
-    assert "scale='huge' is unknown: choose coefficient or matched_norm" in said
+    assert "--scale" in said
+    assert "matched_norm" in said
 
 
 def test_convert(client, tiny, tmp_path):
