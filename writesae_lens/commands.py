@@ -87,7 +87,7 @@ def add(app: typer.Typer, name: str, load: Load, extra: Callable[..., None] | No
     takes = inspect.signature(command.function).parameters
 
     def run(**given: Any) -> None:
-        out, resume = given.pop("out") or Path(f"writesae-{name}"), given.pop("resume")
+        out, resume = given.pop("out"), given.pop("resume")
         seed, saes = given.pop("seed"), given.pop("sae")
         named = [saes] if isinstance(saes, str) else list(saes or [])
         if len(set(named)) < len(named):

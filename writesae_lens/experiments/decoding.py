@@ -11,9 +11,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
-
-# Logits that one pass may hold, with what gradients keep of them.
-_LOGITS_PER_PASS = 2**27
+from writesae_lens.experiments.inputs import LOGITS_PER_PASS
 
 Added = Float[Tensor, "row pos d_k d_v"]
 
@@ -29,7 +27,7 @@ class Prefix:
         self._model, self._name = model, model.write_hook_name(cell.layer, cell.head)
         self._cache, self._n_prompts = model.new_cache(), len(tokens)
         with torch.no_grad():
-            for part in tokens.split(max(1, _LOGITS_PER_PASS // len(tokens) // model.cfg.d_vocab), dim=1):
+            for part in tokens.split(max(1, LOGITS_PER_PASS // len(tokens) // model.cfg.d_vocab), dim=1):
                 model(part, past_key_values=self._cache, use_cache=True)
 
     def run(
@@ -90,5 +88,5 @@ class Prefix:
 
 def batches(n_prompts: int, logits_per_prompt: int) -> list[slice]:
     """Prompts that are decoded together: 16, or fewer where vocabularies are large."""
-    step = min(16, max(1, _LOGITS_PER_PASS // logits_per_prompt))
+    step = min(16, max(1, LOGITS_PER_PASS // logits_per_prompt))
     return [slice(start, start + step) for start in range(0, n_prompts, step)]

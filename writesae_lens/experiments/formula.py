@@ -16,6 +16,7 @@ from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import (
+    LOGITS_PER_PASS,
     activity,
     alive_atoms,
     atom_factors,
@@ -26,6 +27,7 @@ from writesae_lens.experiments.inputs import (
     find_passages,
     find_site,
     median_write_norm,
+    unembedding_directions,
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
@@ -33,8 +35,6 @@ from writesae_lens.figures import plot_formula
 from writesae_lens.rank1 import Factors, leading_pairs
 
 EPSILONS = (0.1, 0.3, 1.0, 3.0)
-# Logits that one pass may hold: bounds memory on models with large vocabularies.
-_LOGITS_PER_PASS = 2**27
 
 
 def logit_formula_test(
@@ -147,7 +147,7 @@ def _passage(
     atom = torch.arange(n_atoms).repeat_interleave(len(sizes))
     size = sizes.repeat(n_atoms).to(atoms.key)
     keys, values = atoms.key[atom, 0] * size[:, None], atoms.value[atom, 0]
-    step = max(1, _LOGITS_PER_PASS // native.numel())
+    step = max(1, LOGITS_PER_PASS // native.numel())
     predicted, measured = [], []
     for start in range(0, len(atom), step):
         rows = slice(start, start + step)
@@ -198,9 +198,7 @@ def _gate_product(
     gates = gates if gates.ndim == 2 else gates[:, None]
     gates[0] = 1  # what is added at t0 is not decayed there
     by_key = keys @ (gates.cumprod(0) * reads).T
-    native: Any = model.original_model
-    unembedding = native.get_output_embeddings().weight[followed]
-    by_value = values @ model.mixers[cell.layer].head_output(cell.head).to(values) @ unembedding.to(values).T
+    by_value = values @ unembedding_directions(model, cell, followed).to(values).T
     return by_key[:, :, None] * by_value[:, None]
 
 

@@ -21,7 +21,7 @@ from writesae_lens.sae import MatrixSAE
 
 DEFAULT_CONTEXT = 256
 # Logits that one pass may hold: bounds memory on models with large vocabularies.
-_LOGITS_PER_PASS = 2**27
+LOGITS_PER_PASS = 2**27
 
 
 class Firings(NamedTuple):
@@ -118,7 +118,7 @@ def cache_of(model: HookedRecurrent, tokens: Int[Tensor, " pos"]) -> Any:
     if not len(tokens):
         return None
     cache = model.new_cache()
-    for part in tokens.split(max(1, _LOGITS_PER_PASS // model.cfg.d_vocab)):
+    for part in tokens.split(max(1, LOGITS_PER_PASS // model.cfg.d_vocab)):
         model(part[None], past_key_values=cache, use_cache=True)
     return cache
 
@@ -141,6 +141,26 @@ def native_writes(
         WriteSAEError: they are not finite.
     """
     return _writes(model, cell, _run_to(model, cell, tokens, []))
+
+
+@torch.no_grad()
+def native_factors(
+    model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, " pos"]
+) -> tuple[Float[Tensor, "pos d_k"], Float[Tensor, "pos d_v"], Float[Tensor, "pos d_k"]]:
+    """`native_writes`, and the vectors that the cell reads with, from one pass."""
+    name = model.write_factor_hook_names(cell.layer)[2]
+    cache = _run_to(model, cell, tokens, [name])
+    return *_writes(model, cell, cache), cache[name][0, :, cell.head]
+
+
+@torch.no_grad()
+def unembedding_directions(
+    model: HookedRecurrent, cell: Cell, targets: Int[Tensor, " target"]
+) -> Float[Tensor, "target d_v"]:
+    """W_O[head] W_U[target]: the tokens' rows of the unembedding, as the head's output sees them."""
+    native: Any = model.original_model
+    rows = native.get_output_embeddings().weight[targets].float()
+    return rows @ model.mixers[cell.layer].head_output(cell.head).float().T
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from writesae_lens.experiments.inputs import (
     find_passages,
     native_writes,
     token_id,
+    unembedding_directions,
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator, seed_of
@@ -254,9 +255,7 @@ class _Prompts:
 
     def _unembedding(self, targets: Int[Tensor, " row"], of: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
         """The native keys, and the targets' rows of the unembedding as the head's output sees them."""
-        unembedding: Any = self.model.original_model.get_output_embeddings().weight  # type: ignore[operator]
-        output = self.model.mixers[self.cell.layer].head_output(self.cell.head)
-        values = (unembedding[targets].float() @ output.float().T).detach()
+        values = unembedding_directions(self.model, self.cell, targets)
         return self.key[of], values[:, None].expand(-1, self.last.shape[1], -1)
 
     def _jacobian(

@@ -16,12 +16,14 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.inputs import (
+    LOGITS_PER_PASS,
     check_at_least,
     check_choice,
     check_positive,
     find_cell,
     find_passages,
-    native_writes,
+    native_factors,
+    unembedding_directions,
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
@@ -111,13 +113,7 @@ def _trials(
     rounds = [torch.randperm(len(tokens), generator=rng) for _ in range(-(-count // len(tokens)))]
     at = torch.cat(rounds)[:count].to(tokens.device)
     target = torch.randint(0, model.cfg.d_vocab, (count,), generator=rng).to(tokens.device)
-    key, value = (x[at].float() for x in native_writes(model, cell, tokens))
-    read_name = model.write_factor_hook_names(cell.layer)[2]
-    with torch.no_grad():
-        _, cache = model.run_with_cache(
-            tokens[None], names_filter=[read_name], stop_at_layer=cell.layer + 1, use_cache=False
-        )
-    read = cache[read_name][0, at, cell.head].float()
+    key, value, read = (x[at].float() for x in native_factors(model, cell, tokens))
     native = Factors(key[:, None], value[:, None])
     slope = output_gradient(model, cell, tokens, at, target, native, read)
     size = magnitude * native.norm()
@@ -125,9 +121,7 @@ def _trials(
         keys, values = read, slope
         predicted = size * read.norm(dim=-1) * slope.norm(dim=-1)
     else:
-        unembedding: Any = model.original_model.get_output_embeddings().weight  # type: ignore[operator]
-        keys = key
-        values = unembedding[target].float() @ model.mixers[cell.layer].head_output(cell.head).float().T
+        keys, values = key, unembedding_directions(model, cell, target)
         unit = nn.functional.normalize(key, dim=-1)
         predicted = size * (unit * read).sum(-1) * values.norm(dim=-1)
     added = swaps.with_norm(Factors(keys[:, None], values[:, None]), size)
@@ -165,7 +159,7 @@ def output_gradient(
     """Derivative of each target's logit, at its position, by what the head reads there (S_t^T q_t)."""
     # What is written under q / |q|^2 adds to what is read just its value.
     inverse = read / read.square().sum(-1, keepdim=True).clamp(min=1e-30)
-    step = max(1, swaps.LOGITS_PER_PASS // 8 // model.cfg.d_vocab)  # the graph holds several such tensors
+    step = max(1, LOGITS_PER_PASS // 4 // model.cfg.d_vocab)  # the graph holds several such tensors
     slopes = []
     for start in range(0, len(positions), step):
         here = slice(start, start + step)

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import Firings, atom_factors
+from writesae_lens.experiments.inputs import LOGITS_PER_PASS, Firings, atom_factors
 from writesae_lens.rank1 import Factors
 
 RANDOM = ("gaussian", "atom", "orthogonal", "native_marginals")
-# Logits that one pass may hold: bounds memory on models with large vocabularies.
-LOGITS_PER_PASS = 2**28
 
 
 def native(firings: Firings) -> Factors:
