@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= writesae-demo
 MODEL ?= tiny-gdn
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow tutorials docs lint bench clean
 
 demo: $(VENV)/.user  ## train a WriteSAE on a shipped model, test it, write a report
 	$(BIN)/writesae-lens demo --model $(MODEL) --out $(OUT)
@@ -15,6 +15,12 @@ test: $(VENV)/.dev  ## the fast tests, a process a core
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+tutorials: $(VENV)/.dev  ## run every notebook from top to bottom
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --no-header -o addopts= tutorials
+
+docs: $(VENV)/.dev  ## guides, tutorials and the API reference in site/; a warning is an error
+	$(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -40,4 +46,4 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $@ $(VENV)/.user
 
 clean:
-	rm -rf $(VENV) $(OUT) build *.egg-info
+	rm -rf $(VENV) $(OUT) site build *.egg-info
