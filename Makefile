@@ -20,7 +20,7 @@ tutorials: $(VENV)/.dev  ## run every notebook from top to bottom
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --no-header -o addopts= tutorials
 
 docs: $(VENV)/.dev  ## guides, tutorials and the API reference in site/; a warning is an error
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

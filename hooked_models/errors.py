@@ -19,6 +19,6 @@ def printable(text: str) -> str:
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
 
 
-def one_line(error: Exception) -> str:
-    """An exception's message without its line breaks, to go into another's."""
+def one_line(error: Exception | str) -> str:
+    """A message without its line breaks, to go into another's."""
     return " ".join(str(error).split())

@@ -4,6 +4,13 @@
 >>> from writesae_lens import WriteSAETrainingConfig
 """
 
+import warnings
+
+with warnings.catch_warnings():
+    # SAELens imports a deprecated module of TransformerLens; under -W error that would be ours to explain.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import sae_lens as _  # noqa: F401
+
 from writesae_lens.config import PAPER_SCHEDULE, WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.sae import WriteSAE

@@ -1,4 +1,4 @@
-"""Command line: ``writesae-lens demo | train | (an experiment) | models | pull | convert | push``."""
+"""The command line, ``writesae-lens``: a map of commands; each imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -9,22 +9,44 @@ from typing import Annotated, Any
 import typer
 
 from hooked_models.errors import HookedModelError, one_line, printable
-from writesae_lens import commands
 from writesae_lens.errors import WriteSAEError
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Sparse autoencoders on the cache writes of recurrent language models.",
+    help="""Sparse autoencoders on the cache writes of recurrent language models.
+
+    First look: writesae-lens demo. Then your own: train, report, and the experiments, each with --help.
+    SAE stands for a folder that SAELens wrote, a published best.pt, or RELEASE:ID from the Hub.""",
 )
+START, SHARE, ALL = "Start here", "Train, fetch, share", "All at once"
+TESTS = "Ask one question of an SAE: writesae-lens COMMAND --sae SAE"
+# The experiments in the order of the map. Their options and help come from the functions, when one is called.
+EXPERIMENTS = {
+    "replace": "Can its atoms take the place of native writes? KL against deletion and a random write.",
+    "population": "The same for every atom: win rates, and what goes with them.",
+    "partition": "Which atoms look like native writes (registers), which like mixtures (bundles)?",
+    "contexts": "Where in a text is each atom most active?",
+    "compare": "Several dictionaries and random controls on the same firings.",
+    "formula": "Predict how an added atom shifts later logits, and measure it.",
+    "sign": "Does a token's logit move the way that the atom's direction says?",
+    "erase": "Take an atom out of the writes: what happens to the token that it promotes?",
+    "install": "Write into the memory until the model says a chosen token.",
+    "splice": "Write what the SAE reconstructs: how much worse does the model predict?",
+    "amplify": "Write an atom larger than it is while the model continues a text.",
+    "selectivity": "Does an atom move other tokens than its neighbours do?",
+    "trace": "Who reads what an atom writes, how long after?",
+}
 
 # What a configuration raises that is JSON, but not of an SAE.
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+# typer keeps its own copy of click, or takes click's: this is the ancestor of what bad options raise.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def demo(
     model: Annotated[str, typer.Option(help="A shipped model.")] = "tiny-gdn",
     out: Annotated[Path, typer.Option(help="Folder for the SAE, records, figures and report.")] = Path(
@@ -44,7 +66,7 @@ def demo(
     typer.echo(result.headline)
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True}, rich_help_panel=SHARE)
 def train(
     saelens_flags: Annotated[
         list[str] | None,
@@ -80,14 +102,7 @@ def train(
         typer.echo(f"trained: {folder}")
 
 
-def _report(out: Path, model: Any, result: Any, passages: Any) -> None:
-    from writesae_lens.report import write_report
-
-    write_report(out / "report.html", model, result, passages)
-    typer.echo(f"report: {out / 'report.html'}")
-
-
-def _load(subject: commands.Subject) -> tuple[Any, list[Any], Any, str]:
+def _load(subject: Any) -> tuple[Any, list[Any], Any, str]:
     """Model, SAEs (or the cell) and text."""
     from hooked_models import HookedRecurrent, zoo
 
@@ -103,11 +118,63 @@ def _load(subject: commands.Subject) -> tuple[Any, list[Any], Any, str]:
     return model, saes, where and model.cell(*where), content
 
 
-for _name in commands.COMMANDS:
-    commands.add(app, _name, _load, _report if _name == "replace" else None)
+def _add_experiment(name: str, question: str) -> None:
+    def run(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+        from writesae_lens import commands
+
+        commands.make(name, _load)(arguments or [], prog_name=f"writesae-lens {name}", standalone_mode=False)
+
+    options = {"ignore_unknown_options": True}
+    app.command(name, help=question, rich_help_panel=TESTS, add_help_option=False, context_settings=options)(
+        run
+    )
 
 
-@app.command()
+for _name, _question in EXPERIMENTS.items():
+    _add_experiment(_name, _question)
+
+
+@app.command(rich_help_panel=ALL)
+def report(
+    sae: Annotated[str, typer.Option(help="A folder that SAELens wrote, a best.pt, or RELEASE:ID.")],
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of a saved result, or of several; give it again for more.", show_default=False
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text; default: the model's held-out text.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("writesae-report"),
+    max_passages: Annotated[int, typer.Option(min=1, help="Passages to read: the text's last ones.")] = 64,
+    context_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a passage; else the SAE's own, or 256.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Write one self-contained HTML page: overview, results, and a browser of all atoms.
+
+    Replacement test, partition and top contexts are run where RESULTS lack them.
+    """
+    from writesae_lens.commands import Subject, passages_of
+    from writesae_lens.report import make_report, saved_results
+
+    found = [result for folder in results or [] for result in saved_results(folder)]
+    subject = Subject([sae], None, model, text, context_size, max_passages, device)
+    booted, (loaded,), _, content = _load(subject)
+    passages = passages_of(booted, loaded, content, subject)
+    folder = Path(sae) if Path(sae).is_dir() else None
+    page = make_report(out, booted, loaded, passages, found, folder, seed=seed)
+    typer.echo(f"report: {page}")
+
+
+@app.command(rich_help_panel=ALL)
 def reproduce(
     config: Annotated[
         str | None, typer.Option(help="A run of the paper; without it they are listed.")
@@ -139,6 +206,7 @@ def reproduce(
 
     Run again with the same OUT, it goes on where it stopped.
     """
+    from writesae_lens import commands
     from writesae_lens import reproduce as paper
 
     if config is None:
@@ -157,7 +225,7 @@ def reproduce(
     typer.echo(f"saved: {folder / 'table.md'}")
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def models(
     model: Annotated[str | None, typer.Option(help="List this model's cells.")] = None,
 ) -> None:
@@ -181,7 +249,7 @@ def models(
         typer.echo(f"{cell.layer}:{cell.head}\t{cell.d_k} x {cell.d_v}\t{cell.architecture}\t{hook}")
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def pull(
     release: Annotated[str, typer.Argument(help="A release (see models), or a repository, owner/name.")],
     ids: Annotated[
@@ -215,7 +283,7 @@ def pull(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="A published best.pt, or the folder of one.")],
     out: Annotated[Path, typer.Argument(help="Folder for cfg.json and sae_weights.safetensors.")],
@@ -233,7 +301,7 @@ def convert(
     typer.echo(f"converted: {out}")
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE)
 def push(
     sae: Annotated[str, typer.Argument(help="A folder that SAELens wrote, a best.pt, or RELEASE:ID.")],
     repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if it does not exist.")],
@@ -319,12 +387,22 @@ def _load_sae(reference: str, device: str) -> Any:
 
 
 def main() -> None:
-    """Entry point: the packages' own errors, and the system's, are one line on stderr and status 2."""
+    """Entry point: whatever is wrong with the input is one line on stderr and status 2."""
     try:
-        app()
+        # A command that typer ends (after --help) is a status here, what it does not understand an exception.
+        sys.exit(app(standalone_mode=False) or 0)
+    except _USAGE_ERROR as error:
+        where = "writesae-lens" if error.ctx is None else error.ctx.command_path
+        message = one_line(error.format_message()).removesuffix(".")
+        if not message:  # no command at all: typer has shown the map
+            sys.exit(2)
+        message += f"; see {where} --help"
+    except typer.Abort:
+        message = "interrupted"
     except (HookedModelError, OSError) as error:
-        typer.echo(f"writesae-lens: {printable(one_line(error))}", err=True)
-        sys.exit(2)
+        message = one_line(error)
+    typer.echo(f"writesae-lens: {printable(message)}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

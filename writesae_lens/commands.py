@@ -1,10 +1,14 @@
-"""The experiments as commands: options and help come from the functions' own signatures and docstrings."""
+"""The experiments as commands: options and help come from the functions' own signatures and docstrings.
+
+The command line imports this module when one of them is called, for it imports them all.
+"""
 
 from __future__ import annotations
 
 import enum
 import inspect
 import re
+import shutil
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +19,7 @@ import typer
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import experiments
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import as_passages
+from writesae_lens.experiments.inputs import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 
 # Arguments of the functions that options of all commands stand for.
@@ -73,21 +77,19 @@ class Subject(NamedTuple):
 Load = Callable[[Subject], tuple[Any, list[Any], Cell | None, Any]]
 
 
-def add(app: typer.Typer, name: str, load: Load, extra: Callable[..., None] | None = None) -> None:
-    """Make an experiment a command.
+def make(name: str, load: Load) -> typer.Typer:
+    """An experiment as a command line of its own.
 
     Args:
-        app: the command line.
         name: of the command.
         load: model, SAEs (or the cell) and text of a subject.
-        extra: writes more files: (folder, model, result, passages).
     """
     command = COMMANDS[name]
     own = _own_parameters(command.function)
     takes = inspect.signature(command.function).parameters
 
     def run(**given: Any) -> None:
-        out, resume = given.pop("out"), given.pop("resume")
+        out: Path = given.pop("out")
         seed, saes = given.pop("seed"), given.pop("sae")
         named = [saes] if isinstance(saes, str) else list(saes or [])
         if len(set(named)) < len(named):
@@ -102,26 +104,36 @@ def add(app: typer.Typer, name: str, load: Load, extra: Callable[..., None] | No
             named, where, *(given.pop(n) for n in ("model", "text", "context_size", "max_passages", "device"))
         )
         model, loaded, cell, content = load(subject)
-        metadata = loaded[0].cfg.metadata if loaded else None
-        size = subject.context_size or (metadata and metadata.context_size)
-        passages = as_passages(model, content, size, bool(metadata and metadata.prepend_bos))
-        passages = passages[-subject.max_passages :]
+        passages = passages_of(model, loaded[0] if loaded else cell, content, subject)
         if "saes" not in takes:
             about: Any = loaded[0] if loaded else cell
         else:
             about = dict(zip(named, loaded, strict=True)) if name == "compare" else loaded
         options = {key: _plain(value) for key, value in given.items() if value != []}  # []: not given
-        folder = str(out / "progress") if resume else None
-        result = command.function(model, about, passages, seed=seed, progress_folder=folder, **options)
+        unfinished = out / "progress"
+        try:
+            result = command.function(
+                model, about, passages, seed=seed, progress_folder=str(unfinished), **options
+            )
+        except KeyboardInterrupt as error:
+            raise WriteSAEError(
+                f"interrupted; the same command goes on where it stopped (what is done is in {unfinished})"
+            ) from error
         result.save(out)
-        if extra is not None:
-            extra(out, model, result, passages)
+        shutil.rmtree(unfinished)
         typer.echo(f"saved: {out}")
         typer.echo(result.headline)
 
     run.__signature__ = inspect.Signature([*_shared_parameters(name, command, takes), *own])  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in own}
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name, help=_description(command.function))(run)
+    return app
+
+
+def passages_of(model: Any, about: Any, text: str, subject: Subject) -> Any:
+    """The last passages of a text, as the user wants them and the SAE was trained."""
+    return find_passages(model, about, text, subject.context_size)[-subject.max_passages :]
 
 
 def _shared_parameters(name: str, command: Command, takes: Any) -> list[inspect.Parameter]:
@@ -165,7 +177,6 @@ def _shared_parameters(name: str, command: Command, takes: Any) -> list[inspect.
             min=1,
         ),
         option("device", str, "cpu", "cpu, cuda, ..."),
-        option("resume", bool, False, "Keep finished parts in OUT, and go on from them."),
         option("seed", int, 0, "Seed of everything random.", min=0, max=2**32 - 1),
     ]
 

@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
-from sae_lens import (
-    SAE,
-    LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
-    LoggingConfig,
-)
-from tqdm.auto import tqdm
+from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
 
 from hooked_models import HookedRecurrent, zoo
 from writesae_lens.config import WriteSAETrainingConfig
@@ -23,16 +13,14 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import ExperimentResult, replacement_test
 from writesae_lens.experiments.inputs import as_passages
 from writesae_lens.experiments.result import write_whole
-from writesae_lens.figures import plot_training
-from writesae_lens.report import write_report
-from writesae_lens.train import shipped_text
-from writesae_lens.training_sae import WriteTrainingSAE
+from writesae_lens.history import record_training
+from writesae_lens.report import make_report
+from writesae_lens.train import Runner, shipped_text
 
 CONTEXT_SIZE = 256
 BATCH_SIZE = 512
 TEST_PASSAGES = 16
 DEFAULT_CELLS = {"tiny-gdn": (1, 3), "tiny-mamba2": (4, 4), "tiny-rwkv7": (3, 0)}
-_RECORD_EVERY = 10
 
 
 def run_demo(
@@ -47,7 +35,8 @@ def run_demo(
     """Train a WriteSAE on a shipped model's held-out text, put it through the replacement test, report.
 
     Args:
-        out: folder for sae/ (SAELens format), records.csv, summary.json, PNG figures and report.html.
+        out: folder for sae/ (SAELens format), records.csv, summary.json, PNG figures, report.html, and what
+            else that page needs (partition/, contexts/).
         model_name: a shipped model.
         cell: (layer, head); None is the model's default.
         d_sae, k: size of the dictionary, and atoms active per write.
@@ -72,7 +61,7 @@ def run_demo(
     write_whole(text_folder / "train.jsonl", lambda p: p.write_text(rows, encoding="utf-8"))
 
     hook_name = model.write_hook_name(where.layer, where.head)
-    runner = LanguageModelSAETrainingRunner(
+    runner = Runner(
         LanguageModelSAERunnerConfig(
             sae=WriteSAETrainingConfig(d_k=where.d_k, d_v=where.d_v, d_sae=d_sae, k=k),
             model_class_name="HookedRecurrent",
@@ -96,75 +85,15 @@ def run_demo(
             logger=LoggingConfig(log_to_wandb=False),
         )
     )
-    history: list[dict[str, float]] = []
-    sae_in_training = runner.sae
-    assert isinstance(sae_in_training, WriteTrainingSAE)
-    steps = training_tokens // BATCH_SIZE
-    # SAELens's own switch for torch.compile replaces the method in the same way.
-    sae_in_training.training_forward_pass = _recording(  # type: ignore[method-assign]
-        sae_in_training.training_forward_pass, history, steps, sae_in_training.cfg.write_alignment_coefficient
-    )
+    record_training(runner)
     runner.run()
 
     sae = SAE.load_from_disk(out / "sae")
     passages = as_passages(model, "\n\n".join(test_text), CONTEXT_SIZE)[:TEST_PASSAGES]
     result = replacement_test(model, sae, passages, seed=seed)
     result.save(out)
-    curves = pd.DataFrame(history)
-    last = history[-1]
-    write_report(
-        out / "report.html",
-        model,
-        result,
-        passages,
-        training={
-            "text": [
-                f"A dictionary of {d_sae:,} rank-1 atoms for the {where.d_k} x {where.d_v} writes of layer "
-                f"{where.layer}, head {where.head} of {model_name}, {k} of them active at a time, trained "
-                f"on {training_tokens:,} writes with SAELens's own runner. At the end {last['l0']:.1f} "
-                f"atoms fired per write, {last['dead']:.0f} were dead, and the dominant atom had a mean "
-                f"cosine of {last['cosine']:.2f} to the write.",
-                "Training read the first four fifths of a text that the model itself never saw; the "
-                "replacement test below read the rest.",
-            ],
-            "figures": {"training curves": plot_training(curves)},
-        },
-        code=_code(hook_name, model_name),
-    )
+    make_report(out, model, sae, passages, [result], out / "sae", _code(hook_name, model_name), seed=seed)
     return result
-
-
-def _recording(
-    step: Callable[..., Any], history: list[dict[str, float]], steps: int, alignment: float
-) -> Callable[..., Any]:
-    """The training step, keeping losses, L0 and dead atoms now and then, and telling them now and again."""
-    tell = max(_RECORD_EVERY, steps // 10 // _RECORD_EVERY * _RECORD_EVERY)
-    count = 0
-
-    def recorded(step_input: Any) -> Any:
-        nonlocal count
-        output = step(step_input)
-        if count % _RECORD_EVERY == 0 or count == steps - 1:
-            power = max(float(step_input.sae_in.square().sum(-1).mean()), 1e-30)
-            now = {
-                "step": count,
-                "loss": float(output.loss.detach()),
-                "unexplained": float(output.losses["mse_loss"]) / power,
-                "cosine": 1 - float(output.losses["write_alignment_loss"]) / power / alignment,
-                "l0": float((output.feature_acts > 0).sum(-1).float().mean()),
-                "dead": float(step_input.dead_neuron_mask.sum()),
-            }
-            history.append(now)
-            if count % tell == 0:
-                tqdm.write(
-                    f"step {count:>5}/{steps}  loss {now['loss']:.4f}  unexplained {now['unexplained']:.1%}  "
-                    f"cosine {now['cosine']:.2f}  L0 {now['l0']:.1f}  dead {now['dead']:.0f}",
-                    file=sys.stderr,
-                )
-        count += 1
-        return output
-
-    return recorded
 
 
 def _code(hook_name: str, model_name: str) -> str:

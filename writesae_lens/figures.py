@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +22,22 @@ ATOM, DELETE, RANDOM, INK = "#2166ac", "#b2182b", "#8c8c8c", "#222222"
 _FLOOR = 1e-12
 
 
+class _Shown(Figure):
+    """A figure that a notebook shows, whether or not it has imported pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return as_png(self)
+
+
+def as_png(figure: Figure, dpi: int = 100) -> bytes:
+    """The picture's bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
 def _figure(width: float, height: float, panels: int) -> tuple[Figure, list]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _Shown(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the user's backend
     axes = list(np.atleast_1d(figure.subplots(1, panels)))
     for axis in axes:
@@ -78,7 +93,7 @@ def plot_replacement(result: ExperimentResult) -> Figure:
     return figure
 
 
-def plot_win_rate_by_effect(result: ExperimentResult) -> Figure:
+def plot_replacement_by_effect(result: ExperimentResult) -> Figure:
     """Where the atom fails: win rate by quartile of the deletion's effect, and by cosine to the write."""
     records, summary = result.records, result.summary
     wins = (records.kl_atom < records.kl_delete).to_numpy()
@@ -104,15 +119,17 @@ def plot_win_rate_by_effect(result: ExperimentResult) -> Figure:
 
 
 def plot_training(history: pd.DataFrame) -> Figure:
-    """Unexplained share, cosine of the dominant atom, L0 and dead atoms over the steps."""
-    figure, axes = _figure(10.0, 2.8, 4)
+    """Loss, unexplained share, cosine of the dominant atom, L0 and dead atoms over the steps, as recorded."""
     panels = (
+        ("loss", "loss", (0, None)),
         ("unexplained", "share of |X|² unexplained", (0, 1.05)),
         ("cosine", "cosine of dominant atom", (0, 1.02)),
         ("l0", "atoms per write (L0)", (0, None)),
         ("dead", "dead atoms", (0, None)),
     )
-    for axis, (column, title, limits) in zip(axes, panels, strict=True):
+    known = [panel for panel in panels if panel[0] in history and history[panel[0]].notna().any()]
+    figure, axes = _figure(2.6 * len(known), 2.8, len(known))
+    for axis, (column, title, limits) in zip(axes, known, strict=True):
         axis.plot(history["step"], history[column], color=ATOM, lw=1.4)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set(xlabel="step", ylim=limits)

@@ -27,8 +27,9 @@ from writesae_lens.config import PAPER_SCHEDULE, WriteSAETrainingConfig
 from writesae_lens.demo import DEFAULT_CELLS
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import ExperimentResult
-from writesae_lens.experiments.inputs import as_passages
+from writesae_lens.experiments.inputs import as_list, as_passages, check_at_least, check_choice
 from writesae_lens.experiments.result import Progress, write_whole
+from writesae_lens.history import record_training
 from writesae_lens.train import Runner, config_of_several, shipped_text
 
 TEXT = "Skylion007/openwebtext"
@@ -217,7 +218,10 @@ def reproduce(
         HookedModelError: the model cannot be loaded.
     """
     paper, out = config(name), Path(out)
-    unknown = set(experiments) - set(COMMANDS)
+    check_choice("recipe", recipe, "default", "paper")
+    check_at_least(0, seed=seed)
+    check_at_least(1, optional=True, training_tokens=training_tokens)
+    unknown = set(as_list("experiments", experiments)) - set(COMMANDS)
     if unknown:
         raise WriteSAEError(f"no experiment {', '.join(sorted(unknown))}: there are {', '.join(COMMANDS)}")
     source = model_name or releases.BASE_MODELS[paper.base].name
@@ -324,6 +328,8 @@ def estimate(
     experiments run, on one H100 at a third of its peak for the dtype; elsewhere it scales with the machine.
     """
     paper = config(name)
+    check_choice("dtype", dtype, "float32", "bfloat16", "float16")
+    check_at_least(1, optional=True, training_tokens=training_tokens)
     base = releases.BASE_MODELS[paper.base]
     d_k, d_v, n_parameters, width = base.d_k, base.d_v, paper.n_parameters, 4 if dtype == "float32" else 2
     source, flops, machine = base.name, FLOPS[width], f"an H100 in {dtype}"
@@ -433,7 +439,9 @@ def _train(
     )
     given: dict[str, Any] = {"override_model": model, "override_dataset": dataset}
     if len(folders) == 1:
-        Runner(cfg, **given).run()
+        runner = Runner(cfg, **given)
+        record_training(runner)
+        runner.run()
         return
     # SAELens's runner of several writes them into one folder, by name.
     cfg.output_path = str(folders[first].parents[1])

@@ -40,6 +40,7 @@ def cluster_bootstrap(
         wins: booleans, or rates.
         clusters: the cluster of each.
         seed: of the resampling; 2,000 resamples.
+        confidence: coverage.
     """
     frame = pd.DataFrame({"win": np.asarray(wins, dtype=float), "cluster": np.asarray(clusters)})
     grouped = frame.groupby("cluster")["win"].agg(["sum", "count"]).to_numpy()

@@ -30,6 +30,7 @@ from hooked_models import HookedModelError, HookedRecurrent, zoo
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.config import WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.history import record_training
 from writesae_lens.saelens_plugin import MODEL_CLASS_NAME
 from writesae_lens.win_rate import log_win_rate
 
@@ -162,6 +163,7 @@ def run_training(
             if cfg.use_cached_activations and "--cached_activations_path" not in given:
                 raise WriteSAEError("say where the cache is: --cached_activations_path")
             runner = Runner(cfg, **overrides)
+        record_training(runner)
         if win_rate_passages:
             log_win_rate(runner, win_rate_passages)
         runner.run()

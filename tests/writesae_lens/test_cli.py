@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from command_line import run
 
 from hooked_models import zoo
+from writesae_lens import cli, commands
 
-COMMANDS = ("demo", "train", "replace", "formula", "models", "pull", "convert", "push")
+COMMANDS = ("demo", "models", "train", "pull", "convert", "push", *cli.EXPERIMENTS, "report", "reproduce")
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +33,12 @@ def test_demo_leaves_everything_it_promises(demo):
     assert (out / "replacement.png").exists()
     page = (out / "report.html").read_text()
     assert f"{summary['win_rate']:.1%}" in page
-    assert page.count("data:image/png;base64,") == 3
-    assert "http" not in page.split("<body>")[1]  # self-contained
-    assert "L0" in done.stderr
-    assert "dead" in done.stderr
+    assert (
+        page.count('<img src="data:image/png;base64,') == 5
+    )  # training, replacement (2), partition, contexts
+    curves = pd.read_csv(out / "sae" / "training.csv")
+    assert {"step", "loss", "unexplained", "cosine", "l0", "dead"} <= set(curves)
+    assert len(curves) > 10
 
 
 @pytest.mark.parametrize("model", zoo.SHIPPED[1:])
@@ -43,19 +47,17 @@ def test_demo_runs_on_every_shipped_model(model, tmp_path):
     done = run("demo", "--model", model, "--out", tmp_path, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1].startswith("win rate")
-    assert f"of {model}" in (tmp_path / "report.html").read_text()
+    assert f"on {model}" in (tmp_path / "report.html").read_text()
 
 
 def test_replace_works_on_what_demo_wrote(demo, tmp_path):
     folder, _ = demo
     text = tmp_path / "text.txt"
     text.write_text(zoo.held_out_text()[:6000])
-    done = run(
-        "replace", "--sae", folder / "out" / "sae", "--text", text, "--out", tmp_path / "r", "--resume"
-    )
+    done = run("replace", "--sae", folder / "out" / "sae", "--text", text, "--out", tmp_path / "r")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1].startswith("win rate")
-    assert (tmp_path / "r" / "report.html").exists()
+    assert (tmp_path / "r" / "replacement.png").exists()
     text.write_text("far too short")
     done = run("replace", "--sae", folder / "out" / "sae", "--text", text)
     assert done.returncode == 2
@@ -116,6 +118,10 @@ def test_help(command):
     done = run(*command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
+
+
+def test_the_map_has_every_experiment():
+    assert set(cli.EXPERIMENTS) == set(commands.COMMANDS)
 
 
 def test_from_the_shell():

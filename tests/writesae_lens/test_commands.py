@@ -15,7 +15,7 @@ from command_line import run
 from hooked_models import HookedRecurrent, zoo
 from writesae_lens import WriteSAE, WriteSAEConfig, cli, commands
 from writesae_lens.experiments import replacement_test
-from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.result import ExperimentResult, Progress
 
 SMALL = ("--max-passages", 2, "--context-size", 32)
 # Options that make each command take a second.
@@ -84,9 +84,11 @@ def kept(folder):
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)
-def test_every_command_writes_its_result_and_resumes_to_the_same_files(name, sae, tmp_path, results):
+def test_every_command_writes_its_result_and_goes_on_after_an_interruption(
+    name, sae, tmp_path, results, monkeypatch
+):
     out = tmp_path / "out"
-    arguments = (name, "--sae", sae, "--out", out, "--resume", *SMALL, *OWN[name])
+    arguments = (name, "--sae", sae, "--out", out, *SMALL, *OWN[name])
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     (result,) = results
@@ -100,14 +102,45 @@ def test_every_command_writes_its_result_and_resumes_to_the_same_files(name, sae
     pictures = [p for p in out.iterdir() if p.suffix == ".png"]
     assert {p.stem for p in pictures} == set(result.figures) != set()
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
-    before, parts = kept(out), sorted((out / "progress").glob("part_*.csv"))
-    assert parts
-    times = [p.stat().st_mtime_ns for p in parts]
-    again = run(*arguments)
-    assert again.returncode == 0, again.stderr
-    assert kept(out) == before
-    assert [p.stat().st_mtime_ns for p in parts] == times
-    assert again.stdout == done.stdout
+    assert not (out / "progress").exists()
+    again = ExperimentResult.load(out)
+    assert (again.name, again.summary, set(again.figures)) == (
+        result.name, json.loads(json.dumps(result.summary)), set(result.figures)
+    )  # fmt: skip
+    assert again.plot().axes
+
+    interrupted, finished, part = tmp_path / "interrupted", [], Progress.part
+
+    def stop_after_one(self, number, compute):
+        if finished:
+            raise KeyboardInterrupt
+        finished.append(number)
+        return part(self, number, compute)
+
+    arguments = tuple(interrupted if argument is out else argument for argument in arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "part", stop_after_one)
+        stopped = run(*arguments)
+    first = interrupted / "progress" / f"part_{finished[0]:06d}.csv"
+    if stopped.returncode:  # it had more than one part
+        assert stopped.returncode == 2
+        last = stopped.stderr.strip().splitlines()[-1]
+        assert "interrupted; the same command goes on where it stopped" in last
+        assert str(interrupted) in last
+        assert not (interrupted / "records.csv").exists()
+        time = first.stat().st_mtime_ns
+
+        def check_first(self, number, compute):
+            assert number != finished[0] or first.stat().st_mtime_ns == time
+            return part(self, number, compute)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Progress, "part", check_first)
+            resumed = run(*arguments)
+        assert resumed.returncode == 0, resumed.stderr
+        assert resumed.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert kept(interrupted) == kept(out)
+    assert not (interrupted / "progress").exists()
 
 
 def plain(text):
@@ -137,7 +170,7 @@ def test_help_lists_every_argument_with_the_docstrings_words(name, monkeypatch):
         assert said, f"{argument} is not in the docstring"
         words = plain(said[1].replace("``", "").replace("(None:", "(default:"))
         assert words[1:] in plain(row), argument
-    for shared in ("--text", "--model", "--out", "--max-passages", "--device", "--resume", "--seed"):
+    for shared in ("--text", "--model", "--out", "--max-passages", "--device", "--seed"):
         assert f"{shared} " in done.stdout
 
 
@@ -223,10 +256,9 @@ def seen_by(name, monkeypatch, *arguments):
         given.update(options, model=model, about=about, passages=passages)
         raise Seen
 
-    app = typer.Typer()
     with monkeypatch.context() as patch:
         patch.setitem(commands.COMMANDS, name, real._replace(function=function))
-        commands.add(app, name, cli._load)
+        app = commands.make(name, cli._load)
     with pytest.raises(Seen):
         typer.main.get_command(app)(list(map(str, arguments)), standalone_mode=False)
     return given
@@ -239,7 +271,7 @@ def test_options_reach_the_function_in_its_own_types(sae, monkeypatch):
     assert given["epsilons"] == (0.1, 1.0)
     assert given["form"] == "gate_product"
     assert type(given["form"]) is str
-    assert given["progress_folder"] is None
+    assert given["progress_folder"] == os.path.join("writesae-formula", "progress")
     assert given["passages"].shape == (16, 64)
     given = seen_by("erase", monkeypatch, "--sae", sae, "--token", "12", "--seed", 7)
     assert given["token"] == 12

@@ -61,7 +61,8 @@ def population_test(
     Raises:
         WriteSAEError: as `replacement_test`, or no atom has ``min_firings`` tested firings.
     """
-    check_at_least(1, min_firings=min_firings, max_firings_per_atom=max_firings_per_atom)
+    check_at_least(1, min_firings=min_firings)
+    check_at_least(1, optional=True, max_firings_per_atom=max_firings_per_atom)
     if max_firings_per_atom is not None and min_firings > max_firings_per_atom:
         raise WriteSAEError(
             f"min_firings={min_firings} is above max_firings_per_atom={max_firings_per_atom}, so no atom "
@@ -101,7 +102,8 @@ def population_test(
     }
     interval = statistics.between(summary["mean_win_rate_ci"], ".1%")
     headline = f"mean win rate {summary['mean_win_rate']:.1%}{interval}, {len(records)} atoms"
-    return ExperimentResult("population", records, summary, {"population": plot_population}, headline)
+    summary = {"headline": headline, **summary}
+    return ExperimentResult("population", records, summary, {"population": plot_population})
 
 
 def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.figures import plot_replacement, plot_win_rate_by_effect
+from writesae_lens.figures import plot_replacement, plot_replacement_by_effect
 
 CONDITIONS = ("atom", "delete", "random")
 
@@ -90,7 +90,7 @@ def replacement_test(
     check_choice("random", random, *swaps.RANDOM)
     check_choice("kl", kl, "patched_base", "base_patched")
     check_choice("replaces", replaces, "write", "update")
-    check_at_least(1, max_firings=max_firings, max_firings_per_atom=max_firings_per_atom)
+    check_at_least(1, optional=True, max_firings=max_firings, max_firings_per_atom=max_firings_per_atom)
     check_at_least(0, skip_positions=skip_positions, seed=seed)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     firings = [
@@ -114,7 +114,7 @@ def replacement_test(
     summary = _summarize(records, sae.cfg.d_sae, seed)
     low, high = summary["win_rate_ci"]
     headline = f"win rate {summary['win_rate']:.1%} ({low:.1%} to {high:.1%}), {len(records)} firings"
-    figures = {"replacement": plot_replacement, "replacement_by_effect": plot_win_rate_by_effect}
+    figures = {"replacement": plot_replacement, "replacement_by_effect": plot_replacement_by_effect}
     return run.result(records, summary, figures, headline)
 
 

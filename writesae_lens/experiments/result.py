@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from hooked_models.errors import one_line
 from writesae_lens.errors import WriteSAEError
 
 RECORDS, SUMMARY, SETTINGS = "records.csv", "summary.json", "settings.json"
@@ -27,14 +28,22 @@ class ExperimentResult:
         records: one row per trial.
         summary: plain numbers, lists and strings; what a paper's table would hold.
         figures: file stem to the function that draws it from this result.
-        headline: the figure that matters, in a line.
     """
 
     name: str
     records: pd.DataFrame
     summary: dict[str, Any]
     figures: dict[str, Callable[[ExperimentResult], Figure]] = field(default_factory=dict)
-    headline: str = ""
+
+    @property
+    def headline(self) -> str:
+        """The figure that matters, in a line."""
+        return self.summary.get("headline", "")
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.name}: {self.headline} [{len(self.records):,} records; .records .summary .plot() .save()]"
+        )
 
     def plot(self) -> Figure:
         """The experiment's main figure."""
@@ -54,6 +63,37 @@ class ExperimentResult:
             figure = draw(self)
             write_whole(folder / f"{stem}.png", lambda path, f=figure: f.savefig(path, format="png", dpi=150))
         return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ExperimentResult:
+        """Read back what `save` wrote.
+
+        Raises:
+            WriteSAEError: the folder holds no result, or one that does not read.
+        """
+        from writesae_lens import figures  # which knows this class
+
+        folder = Path(folder)
+        missing = [name for name in (RECORDS, SUMMARY) if not (folder / name).is_file()]
+        if missing:
+            raise WriteSAEError(
+                f"{folder} holds no result of an experiment: {' and '.join(missing)} not found in it; give "
+                "the folder that `save` wrote, or a command's --out"
+            )
+        try:
+            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+            records, name = read_table(folder / RECORDS), summary["experiment"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise WriteSAEError(f"the result in {folder} does not read: {one_line(error)}") from error
+        draw = {
+            stem: getattr(figures, f"plot_{stem}", None) for stem in (p.stem for p in folder.glob("*.png"))
+        }
+        return cls(name, records, summary, {stem: f for stem, f in sorted(draw.items()) if f is not None})
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV with every float as it was written; only empty cells are missing values."""
+    return pd.read_csv(path, float_precision="round_trip", keep_default_na=False, na_values=[""])
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -83,7 +123,7 @@ class Progress:
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise WriteSAEError(
                 f"{self.folder} holds the progress of a run with other settings (see {SETTINGS}): "
-                "resume with the same ones, or give another folder"
+                "resume with the same ones, remove it, or give another folder"
             )
         write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
@@ -95,7 +135,7 @@ class Progress:
         if path.exists():
             # A part that does not read back is computed again.
             with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError):
-                return pd.read_csv(path, float_precision="round_trip", keep_default_na=False, na_values=[""])
+                return read_table(path)
         frame = compute()
         write_whole(path, lambda p: frame.to_csv(p, index=False))
         return frame

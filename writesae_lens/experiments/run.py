@@ -81,7 +81,8 @@ class Run:
         headline: str,
     ) -> ExperimentResult:
         """The result, with the settings in its summary."""
-        return ExperimentResult(self.name, records, {**summary, **self.settings}, figures, headline)
+        about = {"headline": headline, **summary, **self.settings}
+        return ExperimentResult(self.name, records, about, figures)
 
 
 def seed_of(seed: int, *numbers: int) -> int:

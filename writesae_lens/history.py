@@ -1,0 +1,72 @@
+"""The curves of a training run, kept beside the SAE as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
+
+FILE = "training.csv"
+# Rows of a run's file, about.
+_ROWS = 400
+
+
+def record_training(runner: LanguageModelSAETrainingRunner[Any] | MultiSAETrainingRunner) -> None:
+    """Write a row now and then while a runner trains: its losses, L0 and dead atoms, without W&B.
+
+    The file, training.csv, is in the folder where SAELens saves the SAE (of several: each in its own). Its
+    columns are step, loss, unexplained (squared error over the inputs' squared norm), l0, dead (None where
+    SAELens keeps no count), cosine (of the dominant atom, weighted by squared norms; where the SAE trains on
+    alignment), and the terms of the loss. A run that resumes from a checkpoint goes on in its file.
+
+    Args:
+        runner: before ``run()``; nothing happens if it has no ``output_path``.
+    """
+    cfg = runner.cfg
+    if cfg.output_path is None:
+        return
+    steps = max(1, int(cfg.training_tokens) // cfg.train_batch_size_tokens)
+    folder = Path(cfg.output_path)
+    if isinstance(runner, MultiSAETrainingRunner):
+        saes = {folder / name: sae for name, sae in runner.saes.items()}
+    else:
+        saes = {folder: runner.sae}
+    for where, sae in saes.items():
+        where.mkdir(parents=True, exist_ok=True)
+        path = where / FILE
+        if cfg.resume_from_checkpoint is None:
+            path.unlink(missing_ok=True)
+        first = int(pd.read_csv(path).step.max()) + 1 if path.exists() else 0
+        # SAELens's own switch for torch.compile replaces the method in the same way.
+        sae.training_forward_pass = _recording(sae, path, first, max(1, steps // _ROWS))  # type: ignore[method-assign]
+
+
+def _recording(sae: Any, path: Path, first: int, every: int) -> Callable[..., Any]:
+    train_step, count = sae.training_forward_pass, first
+    alignment = getattr(sae.cfg, "write_alignment_coefficient", 0.0)
+
+    def recorded(step_input: Any) -> Any:
+        nonlocal count
+        output = train_step(step_input)
+        if count % every == 0:
+            losses = {name: float(value.detach()) for name, value in output.losses.items()}
+            dead = step_input.dead_neuron_mask
+            power = max(float(step_input.sae_in.square().sum(-1).mean()), 1e-30)
+            row = {
+                "step": count,
+                "loss": float(output.loss.detach()),
+                "unexplained": losses["mse_loss"] / power if "mse_loss" in losses else None,
+                "l0": float((output.feature_acts > 0).sum(-1).float().mean()),
+                "dead": None if dead is None else float(dead.sum()),
+            }
+            if alignment and "write_alignment_loss" in losses:
+                row["cosine"] = 1 - losses["write_alignment_loss"] / power / alignment
+            new = not path.exists()
+            pd.DataFrame([row | losses]).to_csv(path, mode="a", header=new, index=False)
+        count += 1
+        return output
+
+    return recorded

@@ -1,0 +1,249 @@
+"use strict";
+// The page's own script: which section shows, the table of atoms, and the page of one atom.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const at = Object.fromEntries(data.columns.map((key, i) => [key, i]));
+  const $ = (id) => document.getElementById(id);
+  const COLORS = { register: "#2166ac", bundle: "#b2182b", rare: "#8c8c8c", dead: "#8c8c8c" };
+  const LAYOUT = {
+    margin: { l: 56, r: 12, t: 12, b: 44 }, font: { family: "system-ui, sans-serif", size: 12 },
+    legend: { orientation: "h", y: 1.12 }, hoverlabel: { align: "left" },
+  };
+  const CONFIG = { displayModeBar: false, responsive: true };
+  const DIVERGING = [[0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#ffffff"], [0.75, "#f4a582"], [1, "#b2182b"]];
+  const PAGE = 100;
+
+  const element = (tag, text, name) => {
+    const made = document.createElement(tag);
+    if (text !== undefined) made.textContent = text;
+    if (name) made.className = name;
+    return made;
+  };
+  const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "");
+  const number = (x, digits = 3) => (x === null ? "–" : Number(x.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: digits }));
+  const percent = (x) => (x === null ? "–" : `${Math.round(100 * x)}%`);
+  const of = (atom, key) => data.rows[atom][at[key]];
+  const cell = (atom, key) => {
+    const value = of(atom, key);
+    if (value === null) return "–";
+    if (key === "win_rate") return percent(value);
+    if (key === "token") return visible(value);
+    return typeof value === "number" && key !== "atom" ? number(value) : String(value);
+  };
+
+  const ratio = (atom) => {
+    const [mine, deleted] = [of(atom, "kl_atom"), of(atom, "kl_delete")];
+    return mine === null ? "–" : `${number(deleted / Math.max(mine, 1e-12), 2)} ×`;
+  };
+
+  // Bytes of one atom's profile, as fractions of its largest entry.
+  const decode = (text) => Int8Array.from(atob(text), (c) => c.charCodeAt(0));
+  let profiles;
+  const profile = (side, atom) => {
+    profiles ??= { key: decode(data.key), value: decode(data.value) };
+    const size = side === "key" ? data.d_k : data.d_v;
+    return Array.from(profiles[side].subarray(atom * size, (atom + 1) * size), (x) => x / 127);
+  };
+
+  // The table: the order and the atoms that the search leaves.
+  let order = { key: "n_firings", down: true };
+  let shown = [];
+  let limit = PAGE;
+  const texts = data.rows.map((row, atom) => {
+    const contexts = (data.contexts[atom] ?? []).map((c) => c[0] + c[1] + c[2]);
+    const promoted = data.tokens[atom].slice(0, data.tokens[atom].length / 2).map((id) => data.texts[id]);
+    return [...contexts, ...promoted].join("\n").toLowerCase();
+  });
+
+  const select = () => {
+    const words = $("search").value.toLowerCase();
+    const name = $("class").value;
+    const exact = /^\d+$/.test(words.trim()) ? Number(words) : null;
+    shown = data.rows.map((_, atom) => atom).filter((atom) =>
+      (!name || of(atom, "class") === name) && (!words || atom === exact || texts[atom].includes(words)));
+    const column = at[order.key];
+    const sign = order.down ? -1 : 1;
+    shown.sort((a, b) => {
+      const [x, y] = [data.rows[a][column], data.rows[b][column]];
+      if (x === null || y === null) return (x === null) - (y === null) || a - b; // what is not known comes last
+      return sign * (typeof x === "string" ? x.localeCompare(y) : x - y) || a - b;
+    });
+    // An atom that is asked for by number comes before those whose texts hold the number.
+    if (exact !== null && shown.includes(exact)) shown = [exact, ...shown.filter((atom) => atom !== exact)];
+    limit = PAGE;
+    draw();
+  };
+
+  const draw = () => {
+    const rows = shown.slice(0, limit).map((atom) => {
+      const row = element("tr");
+      row.tabIndex = 0;
+      row.dataset.atom = atom;
+      for (const key of data.columns) {
+        const text = key === "class" || key === "token";
+        const td = element("td", undefined, text ? "text" : "number");
+        td.append(key === "class" ? element("span", cell(atom, key), `badge ${of(atom, key)}`) : cell(atom, key));
+        row.append(td);
+      }
+      return row;
+    });
+    $("table").tBodies[0].replaceChildren(...rows);
+    $("more").hidden = shown.length <= limit;
+    $("count").textContent = `${shown.length.toLocaleString("en")} of ${data.rows.length.toLocaleString("en")} atoms`;
+    for (const th of $("table").tHead.rows[0].cells) {
+      if (th.dataset.key === order.key) th.setAttribute("aria-sort", order.down ? "descending" : "ascending");
+      else th.removeAttribute("aria-sort");
+    }
+  };
+
+  const tokens = (where, atom, first) => {
+    const half = data.tokens[atom].length / 2;
+    where.replaceChildren(...Array.from({ length: half }, (_, i) => {
+      const place = first + i;
+      const shownToken = element("span", visible(data.texts[data.tokens[atom][place]]), "token");
+      shownToken.append(" ", element("small", number(data.logits[atom][place], 2)));
+      return shownToken;
+    }));
+  };
+
+  const drawProfile = (atom) => {
+    const [key, value] = [profile("key", atom), profile("value", atom)];
+    const bars = { type: "bar", marker: { color: "#2166ac" }, showlegend: false };
+    Plotly.react("profile", [
+      { type: "heatmap", z: key.map((k) => value.map((v) => k * v)), zmid: 0, zmin: -1, zmax: 1, colorscale: DIVERGING,
+        showscale: false, hovertemplate: "key %{y}, value %{x}: %{z:.2f}<extra></extra>" },
+      { ...bars, x: value.map((_, i) => i), y: value, yaxis: "y2", hovertemplate: "value %{x}: %{y:.2f}<extra></extra>" },
+      { ...bars, orientation: "h", y: key.map((_, i) => i), x: key, xaxis: "x2", hovertemplate: "key %{y}: %{x:.2f}<extra></extra>" },
+    ], {
+      ...LAYOUT, bargap: 0,
+      xaxis: { domain: [0, 0.82], title: { text: "value side" } }, yaxis: { domain: [0, 0.78], autorange: "reversed", title: { text: "key side" } },
+      xaxis2: { domain: [0.85, 1], range: [-1.05, 1.05], showticklabels: false, zeroline: true },
+      yaxis2: { domain: [0.82, 1], range: [-1.05, 1.05], showticklabels: false, zeroline: true },
+    }, CONFIG);
+  };
+
+  const drawDistributions = (atom) => {
+    const firings = data.firings[atom];
+    $("distributions").hidden = !firings;
+    if (!firings) return;
+    const [cosine, withAtom, without] = firings;
+    Plotly.react("cosines", [{ type: "histogram", x: cosine, xbins: { start: -1, end: 1.0001, size: 0.05 }, marker: { color: "#2166ac" } }],
+      { ...LAYOUT, bargap: 0.05, xaxis: { range: [-1.02, 1.02], title: { text: "cosine" } }, yaxis: { title: { text: "firings" } } }, CONFIG);
+    const ends = [Math.min(...withAtom, ...without) - 0.3, Math.max(...withAtom, ...without) + 0.3];
+    Plotly.react("kls", [
+      { type: "scatter", mode: "lines", x: ends, y: ends, line: { color: "#222", width: 1, dash: "dash" }, hoverinfo: "skip", showlegend: false },
+      { type: "scatter", mode: "markers", x: without, y: withAtom, marker: { size: 6, opacity: 0.6,
+        color: without.map((x, i) => (withAtom[i] < x ? "#2166ac" : "#b2182b")) }, showlegend: false,
+        hovertemplate: "deleted 10^%{x:.2f}, atom 10^%{y:.2f} nats<extra></extra>" },
+    ], { ...LAYOUT, xaxis: { range: ends, title: { text: "log10 KL, write deleted (nats)" } }, yaxis: { range: ends, title: { text: "log10 KL, atom in its place" } } }, CONFIG);
+  };
+
+  const open = (atom) => {
+    $("name").replaceChildren(`Atom ${atom} `, element("span", of(atom, "class"), `badge ${of(atom, "class")}`));
+    const cards = [
+      [cell(atom, "n_firings"), "firings as the strongest atom"], [cell(atom, "coefficient"), "largest coefficient"],
+      [cell(atom, "median_cosine"), "median cosine to native writes"], [cell(atom, "win_rate"), "wins against deletion"],
+      [ratio(atom), "median KL deleted, in that of the atom"],
+    ];
+    $("figures-of-merit").replaceChildren(...cards.map(([value, label]) => {
+      const card = element("div", undefined, "card");
+      card.append(element("b", value), element("span", label));
+      return card;
+    }));
+    const contexts = data.contexts[atom] ?? [];
+    $("contexts").replaceChildren(...contexts.map(([before, text, after, coefficient, cosine, dominant]) => {
+      const line = element("p", undefined, "context");
+      const mark = element("mark", visible(text), dominant ? "" : "weaker");
+      mark.title = `coefficient ${coefficient}, cosine to the native write ${cosine}` + (dominant ? "" : "; another atom is stronger here");
+      line.append(element("small", number(coefficient)), visible(before), mark, visible(after));
+      return line;
+    }));
+    if (!contexts.length) $("contexts").append(element("p", "It is active nowhere in this text.", "soft"));
+    tokens($("up"), atom, 0);
+    tokens($("down"), atom, data.tokens[atom].length / 2);
+    const rank = data.rank1[atom] < 0.995 ? ` Its leading rank-1 part, shown here, has ${percent(data.rank1[atom])} of its squared norm.` : "";
+    $("read").textContent = `Tokens by the direct path: value side through the head's output matrix and the unembedding, without norm, gate or later layers, for a read of the sign that ${percent(data.read[atom])} of this text's reads have.${rank}`;
+    $("near").tBodies[0].replaceChildren(...data.near[atom].map((other, i) => {
+      const row = element("tr");
+      const link = element("a", String(other));
+      link.href = `#atom-${other}`;
+      const first = element("td", undefined, "number");
+      first.append(link);
+      const kind = element("td");
+      kind.append(element("span", of(other, "class"), `badge ${of(other, "class")}`));
+      row.append(first, element("td", data.cosines[atom][i].toFixed(3), "number"), kind, element("td", cell(other, "token"), "text"));
+      return row;
+    }));
+    const place = shown.indexOf(atom);
+    $("previous").disabled = place <= 0;
+    $("next").disabled = place < 0 || place === shown.length - 1;
+    $("previous").onclick = () => { location.hash = `#atom-${shown[place - 1]}`; };
+    $("next").onclick = () => { location.hash = `#atom-${shown[place + 1]}`; };
+    drawProfile(atom);
+    drawDistributions(atom);
+  };
+
+  let mapped = false;
+  const drawMap = () => {
+    if (mapped) return;
+    mapped = true;
+    const tested = data.rows.map((_, atom) => atom).filter((atom) => of(atom, "win_rate") !== null && of(atom, "median_cosine") !== null);
+    const traces = Object.keys(COLORS).map((name) => {
+      const atoms = tested.filter((atom) => of(atom, "class") === name);
+      return {
+        type: "scatter", mode: "markers", name: `${name} (${atoms.length})`, customdata: atoms,
+        x: atoms.map((atom) => of(atom, "median_cosine")), y: atoms.map((atom) => of(atom, "win_rate")),
+        text: atoms.map((atom) => `atom ${atom}: ${cell(atom, "n_firings")} firings, ${cell(atom, "token")}`.replaceAll("<", "‹")),
+        marker: { color: COLORS[name], opacity: 0.5, size: atoms.map((atom) => 4 + 2 * Math.log2(1 + of(atom, "n_firings"))) },
+        hovertemplate: "%{text}<br>cosine %{x:.2f}, wins %{y:.0%}<extra></extra>",
+      };
+    }).filter((trace) => trace.x.length);
+    Plotly.newPlot("map", traces, { ...LAYOUT, xaxis: { title: { text: "median cosine to the native writes" } },
+      yaxis: { title: { text: "win rate" }, tickformat: ".0%", range: [-0.05, 1.05] } }, CONFIG);
+    $("map").on("plotly_click", (event) => { location.hash = `#atom-${event.points[0].customdata}`; });
+  };
+
+  const route = () => {
+    const hash = location.hash.slice(1);
+    const asked = /^atom-(\d+)$/.exec(hash);
+    const atom = asked && Number(asked[1]) < data.rows.length ? Number(asked[1]) : null;
+    const page = atom !== null ? "atom" : hash === "atoms" ? "atoms" : "overview";
+    for (const name of ["overview", "atoms", "atom"]) $(`page-${name}`).hidden = name !== page;
+    for (const link of document.querySelectorAll("nav a")) {
+      const current = link.hash === (page === "overview" ? "#overview" : "#atoms");
+      if (current) link.setAttribute("aria-current", "page");
+      else link.removeAttribute("aria-current");
+    }
+    if (atom !== null) open(atom);
+    if (page === "overview") drawMap();
+    if (!hash.startsWith("result-")) window.scrollTo(0, 0);
+    if (atom !== null) $("name").focus({ preventScroll: true });
+  };
+
+  for (const name of Object.keys(COLORS).filter((name) => data.rows.some((row) => row[at.class] === name))) {
+    const option = element("option", name);
+    option.value = name;
+    $("class").append(option);
+  }
+  $("search").addEventListener("input", select);
+  $("class").addEventListener("change", select);
+  $("more").addEventListener("click", () => { limit += PAGE; draw(); });
+  $("table").tHead.addEventListener("click", (event) => {
+    const th = event.target.closest("th");
+    if (!th) return;
+    const key = th.dataset.key;
+    // Numbers begin with the largest, texts and the atoms' numbers with the first.
+    const down = !["atom", "class", "token"].includes(key);
+    order = { key, down: order.key === key ? !order.down : down };
+    select();
+  });
+  const follow = (event) => {
+    const row = event.target.closest("tr[data-atom]");
+    if (row && (event.type === "click" || event.key === "Enter")) location.hash = `#atom-${row.dataset.atom}`;
+  };
+  $("table").addEventListener("click", follow);
+  $("table").addEventListener("keydown", follow);
+  window.addEventListener("hashchange", route);
+  select();
+  route();
+})();
