@@ -156,8 +156,8 @@ def statistics_of_atoms(
             kl_delete=("kl_delete", "median"),
         )
     )
-    by_atom = contexts.groupby("atom")
-    table = table.join(by_atom.coefficient.max())
-    table = table.join(by_atom.text.agg(lambda texts: texts.mode().iloc[0]).rename("token"))
+    table = table.join(contexts.groupby("atom").coefficient.max())
+    texts = contexts.dropna(subset=["text"]).groupby("atom").text
+    table = table.join(texts.agg(lambda each: each.mode().iloc[0]).rename("token"))
     table["n_tested"] = table.n_tested.fillna(0).astype(np.int64)
     return table

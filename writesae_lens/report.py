@@ -332,6 +332,7 @@ def _contexts(records: pd.DataFrame) -> dict[int, list[list[Any]]]:
     """By atom: text before, the token, text after, coefficient, cosine, whether it is the strongest there."""
     found: dict[int, list[list[Any]]] = {}
     texts = records[["text_before", "text", "text_after"]].fillna("")
+    texts["text"] = texts.text.where(texts.text != "", "token " + records.token.astype(str))
     rows = zip(
         records.atom, *(texts[name] for name in texts), records.coefficient, records.cosine, records.dominant
     )
