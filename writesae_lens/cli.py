@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hooked_models.errors import HookedModelError, one_line, printable
-from writesae_lens.errors import WriteSAEError
+from writesae_lens.errors import WriteSAEError, interruptible
 
 app = typer.Typer(
     add_completion=False,
@@ -41,6 +41,7 @@ EXPERIMENTS = {
 
 # What a configuration raises that is JSON, but not of an SAE.
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+GOES_ON = "the same command goes on where it stopped"
 # typer keeps its own copy of click, or takes click's: this is the ancestor of what bad options raise.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
@@ -61,7 +62,8 @@ def demo(
     """Train a WriteSAE on a shipped model, put it through the replacement test, write a report."""
     from writesae_lens.demo import run_demo
 
-    result = run_demo(out, model, _cell(cell), d_sae, k, training_tokens, seed)
+    with interruptible("run it again: the demo starts from the beginning"):
+        result = run_demo(out, model, _cell(cell), d_sae, k, training_tokens, seed)
     typer.echo(f"report: {out / 'report.html'}")
     typer.echo(result.headline)
 
@@ -170,7 +172,8 @@ def report(
     booted, (loaded,), _, content = _load(subject)
     passages = passages_of(booted, loaded, content, subject)
     folder = Path(sae) if Path(sae).is_dir() else None
-    page = make_report(out, booted, loaded, passages, found, folder, seed=seed)
+    with interruptible(GOES_ON):
+        page = make_report(out, booted, loaded, passages, found, folder, seed=seed)
     typer.echo(f"report: {page}")
 
 
@@ -220,7 +223,8 @@ def reproduce(
         raise WriteSAEError(f"--recipe is default or paper, got {recipe!r}")
     chosen = tuple(commands.COMMANDS) if experiments is None else tuple(experiments.split(","))
     folder = out or Path(f"reproduce-{config}")
-    table = paper.reproduce(config, folder, model, recipe, training_tokens, chosen, device, dtype, seed)  # type: ignore[arg-type]
+    with interruptible(GOES_ON):
+        table = paper.reproduce(config, folder, model, recipe, training_tokens, chosen, device, dtype, seed)  # type: ignore[arg-type]
     typer.echo(paper.as_markdown(table))
     typer.echo(f"saved: {folder / 'table.md'}")
 

@@ -18,7 +18,7 @@ import typer
 
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import experiments
-from writesae_lens.errors import WriteSAEError
+from writesae_lens.errors import WriteSAEError, interruptible
 from writesae_lens.experiments.inputs import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 
@@ -111,14 +111,10 @@ def make(name: str, load: Load) -> typer.Typer:
             about = dict(zip(named, loaded, strict=True)) if name == "compare" else loaded
         options = {key: _plain(value) for key, value in given.items() if value != []}  # []: not given
         unfinished = out / "progress"
-        try:
+        with interruptible(f"the same command goes on where it stopped (what is done is in {unfinished})"):
             result = command.function(
                 model, about, passages, seed=seed, progress_folder=str(unfinished), **options
             )
-        except KeyboardInterrupt as error:
-            raise WriteSAEError(
-                f"interrupted; the same command goes on where it stopped (what is done is in {unfinished})"
-            ) from error
         result.save(out)
         shutil.rmtree(unfinished)
         typer.echo(f"saved: {out}")

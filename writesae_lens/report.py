@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -150,6 +151,8 @@ def make_report(
     )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / PAGE, lambda path: path.write_text(html, encoding="utf-8"))
+    for name in NEEDED:  # only now: what was finished before an interruption is not done again
+        shutil.rmtree(out / name / "progress", ignore_errors=True)
     return out / PAGE
 
 
@@ -308,7 +311,9 @@ def _payload(
     ]
     used = decoder.tokens.unique().tolist()
     tokenizer = model.tokenizer
-    texts = {i: f"token {i}" if tokenizer is None else tokenizer.decode([i]) for i in used}
+    texts = {i: "" if tokenizer is None else str(tokenizer.decode([i])) for i in used}
+    # What is no text of its own goes by its number.
+    texts = {i: text if text and "\ufffd" not in text else f"token {i}" for i, text in texts.items()}
     return {
         "d_k": d_k,
         "d_v": d_v,

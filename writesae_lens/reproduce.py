@@ -30,7 +30,7 @@ from writesae_lens.experiments import ExperimentResult
 from writesae_lens.experiments.inputs import as_list, as_passages, check_at_least, check_choice
 from writesae_lens.experiments.result import Progress, write_whole
 from writesae_lens.history import record_training
-from writesae_lens.train import Runner, config_of_several, shipped_text
+from writesae_lens.train import SHIPPED_TEXT, Runner, config_of_several, shipped_text
 
 TEXT = "Skylion007/openwebtext"
 N_ATOMS = 2048
@@ -423,7 +423,7 @@ def _train(
         model_class_name="HookedRecurrent",
         model_name=source,
         hook_name=hooks[first],
-        dataset_path=TEXT,
+        dataset_path=SHIPPED_TEXT if source in zoo.SHIPPED else TEXT,
         context_size=256 if source in zoo.SHIPPED else 1024,
         prepend_bos=False,
         training_tokens=tokens,

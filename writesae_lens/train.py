@@ -39,6 +39,7 @@ DEFAULTS = {"--architecture": "writesae", "--model_class_name": MODEL_CLASS_NAME
 # Options of SAELens's runner for one SAE that its runner for several does not have.
 ONE_CELL_ONLY = ("use_cached_activations", "from_pretrained_path", "compile_sae")
 TRAINING_SHARE = 0.8
+SHIPPED_TEXT = "hooked_models/zoo/held_out.txt"
 
 
 class Runner(LanguageModelSAETrainingRunner):
@@ -150,6 +151,7 @@ def run_training(
         hooks = {chosen[0]: cfg.hook_name}
     saes = {cell: _sized(cfg.sae, cell) for cell in chosen}
     overrides: dict[str, Any] = {"override_dataset": _dataset(cfg), "override_model": model}
+    cfg.dataset_path = cfg.dataset_path or SHIPPED_TEXT  # what the SAE will say that it was trained on
     torch.manual_seed(cfg.seed)
     names = {cell: f"L{cell.layer}H{cell.head}" for cell in chosen}
     several = len(chosen) > 1

@@ -1,4 +1,4 @@
-"""What the site takes from outside ``docs/``: README, changelog, tutorials, help texts; and its links."""
+"""What the site takes from outside ``docs/``: changelog, tutorials, help texts; and its links."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ PAGES = {
     "hooked_models/zoo/README.md": "shipped_models.md",
     "tutorials/README.md": "tutorials/index.md",
 }
-# Sections of README.md that are.
-SECTIONS = {"Hooks": "hooks.md", "Measured": "measured.md", "What works with what": "compatibility.md"}
 COMMAND_LINE = "command_line.md"
 TUTORIALS = "tutorials/"  # stands in the navigation for those that there are
 
@@ -72,9 +70,6 @@ def on_files(files: Any, config: Any) -> Any:
     for path in sorted((ROOT / "tutorials").glob("*.ipynb")):
         uri = f"{TUTORIALS}{path.name}"
         files.append(File(uri, str(ROOT), config.site_dir, config.use_directory_urls))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for title, uri in SECTIONS.items():
-        files.append(File.generated(config, uri, content=_section(readme, title)))
     files.append(File.generated(config, COMMAND_LINE, content=_command_line()))
     return files
 
@@ -109,8 +104,6 @@ def on_page_content(html: str, page: Any, files: Any, **_: Any) -> str:
 
 def _source_of(uri: str) -> str:
     """Where in the repository a page comes from."""
-    if uri in SECTIONS.values():
-        return "README.md"
     outside = {page: path for path, page in PAGES.items()}
     return outside.get(uri) or (uri if uri.startswith(TUTORIALS) else f"docs/{uri}")
 
@@ -119,8 +112,7 @@ def _place_of(link: str, anchor: str, of: str) -> tuple[str | None, str]:
     """The page, and the place in it, that a link in the repository points at; None: it is no page."""
     target = posixpath.normpath(posixpath.join(posixpath.dirname(_source_of(of)), link))
     if target == "README.md":
-        sections = {f"#{title.lower().replace(' ', '-')}": uri for title, uri in SECTIONS.items()}
-        return (sections[anchor], "") if anchor in sections else ("index.md", anchor)
+        return "index.md", ""
     if target.startswith("docs/"):
         return target.removeprefix("docs/"), anchor
     return PAGES.get(target) or (target if target.startswith(TUTORIALS) else None), anchor
@@ -128,13 +120,6 @@ def _place_of(link: str, anchor: str, of: str) -> tuple[str | None, str]:
 
 def _relative(target: str, of: str) -> str:
     return posixpath.relpath(target, posixpath.dirname(of) or ".")
-
-
-def _section(readme: str, title: str) -> str:
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", readme, flags=re.M | re.S)
-    if found is None:
-        raise PluginError(f"README.md has no section {title!r}, which docs/_hooks/site.py makes a page of")
-    return f"# {title}\n{found[1]}"
 
 
 def _command_line() -> str:
