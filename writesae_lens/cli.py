@@ -20,6 +20,26 @@ app = typer.Typer(
     First look: writesae-lens demo. Then your own: train, report, and the experiments, each with --help.
     SAE stands for a folder that SAELens wrote, a published best.pt, or RELEASE:ID from the Hub.""",
 )
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"writesae-lens {version('writesae-lens')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 START, SHARE, ALL = "Start here", "Train, fetch, share", "All at once"
 TESTS = "Ask one question of an SAE: writesae-lens COMMAND --sae SAE"
 # The experiments in the order of the map. Their options and help come from the functions, when one is called.
@@ -107,12 +127,15 @@ def train(
 def _load(subject: Any) -> tuple[Any, list[Any], Any, str]:
     """Model, SAEs (or the cell) and text."""
     from hooked_models import HookedRecurrent, zoo
+    from hooked_models.loading import check_device
 
+    check_device(subject.device)
     saes = [_load_sae(reference, subject.device) for reference in subject.saes]
     name = subject.model or next((sae.cfg.metadata.model_name for sae in saes), None)
     if name is None:
         raise WriteSAEError(f"{subject.saes[0]} does not say which model it belongs to: give --model")
-    if subject.text is None and name not in zoo.SHIPPED:
+    # What is neither shipped nor a folder nor a name of the Hub is no model: the next line but one says so.
+    if subject.text is None and name not in zoo.SHIPPED and ("/" in name or Path(name).exists()):
         raise WriteSAEError(f"{name} ships with no text: give --text FILE")
     content = zoo.held_out_text() if subject.text is None else _read(subject.text)
     model = HookedRecurrent.boot_transformers(name, device=subject.device)
@@ -394,7 +417,7 @@ def main() -> None:
     """Entry point: whatever is wrong with the input is one line on stderr and status 2."""
     try:
         # A command that typer ends (after --help) is a status here, what it does not understand an exception.
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(prog_name="writesae-lens", standalone_mode=False) or 0)
     except _USAGE_ERROR as error:
         where = "writesae-lens" if error.ctx is None else error.ctx.command_path
         message = one_line(error.format_message()).removesuffix(".")

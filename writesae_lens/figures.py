@@ -287,8 +287,10 @@ def plot_erasure(result: ExperimentResult) -> Figure:
 def plot_signs(result: ExperimentResult) -> Figure:
     """Measured against predicted shifts, for the prediction of the direction and for the true derivative."""
     records, summary = result.records, result.summary
-    figure, axes = _figure(9.0, 4.2, 2)
-    panels = (("predicted", "agreement", summary["direction"]), ("linear", "agreement_linear", "derivative"))
+    panels = [("linear", "agreement_linear", "derivative")]
+    if summary["direction"] != "jacobian":  # whose predictions are the derivative's
+        panels.insert(0, ("predicted", "agreement", summary["direction"]))
+    figure, axes = _figure(4.5 * len(panels), 4.2, len(panels))
     limit = max(float(records.measured.abs().quantile(0.5)), 1e-12)
     for axis, (column, rate, title) in zip(axes, panels, strict=True):
         agrees = np.sign(records[column]) == np.sign(records.measured)
@@ -321,7 +323,7 @@ def plot_install(result: ExperimentResult) -> Figure:
             axis.bar(np.arange(len(groups)) + shift, heights, width=0.25, color=color, label=label)
         names = [name.replace("_", " ") if column == "stratum" else f"{float(name):g} x" for name in groups]
         axis.set_xticks(range(len(groups)), names)
-        axis.set(ylim=(0, 1.05))
+        axis.set(ylim=(0, 1.05), xlim=(-0.6, max(len(names), 3) - 0.4))  # one group is no wall of color
         axis.set_title(f"By {column}", fontsize=11, loc="left")
     axes[0].set_ylabel(f"target in the next {summary['n_tokens']} tokens")
     axes[1].legend(frameon=False, fontsize=9)

@@ -8,8 +8,10 @@ cells train from one forward pass, and a shipped model brings its own text.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +41,7 @@ DEFAULTS = {"--architecture": "writesae", "--model_class_name": MODEL_CLASS_NAME
 # Options of SAELens's runner for one SAE that its runner for several does not have.
 ONE_CELL_ONLY = ("use_cached_activations", "from_pretrained_path", "compile_sae")
 TRAINING_SHARE = 0.8
+_FLAGS_ARE_LISTED = "writesae-lens train --saelens-help lists the flags"
 SHIPPED_TEXT = "hooked_models/zoo/held_out.txt"
 
 
@@ -126,10 +129,17 @@ def run_training(
     if set(sizes) & set(given):
         raise WriteSAEError("d_k and d_v are the cell's own: leave --d_k and --d_v out")
     added = [x for pair in (defaults | sizes).items() for x in pair]
+    usage = io.StringIO()  # which SAELens's parser prints in full before it says what is wrong
     try:
-        cfg = _parse_cfg_args([*arguments, *added])
+        with contextlib.redirect_stderr(usage):
+            cfg = _parse_cfg_args([*arguments, *added])
     except argparse.ArgumentError as error:
-        raise WriteSAEError(f"{error}; writesae-lens train --saelens-help lists the flags") from error
+        raise WriteSAEError(f"{error}; {_FLAGS_ARE_LISTED}") from error
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        said = usage.getvalue().strip().rpartition("error: ")[2]
+        raise WriteSAEError(f"{said}; {_FLAGS_ARE_LISTED}") from error
     if cfg.model_class_name != MODEL_CLASS_NAME:
         raise WriteSAEError(
             f"this command trains on {MODEL_CLASS_NAME}; for {cfg.model_class_name} use "
@@ -137,6 +147,10 @@ def run_training(
         )
     if win_rate_passages and not cfg.logger.log_to_wandb:
         raise WriteSAEError("the win rate is logged to W&B: give --log_to_wandb true")
+    if cfg.resume_from_checkpoint and not Path(cfg.resume_from_checkpoint).is_dir():
+        raise WriteSAEError(
+            f"{cfg.resume_from_checkpoint} is no checkpoint: give the folder that an interrupted run names"
+        )
     if cfg.output_path:
         Path(cfg.output_path).mkdir(parents=True, exist_ok=True)  # now rather than after the training
     options = dict(cfg.model_from_pretrained_kwargs or {})
@@ -180,7 +194,8 @@ def run_training(
     except HookedModelError:
         raise
     except (ValueError, wandb.Error) as error:  # SAELens's own words about data, buffers and W&B
-        raise WriteSAEError(f"SAELens: {error}") from error
+        short = " (is the text shorter than one batch of writes?)" if "Buffer size" in str(error) else ""
+        raise WriteSAEError(f"SAELens: {error}{short}") from error
     if cfg.output_path is None:
         return []
     return [Path(cfg.output_path) / name if several else Path(cfg.output_path) for name in names.values()]
