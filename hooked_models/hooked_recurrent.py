@@ -7,7 +7,8 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -117,12 +118,7 @@ class HookedRecurrent(SAETransformerBridge):
             HookedModelError: the SAE does not name its model or hook, the model cannot be loaded, has no
                 such cell, or one of other sides.
         """
-        metadata = sae.cfg.metadata
-        for name in ("model_name", "hook_name"):
-            if not isinstance(getattr(metadata, name, None), str):
-                raise HookedModelError(
-                    f"the SAE does not say which model and cell it belongs to: set sae.cfg.metadata.{name}"
-                )
+        metadata = _metadata_of(sae, "model_name", "hook_name")
         saved = metadata.model_from_pretrained_kwargs
         options = {name: saved[name] for name in ("dtype", "revision") if name in (saved or {})}
         model = cls.boot_transformers(metadata.model_name, **({"device": sae.cfg.device} | options | kwargs))
@@ -135,7 +131,7 @@ class HookedRecurrent(SAETransformerBridge):
         Raises:
             HookedModelError: they are not.
         """
-        name = self._resolve_hook_name(sae.cfg.metadata.hook_name)
+        name = self._resolve_hook_name(_metadata_of(sae, "hook_name").hook_name)
         self._check_hook_names([name])
         if _SITE.fullmatch(name) is None:
             return
@@ -195,6 +191,8 @@ class HookedRecurrent(SAETransformerBridge):
         Raises:
             HookedModelError: there is none; the message lists the valid ones.
         """
+        if not (isinstance(layer, Integral) and isinstance(head, Integral)):
+            raise HookedModelError(f"layer and head must be whole numbers, got {layer!r} and {head!r}")
         for cell in self.cells:
             if (cell.layer, cell.head) == (layer, head):
                 return cell
@@ -221,7 +219,7 @@ class HookedRecurrent(SAETransformerBridge):
         Raises:
             HookedModelError: it is no write or state hook, or its cell does not exist.
         """
-        match = _SITE.fullmatch(hook_name)
+        match = _SITE.fullmatch(hook_name) if isinstance(hook_name, str) else None
         if match is not None:
             layer, kind, head = int(match[1]), match[2], int(match[3])
             if self._hook_name(kind, layer, head) == hook_name:
@@ -274,7 +272,8 @@ class HookedRecurrent(SAETransformerBridge):
                 f"positions must lie in 0 .. {length - 1}, the passage's tokens; got "
                 f"{int(positions.min())} .. {int(positions.max())}"
             )
-        expected = (len(positions), keys.shape[1], cell.d_k), (len(positions), keys.shape[1], cell.d_v)
+        rank = keys.shape[1] if keys.ndim > 1 else 1
+        expected = (len(positions), rank, cell.d_k), (len(positions), rank, cell.d_v)
         if (tuple(keys.shape), tuple(values.shape)) != expected:
             raise HookedModelError(
                 f"keys and values must have shapes {expected[0]} and {expected[1]} here, got "
@@ -404,15 +403,13 @@ class HookedRecurrent(SAETransformerBridge):
     def run_with_hooks(
         self, input: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
     ) -> Any:
-        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
-        self._check_hook_names(name for name, _ in fwd_hooks + bwd_hooks)
+        fwd_hooks, bwd_hooks = self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks)
         return super().run_with_hooks(input, fwd_hooks, bwd_hooks, *args, **kwargs)
 
     def hooks(  # type: ignore[override]
         self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
     ) -> Any:
-        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
-        self._check_hook_names(name for name, _ in fwd_hooks + bwd_hooks)
+        fwd_hooks, bwd_hooks = self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks)
         return super().hooks(fwd_hooks, bwd_hooks, *args, **kwargs)
 
     def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> Any:
@@ -441,15 +438,53 @@ class HookedRecurrent(SAETransformerBridge):
         slot = next(n for n, m in self.blocks[layer].named_children() if m is self.mixers[layer])
         return f"blocks.{layer}.{slot}.hook_{kind}.{head}"
 
+    def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:
+        pairs = list(hooks)
+        wrong = next((p for p in pairs if not isinstance(p, (tuple, list)) or len(p) != 2), None)
+        if wrong is not None:
+            raise HookedModelError(
+                f"hooks must be a list of (name, function), got {wrong!r:.80} in it: write "
+                "fwd_hooks=[(name, function)]"
+            )
+        self._check_hook_names([name for name, _ in pairs])
+        return pairs
+
     def _check_hook_names(self, names: Iterable[str | Callable[..., Any]] | Any) -> None:
-        if names is None or callable(names):
+        if names is None:
             return
-        wanted: Sequence[str] = [name for name in names if isinstance(name, str)]
-        if not wanted or all(name in self._hook_registry for name in wanted):
+        if callable(names):
+            if not any(names(name) for name in self.hook_dict):
+                raise HookedModelError(f"{names!r:.80} is true of no hook point's name: see model.hook_dict")
+            return
+        wanted = list(names) if isinstance(names, Iterable) else [names]
+        if all(isinstance(name, str) and name in self._hook_registry for name in wanted):
             return
         known = self.hook_dict
         for name in wanted:
-            if name not in known and name not in self._hook_registry:
+            if callable(name):
+                self._check_hook_names(name)
+            elif not isinstance(name, str):
+                raise HookedModelError(
+                    f"a hook's name must be a text, got {name!r:.80}: see model.hook_dict, or "
+                    "model.write_hook_name(layer, head)"
+                )
+            elif name not in known and name not in self._hook_registry:
                 close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(close)}?" if close else ""
                 raise HookedModelError(f"no hook point is named {name!r}{hint}")
+
+
+def _metadata_of(sae: Any, *names: str) -> Any:
+    """The metadata of an SAE that says what it must."""
+    metadata = getattr(getattr(sae, "cfg", None), "metadata", None)
+    if metadata is None:
+        raise HookedModelError(
+            f"an SAE is wanted, got a {type(sae).__name__}: SAE.load_from_disk or SAE.from_pretrained "
+            "gives one"
+        )
+    for name in names:
+        if not isinstance(getattr(metadata, name, None), str):
+            raise HookedModelError(
+                f"the SAE does not say which model and cell it belongs to: set sae.cfg.metadata.{name}"
+            )
+    return metadata

@@ -77,7 +77,8 @@ def prepare(model_name: str, options: dict[str, Any]) -> tuple[str, dict[str, An
     source = str(zoo.model_path(model_name)) if model_name in zoo.SHIPPED else model_name
     _check_source(source)
     options = dict(options)
-    if isinstance(options.get("dtype"), str):
+    check_device(options.get("device"))
+    if options.get("dtype") is not None:
         options["dtype"] = _dtype(options["dtype"])
     if options.get("hf_model") is not None:
         return source, options
@@ -122,11 +123,22 @@ def complete_checkpoints() -> Iterator[None]:
         PreTrainedModel.from_pretrained = classmethod(load)  # type: ignore[assignment]
 
 
+def check_device(device: Any) -> None:
+    """Refuse a device that this machine or this torch does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = one_line(error).partition(". ")[0]
+        raise HookedModelError(f"device {device!r} cannot be used ({why}): try 'cpu'") from error
+
+
 def _check_source(source: str) -> None:
     path = Path(source)
+    if path.suffix != ".pth" and path.is_file() and path.with_name("config.json").is_file():
+        raise HookedModelError(f"{source} is one file of a model: give its folder, {path.parent}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise HookedModelError(
-            f"{source} is a folder without config.json: give a folder in Hugging Face form (config.json, "
+            f"{path} is a folder without config.json: give a folder in Hugging Face form (config.json, "
             f"model.safetensors, tokenizer.json), a BlinkDL .pth file, a hub id, or one of {zoo.SHIPPED}"
         )
     named_like_a_path = source.startswith((".", "/", "~")) or path.suffix == ".pth"
@@ -205,15 +217,16 @@ def _placed(load: Callable[..., Any], options: dict[str, Any]) -> Any:
     return model.to(device)
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise HookedModelError(f"dtype {name!r} is unknown: give float32, bfloat16, float16 or float64")
+def _dtype(given: object) -> torch.dtype:
+    dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise HookedModelError(f"dtype {given!r} is unknown: give float32, bfloat16, float16 or float64")
     return dtype
 
 
 def _no_configuration(source: str, error: Exception) -> HookedModelError:
-    return HookedModelError(f"could not read the configuration of {source}: {one_line(error)}")
+    kind = "" if Path(source).exists() else " (no folder here, so taken for a hub id)"
+    return HookedModelError(f"could not read the configuration of {source}{kind}: {one_line(error)}")
 
 
 # Files of a local folder or a hub repository (with the login that huggingface_hub finds).

@@ -249,7 +249,9 @@ class HookedMixer(BranchAware):
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> Float[Tensor, "batch pos d_model"]:
-        hidden = self.hook_in(hidden_states)
+        if not hidden_states.shape[1]:
+            raise HookedModelError("there are no tokens to read: give one at least")
+        hidden = _call(self.hook_in, hidden_states)
         if self._branches is not None:
             return self.hook_out(self._forward_branches(hidden, self._branches))
         mask = None
@@ -294,7 +296,7 @@ class HookedMixer(BranchAware):
         if added is not None and added.linear:
             moved = self.finish(self._with_added(added, recurrence, outputs), kept)
             finished = forward_ad.make_dual(finished, moved - finished)
-        return self.hook_out(finished)
+        return _call(self.hook_out, finished)
 
     def _with_added(self, added: Added, recurrence: Recurrence, outputs: Tensor) -> Tensor:
         rec = recurrence.heads(added.head).with_erase_vector()
@@ -416,13 +418,15 @@ def _call(point: nn.Module, x: Tensor) -> Tensor:
     """Fire a hook point.
 
     Raises:
-        HookedModelError: a hook returned another shape, which could broadcast unseen.
+        HookedModelError: a hook returned no tensor, or another shape, which could broadcast unseen.
     """
     edited = point(x)
-    if edited.shape != x.shape:
+    if not isinstance(edited, Tensor) or edited.shape != x.shape:
         name = getattr(point, "name", type(point).__name__)
+        found = f"shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else f"a {type(edited).__name__}"
         raise HookedModelError(
-            f"a hook at {name} returned shape {tuple(edited.shape)}, expected {tuple(x.shape)}"
+            f"a hook at {name} returned {found}, expected {tuple(x.shape)}: return a tensor of that shape, "
+            "or None to change nothing"
         )
     return edited
 

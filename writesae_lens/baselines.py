@@ -18,7 +18,14 @@ from hooked_models.hooked_recurrent import sides_of
 from writesae_lens.activations import for_training
 from writesae_lens.config import WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import find_passages, native_writes
+from writesae_lens.experiments.inputs import (
+    check_at_least,
+    check_choice,
+    check_model,
+    check_sae,
+    find_passages,
+    native_writes,
+)
 from writesae_lens.sae import WriteSAE
 
 # Writes that the principal component is taken of: their Gram matrix has the square of it.
@@ -38,6 +45,8 @@ def flat_svd(sae: SAE[Any], d_k: int | None = None, d_v: int | None = None) -> W
     Raises:
         WriteSAEError: it is no such SAE, or its sides are not known.
     """
+    check_sae(sae)
+    check_at_least(1, optional=True, d_k=d_k, d_v=d_v)
     cfg: Any = sae.cfg
     ours = isinstance(cfg, WriteSAEConfig) and (cfg.encoder, cfg.decoder, cfg.activation)
     if ours != ("dense", "dense", "topk") and cfg.architecture() != "topk":
@@ -95,6 +104,8 @@ def principal_component(
         context_size: tokens of a passage, for text (None: 256).
         seed: of the choice.
     """
+    check_model(model)
+    check_at_least(0, seed=seed)
     cell = model.cell(layer, head)
     passages = find_passages(model, cell, tokens, context_size)
     writes = [native_writes(model, cell, passage) for passage in passages]
@@ -120,8 +131,12 @@ def matched_d_sae(cfg: WriteSAETrainingConfig, encoder: str, decoder: str) -> in
     Args:
         cfg: of the dictionary to match.
         encoder, decoder: of the other one, as in the config.
-    """
 
+    Raises:
+        WriteSAEError: there is no such encoder or decoder.
+    """
+    check_choice("encoder", encoder, "bilinear", "tied", "dense")
+    check_choice("decoder", decoder, "factored", "dense")
     # Of the activation: thresholds, gates.
     learnt = sum(p.numel() for p in for_training(cfg, torch.zeros(1)).parameters())
 

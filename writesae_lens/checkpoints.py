@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sae_lens import __version__ as sae_lens_version
+from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
 
 from hooked_models import torch_files
@@ -118,6 +119,8 @@ def find_file(path: str | Path) -> Path:
     found = [path / FILE] if (path / FILE).is_file() else sorted(f for f in path.rglob(FILE) if f.is_file())
     if len(found) == 1:
         return found[0]
+    if not found and (path / SAE_CFG_FILENAME).is_file():
+        raise WriteSAEError(f"{path} is in SAELens's form, with no {FILE}: give it to SAE.load_from_disk")
     which = f" ({', '.join(str(f.parent.relative_to(path)) for f in found[:4])}, ...)" if found else ""
     raise WriteSAEError(f"{path} holds {len(found) or 'no'} {FILE}{which}: give the folder of one")
 

@@ -13,13 +13,15 @@ from writesae_lens.errors import WriteSAEError
 ARCHITECTURE = "writesae"
 # Settings of normalize_activations that leave the matrices as they come to the SAE.
 PLAIN_INPUTS = ("none", "expected_average_only_in")
+# Options of training that count something.
+_COUNTS = ("k_aux", "renormalize_every", "resample_every", "l0_warm_up_steps", "l1_warm_up_steps")
 
 
 def _settle(cfg: Any, allowed_activations: tuple[str, ...] = ACTIVATIONS) -> None:
     """Derive d_in and refuse contradictions; shared by the two config classes."""
     for name in ("d_k", "d_v", "d_sae", "rank", "k"):
         if type(getattr(cfg, name)) is not int:
-            raise WriteSAEError(f"{name} must be a whole number, got {str(getattr(cfg, name))[:40]!r}")
+            raise WriteSAEError(f"{name} must be a whole number, got {getattr(cfg, name)!r:.40}")
     if cfg.d_k < 1 or cfg.d_v < 1 or cfg.rank < 1 or cfg.d_sae < 1:
         raise WriteSAEError(
             f"d_k, d_v, d_sae and rank must be positive, got d_k={cfg.d_k}, d_v={cfg.d_v}, "
@@ -220,19 +222,23 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
             "jumprelu_bandwidth": 1e-9,
         } | dict.fromkeys(
             (
+                *_COUNTS,
                 "aux_loss_coefficient",
-                "k_aux",
                 "write_alignment_coefficient",
                 "read_alignment_coefficient",
-                "renormalize_every",
-                "resample_every",
                 "l0_coefficient",
                 "l1_coefficient",
-                "l0_warm_up_steps",
-                "l1_warm_up_steps",
             ),
             0,
         )
+        for name in least:
+            value, kind = getattr(self, name), int if name in _COUNTS else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or value == float("inf"):
+                what = "whole" if kind is int else "finite"
+                raise WriteSAEError(f"{name} must be a {what} number, got {value!r:.40}")
+        for name in ("init_from_writes", "encoder_bias", "decoder_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise WriteSAEError(f"{name} must be True or False, got {getattr(self, name)!r:.40}")
         too_low = [name for name, value in least.items() if not getattr(self, name) >= value]
         if too_low:
             raise WriteSAEError(

@@ -127,7 +127,9 @@ def plot_training(history: pd.DataFrame) -> Figure:
         ("l0", "atoms per write (L0)", (0, None)),
         ("dead", "dead atoms", (0, None)),
     )
-    known = [panel for panel in panels if panel[0] in history and history[panel[0]].notna().any()]
+    known = [
+        panel for panel in panels if panel[0] in history and bool(history[panel[0]].notna().to_numpy().any())
+    ]
     figure, axes = _figure(2.6 * len(known), 2.8, len(known))
     for axis, (column, title, limits) in zip(axes, known, strict=True):
         axis.plot(history["step"], history[column], color=ATOM, lw=1.4)

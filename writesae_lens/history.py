@@ -14,7 +14,7 @@ FILE = "training.csv"
 _ROWS = 400
 
 
-def record_training(runner: LanguageModelSAETrainingRunner[Any] | MultiSAETrainingRunner) -> None:
+def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRunner) -> None:
     """Write a row now and then while a runner trains: its losses, L0 and dead atoms, without W&B.
 
     The file, training.csv, is in the folder where SAELens saves the SAE (of several: each in its own). Its

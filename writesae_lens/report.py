@@ -181,8 +181,8 @@ def _check_fits(result: ExperimentResult, model: HookedRecurrent, sae: SAE[Any])
             f"the {result.name} result is of {there[1]} of {there[0]}, not of {here[1]} of {here[0]}"
         )
     n_atoms = sae.cfg.d_sae
-    atoms = result.records["atom"] if "atom" in result.records else pd.Series([0])
-    if int(atoms.max()) >= n_atoms or (result.name == "partition" and len(result.records) != n_atoms):
+    largest = result.records["atom"].to_numpy().max() if "atom" in result.records else 0
+    if int(largest) >= n_atoms or (result.name == "partition" and len(result.records) != n_atoms):
         raise WriteSAEError(
             f"the {result.name} result is of another dictionary than this one of {n_atoms} atoms"
         )

@@ -176,10 +176,11 @@ class MatrixSAE(SAE[Any]):
 
     def _check_width(self, x: Tensor) -> None:
         width = self.cfg.d_k * self.cfg.d_v
-        if x.shape[-1] != width:
+        if not isinstance(x, Tensor) or x.shape[-1:] != (width,):
+            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise WriteSAEError(
-                f"expected flattened {self.cfg.d_k} x {self.cfg.d_v} matrices, last axis {width}, got "
-                f"shape {tuple(x.shape)}: is this the SAE's own cell?"
+                f"expected a tensor, flat {self.cfg.d_k} x {self.cfg.d_v} matrices, last axis {width}, got "
+                f"{found}: is this the SAE's own cell?"
             )
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
@@ -207,6 +208,11 @@ class MatrixSAE(SAE[Any]):
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Reconstruction sum_i a_i A_i + B, flattened."""
+        if feature_acts.shape[-1] != self.cfg.d_sae:
+            raise WriteSAEError(
+                f"expected coefficients of {self.cfg.d_sae} atoms, got shape {tuple(feature_acts.shape)}: "
+                "are they this SAE's own?"
+            )
         flat = feature_acts.reshape(-1, feature_acts.shape[-1])
         active = max(1, int((flat != 0).sum(-1).max())) if len(flat) else 1
         if (torch.is_grad_enabled() and feature_acts.requires_grad) or active > self.cfg.d_sae // 8:
@@ -276,6 +282,7 @@ class WriteSAE(MatrixSAE):
             path: the file or folder.
             model_name: its base model, where the path does not tell (``.../qwen0p8b/L9_H4/best.pt``).
             layer, head: its cell, where neither the file nor the path tells.
+            device, dtype: of the SAE, by name.
 
         Returns:
             a `WriteSAE`; of type ``flat``, SAELens's ``TopKSAE``.

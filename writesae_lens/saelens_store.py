@@ -22,6 +22,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.mixers import is_listened_to
+from writesae_lens.config import WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.packed import PackedWrites, Write
 
@@ -29,6 +30,7 @@ from writesae_lens.packed import PackedWrites, Write
 def keep_writes_packed() -> None:
     """Wrap SAELens's methods; a second call changes nothing."""
     for owner, name, wrapper in (
+        (ActivationsStore, "from_config", _from_config),
         (ActivationsStore, "get_activations", _get_activations),
         (ActivationsStore, "get_multi_hook_activations", _get_multi_hook_activations),
         (ActivationsStore, "load_cached_activation_dataset", _load_cached_activation_dataset),
@@ -37,7 +39,9 @@ def keep_writes_packed() -> None:
     ):
         original = getattr(owner, name)
         if not getattr(original, "keeps_writes_packed", False):
-            setattr(owner, name, _method(wrapper, original))
+            of_class = isinstance(vars(owner)[name], classmethod)
+            wrapped = _method(wrapper, original.__func__ if of_class else original)
+            setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
 
 
 def _method(wrapper: Callable[..., Any], original: Any) -> Callable[..., Any]:
@@ -85,12 +89,23 @@ def _packed(store: Any, cells: dict[str, Cell], tokens: Tensor) -> dict[str, Ten
     return out
 
 
-def _check_width(name: str, cell: Cell, d_in: int) -> None:
-    if d_in != cell.d_k * cell.d_v:
+def _check_width(name: str, cell: Cell, d_in: int, sides: tuple[int, int] | None = None) -> None:
+    if d_in != cell.d_k * cell.d_v or sides not in (None, (cell.d_k, cell.d_v)):
+        shape = "" if sides is None else f" {sides[0]} x {sides[1]},"
         raise WriteSAEError(
-            f"the SAE takes {d_in} numbers, but {name} gives {cell.d_k} x {cell.d_v} = "
+            f"the SAE takes {d_in} numbers,{shape} but {name} gives {cell.d_k} x {cell.d_v} = "
             f"{cell.d_k * cell.d_v}: set d_k={cell.d_k}, d_v={cell.d_v}"
         )
+
+
+def _from_config(original: Any, owner: Any, model: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse a WriteSAE of other sides than its cell's: no flat state tells itself from its transpose."""
+    sae, name = getattr(cfg, "sae", None), cfg.hook_name
+    is_matrix = ".hook_write." in name or ".hook_state." in name
+    if isinstance(model, HookedRecurrent) and isinstance(sae, WriteSAETrainingConfig) and is_matrix:
+        model._check_hook_names([name])
+        _check_width(name, model.site(name).cell, sae.d_in, (sae.d_k, sae.d_v))
+    return original(owner, model, cfg, *args, **kwargs)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingf
 
 from hooked_models.errors import printable
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.inputs import check_sae
 from writesae_lens.experiments.result import SUMMARY
 from writesae_lens.hub import transport_errors
 
@@ -54,7 +55,8 @@ def push(
         WriteSAEError: the results are not of a replacement test or of another SAE, the id is no path in a
             repository, or the connection broke off. `huggingface_hub`'s own errors for missing rights.
     """
-    sae_id = default_id(sae) if sae_id is None else sae_id.strip("/")
+    check_sae(sae)
+    sae_id = default_id(sae) if sae_id is None else str(sae_id).strip("/")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", sae_id) or sae_id == _CARD:
         raise WriteSAEError(f"{sae_id!r} is no id: give a path in the repository such as L9_H4 or gdn/L9_H4")
     summary = None if results is None else _summary(Path(results), sae)

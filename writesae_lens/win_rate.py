@@ -22,6 +22,7 @@ def log_win_rate(
     Args:
         runner: before ``run()``; its ``evaluator`` is wrapped.
         passages: how many passages of the run's context size to test on.
+        seed: of the replacement test.
     """
     evaluator: Any = runner.evaluator
     model, store = evaluator.model, evaluator.activations_store

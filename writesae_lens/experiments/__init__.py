@@ -5,6 +5,7 @@ from writesae_lens.experiments.compare import compare
 from writesae_lens.experiments.contexts import top_contexts
 from writesae_lens.experiments.erasure import erase_atom
 from writesae_lens.experiments.formula import logit_formula_test
+from writesae_lens.experiments.inputs import as_passages
 from writesae_lens.experiments.install import install_tokens
 from writesae_lens.experiments.partition import partition_atoms
 from writesae_lens.experiments.population import population_test
@@ -18,6 +19,7 @@ from writesae_lens.experiments.splice import splice_test
 __all__ = [
     "ExperimentResult",
     "amplify",
+    "as_passages",
     "compare",
     "erase_atom",
     "install_tokens",

@@ -21,9 +21,10 @@ from writesae_lens.experiments.inputs import (
     activity,
     atom_factors,
     busiest_atom,
+    check_all_positive,
     check_at_least,
     check_atom,
-    check_positive,
+    check_not_negative,
     find_passages,
     find_site,
 )
@@ -78,13 +79,12 @@ def amplify(
         WriteSAEError: SAE and cell do not fit, the model has no tokenizer, prompts have fewer than two
             tokens, or the atom does not exist or is active nowhere.
     """
-    check_positive(factors=factors)
+    check_all_positive(factors=factors)
     if len({f"{factor:g}" for factor in factors}) < len(factors):
         raise WriteSAEError(f"factors must differ in six digits, got {factors}")
     check_at_least(1, n_tokens=n_tokens)
     check_at_least(0, seed=seed)
-    if not 0 <= temperature < float("inf"):
-        raise WriteSAEError(f"temperature={temperature} makes no sense: give 0 or more")
+    check_not_negative(temperature=temperature)
     site, passages = find_site(model, sae), find_passages(model, sae, prompts, context_size)
     if model.tokenizer is None:
         raise WriteSAEError("the model has no tokenizer, and so no text to count in")
@@ -92,7 +92,7 @@ def amplify(
     if passages.shape[1] < 2:
         raise WriteSAEError("prompts of one token are too short: give 2 tokens or more")
     found = [activity(model, sae, site, p) for p in passages]
-    chosen = busiest_atom(found, passages) if atom is None else atom
+    chosen = busiest_atom(found, passages) if atom is None else int(atom)
     acts = torch.cat([x.acts.float() for x in found])
     if not bool((acts[:, chosen] > 0).any()):
         raise WriteSAEError(f"atom {chosen} is active at no position of these {len(passages)} prompts")

@@ -18,6 +18,7 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.inputs import (
     Firings,
+    as_list,
     atom_factors,
     check_any_fires,
     check_at_least,
@@ -81,11 +82,15 @@ def compare(
     """
     check_choice("scale", scale, "coefficient", "matched_norm")
     check_choice("kl", kl, "patched_base", "base_patched")
-    random = tuple(dict.fromkeys(random))
+    random = tuple(dict.fromkeys(as_list("random", random)))
     for kind in random:
         check_choice("random", kind, *swaps.RANDOM)
-    check_at_least(1, max_firings=max_firings)
+    check_at_least(1, optional=True, max_firings=max_firings)
     check_at_least(0, skip_positions=skip_positions, seed=seed)
+    if not isinstance(saes, Mapping):
+        raise WriteSAEError(
+            f"saes must be a dict of names and SAEs, got a {type(saes).__name__}: {{name: sae}}"
+        )
     if not saes:
         raise WriteSAEError("there are no SAEs to compare: give one at least")
     twice = set(saes) & {*swaps.RANDOM, DELETE}

@@ -23,9 +23,9 @@ from writesae_lens.experiments.inputs import (
     activity,
     atom_factors,
     busiest_atom,
+    check_all_positive,
     check_at_least,
     check_atom,
-    check_positive,
     find_passages,
     find_site,
     token_id,
@@ -87,9 +87,9 @@ def erase_atom(
         WriteSAEError: SAE and cell do not fit, the atom does not exist or is active nowhere, or ``token`` is
             not a single token.
     """
-    check_positive(doses=doses)
+    check_all_positive(doses=doses)
     check_at_least(0, seed=seed)
-    check_at_least(1, max_firings=max_firings)
+    check_at_least(1, optional=True, max_firings=max_firings)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     check_atom(sae, atom)
     watched = None if token is None else token_id(model, token)
@@ -97,7 +97,7 @@ def erase_atom(
         activity(model, sae, site, passage)
         for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)
     ]
-    chosen = busiest_atom(found, passages) if atom is None else atom
+    chosen = busiest_atom(found, passages) if atom is None else int(atom)
     if not any(bool((x.acts[:, chosen] > 0).any()) for x in found):
         raise WriteSAEError(f"atom {chosen} is active at no position of these {len(passages)} passages")
     firings, elsewhere = _positions(found, chosen, max_firings, seed)

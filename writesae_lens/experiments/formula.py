@@ -21,9 +21,9 @@ from writesae_lens.experiments.inputs import (
     alive_atoms,
     atom_factors,
     cache_of,
+    check_all_positive,
     check_at_least,
     check_choice,
-    check_positive,
     find_passages,
     find_site,
     median_write_norm,
@@ -87,7 +87,7 @@ def logit_formula_test(
     """
     check_choice("form", form, "exact", "gate_product")
     check_choice("eps_unit", eps_unit, "write_norm", "absolute")
-    check_positive(epsilons=epsilons)
+    check_all_positive(epsilons=epsilons)
     check_at_least(1, n_atoms=n_atoms, n_tokens=n_tokens)
     check_at_least(0, max_horizon=max_horizon, seed=seed)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)

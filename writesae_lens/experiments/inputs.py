@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import operator
+import os
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
@@ -20,6 +22,7 @@ from writesae_lens.rank1 import Factors, inner
 from writesae_lens.sae import MatrixSAE
 
 DEFAULT_CONTEXT = 256
+_OF_TOKENS = (torch.int64, torch.int32)
 # Logits that one pass may hold: bounds memory on models with large vocabularies.
 LOGITS_PER_PASS = 2**27
 
@@ -38,9 +41,11 @@ def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
     """The cell that the SAE was trained on, from ``sae.cfg.metadata.hook_name``.
 
     Raises:
-        WriteSAEError: the SAE names no hook, its sizes are not the cell's, or it expects inputs that
-            are scaled at run time.
+        WriteSAEError: there is no model or no SAE, the SAE names no hook or has NaN in its weights, its
+            sizes are not the cell's, or it expects inputs that are scaled at run time.
     """
+    check_model(model)
+    check_sae(sae)
     name = sae.cfg.metadata.hook_name
     if name is None:
         raise WriteSAEError(
@@ -53,7 +58,8 @@ def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
     if shape != (cell.d_k, cell.d_v) or sae.cfg.d_in != cell.d_k * cell.d_v:
         raise WriteSAEError(
             f"the SAE is made for {shape[0]} x {shape[1]} matrices (d_in {sae.cfg.d_in}), but layer "
-            f"{cell.layer} head {cell.head} of the model writes {cell.d_k} x {cell.d_v}"
+            f"{cell.layer} head {cell.head} of the model writes {cell.d_k} x {cell.d_v}: give the model that "
+            "it was trained on, as HookedRecurrent.for_sae(sae) loads it"
         )
     if sae.cfg.normalize_activations != "none":
         raise WriteSAEError(
@@ -72,6 +78,7 @@ def as_passages(
     """Passages of equal length, from a token tensor or from text.
 
     Args:
+        model: for its tokenizer and vocabulary.
         tokens: ``[passage, pos]``, or one text to cut into passages; a last, shorter piece is left out.
         context_size: tokens of a passage of text (None: 256).
         prepend_bos: start every passage of text with the BOS token, which counts as one of its tokens.
@@ -80,6 +87,8 @@ def as_passages(
         WriteSAEError: the text is shorter than one passage, the model has no tokenizer, or tokens are not
             ids of the model's vocabulary in the shape of passages.
     """
+    check_model(model)
+    check_at_least(1, optional=True, context_size=context_size)
     if isinstance(tokens, str):
         size = DEFAULT_CONTEXT if context_size is None else context_size
         if size < 1 + prepend_bos:
@@ -89,9 +98,11 @@ def as_passages(
             raise WriteSAEError("the model has no tokenizer to read text with: give token ids instead")
         step = size - prepend_bos
         if len(ids) < step:
+            hint = "give more text or a smaller context_size"
+            if os.path.isfile(tokens):
+                hint = f"{tokens} is the name of a file: give what open(...).read() gives"
             raise WriteSAEError(
-                f"the text is too short: {len(ids)} tokens, while one passage has {size}; give more "
-                "text or a smaller context_size"
+                f"the text is too short: {len(ids)} tokens, while one passage has {size}; {hint}"
             )
         tokens = ids[: len(ids) // step * step].view(-1, step)
         if prepend_bos:
@@ -99,10 +110,11 @@ def as_passages(
             tokens = torch.cat([bos, tokens], dim=1)
     elif context_size is not None:
         raise WriteSAEError("context_size cuts text; these tokens are cut into passages already")
-    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32) or tokens.numel() == 0:
+    is_tensor = isinstance(tokens, Tensor)
+    if not is_tensor or tokens.ndim != 2 or not tokens.numel() or tokens.dtype not in _OF_TOKENS:
         raise WriteSAEError(
-            f"tokens must be a LongTensor [passage, pos] or a text, got {tokens.dtype} of shape "
-            f"{tuple(tokens.shape)}"
+            f"tokens must be a LongTensor [passage, pos] or a text, got {_shown(tokens)}: model.to_tokens "
+            "makes them from text, torch.tensor from lists"
         )
     if int(tokens.min()) < 0 or int(tokens.max()) >= model.cfg.d_vocab:
         raise WriteSAEError(
@@ -242,20 +254,28 @@ def busiest_atom(found: Sequence[Activity], passages: Int[Tensor, "passage pos"]
 
 def check_atom(sae: SAE[Any], atom: int | None) -> None:
     """Refuse an atom that the SAE does not have; None is fine."""
-    if atom is not None and not 0 <= atom < sae.cfg.d_sae:
-        raise WriteSAEError(f"atom {atom} does not exist: the SAE has atoms 0 to {sae.cfg.d_sae - 1}")
+    if atom is not None and not (_is_whole(atom) and 0 <= atom < sae.cfg.d_sae):
+        raise WriteSAEError(f"atom {atom!r} does not exist: the SAE has atoms 0 to {sae.cfg.d_sae - 1}")
 
 
 def find_cell(model: HookedRecurrent, subject: SAE[Any] | Cell | tuple[int, int]) -> Cell:
     """The cell of an SAE, or the one that is given, as it is or as (layer, head).
 
     Raises:
-        WriteSAEError: the SAE does not fit.
+        WriteSAEError: there is no model, the SAE does not fit, or the cell is another model's.
         HookedModelError: there is no such cell.
     """
+    check_model(model)
     if isinstance(subject, SAE):
         return find_site(model, subject).cell
-    return model.cell(*((subject.layer, subject.head) if isinstance(subject, Cell) else subject))
+    if isinstance(subject, Cell):
+        cell = model.cell(subject.layer, subject.head)
+        if cell != subject:
+            raise WriteSAEError(f"{subject} is another model's: here it is {cell}")
+        return cell
+    if not isinstance(subject, (tuple, list)) or len(subject) != 2:
+        raise WriteSAEError(f"an SAE, a cell or (layer, head) is wanted, got {_shown(subject)}")
+    return model.cell(*subject)
 
 
 def find_passages(
@@ -269,7 +289,6 @@ def find_passages(
     Raises:
         WriteSAEError: the text is too short, or tokens are no passages.
     """
-    check_at_least(1, context_size=context_size)
     metadata = subject.cfg.metadata if isinstance(subject, SAE) else None
     if isinstance(tokens, str) and context_size is None and metadata is not None:
         context_size = metadata.context_size
@@ -292,7 +311,10 @@ def token_id(model: HookedRecurrent, token: int | str) -> int:
                 f"{token!r} is not one token but {len(ids)} ({pieces}); many tokens start with a space"
             )
         return ids[0]
-    token = int(token)
+    try:
+        token = operator.index(token)  # of numpy and torch, too
+    except TypeError as error:
+        raise WriteSAEError(f"a token is an id or the text of one token, not {_shown(token)}") from error
     if not 0 <= token < model.cfg.d_vocab:
         raise WriteSAEError(f"token {token} does not exist: ids run from 0 to {model.cfg.d_vocab - 1}")
     return token
@@ -315,19 +337,80 @@ def check_choice(name: str, given: str, *allowed: str) -> None:
         raise WriteSAEError(f"{name}={given!r} is unknown: choose {' or '.join(allowed)}")
 
 
-def check_positive(**values: float | Sequence[float]) -> None:
-    """Refuse sizes that are not finite and above 0, by name; of several sizes there must be one at least."""
+def check_model(model: Any) -> None:
+    """Refuse what is no model of this package."""
+    if not isinstance(model, HookedRecurrent):
+        raise WriteSAEError(
+            f"the first argument must be a HookedRecurrent, got {_shown(model)}: "
+            "HookedRecurrent.boot_transformers(name) loads one"
+        )
+
+
+def check_sae(sae: Any) -> None:
+    """Refuse what is no SAE of SAELens, and one with NaN in its weights."""
+    if not isinstance(sae, SAE):
+        raise WriteSAEError(
+            f"an SAE is wanted, got {_shown(sae)}: SAE.load_from_disk or SAE.from_pretrained gives one"
+        )
+    broken = [name for name, x in sae.named_parameters() if bool(x.isnan().any())]
+    if broken:
+        raise WriteSAEError(
+            f"the SAE has NaN in {', '.join(broken)}: its training went wrong, train it again"
+        )
+
+
+def as_list(name: str, given: Any) -> list[Any]:
+    """What is given as a list, tuple or array, as a list; anything else is refused."""
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise WriteSAEError(f"{name} must be a list or tuple, got {_shown(given)}: put it into brackets")
+    return list(given)
+
+
+def check_positive(**values: float) -> None:
+    """Refuse sizes that are not finite and above 0, by name."""
     for name, given in values.items():
-        numbers = np.ravel(given)
-        if not len(numbers) or not all(0 < x < float("inf") for x in numbers):
-            raise WriteSAEError(f"{name} must be positive numbers, got {given}")
+        if not is_number(given) or not 0 < given < float("inf"):
+            raise WriteSAEError(f"{name} must be positive, a number above 0, got {_shown(given)}")
 
 
-def check_at_least(least: int, **values: int | None) -> None:
-    """Refuse whole numbers that are too small, by name; None is fine."""
+def check_all_positive(**values: Sequence[float]) -> None:
+    """Refuse lists of sizes that are empty or have one that is not finite and above 0, by name."""
+    for name, given in values.items():
+        numbers = as_list(name, given)
+        if not numbers or not all(is_number(x) and 0 < x < float("inf") for x in numbers):
+            raise WriteSAEError(f"{name} must be positive numbers, one at least, got {_shown(given)}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Refuse numbers that are not finite or below 0, by name."""
+    for name, given in values.items():
+        if not is_number(given) or not 0 <= given < float("inf"):
+            raise WriteSAEError(f"{name}={_shown(given)} makes no sense: give 0 or more")
+
+
+def check_at_least(least: int, optional: bool = False, **values: Any) -> None:
+    """Refuse what is no whole number, or too small, by name; where ``optional``, None is fine."""
     for name, value in values.items():
-        if value is not None and value < least:
-            raise WriteSAEError(f"{name}={value} makes no sense: give {least} or more")
+        if not (optional and value is None) and not (_is_whole(value) and value >= least):
+            whole = "" if _is_whole(value) else ", a whole number"
+            raise WriteSAEError(f"{name}={_shown(value)} makes no sense: give {least} or more{whole}")
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)
+
+
+def _shown(x: Any) -> str:
+    """A value in a message: numbers and texts as they are, of others the type."""
+    if isinstance(x, Tensor):
+        return f"{x.dtype} of shape {tuple(x.shape)}"
+    parts = x if isinstance(x, (tuple, list)) else [x]
+    plain = all(part is None or isinstance(part, (str, Real)) for part in parts)
+    return f"{x!r:.60}" if plain else f"a {type(x).__name__}"
 
 
 @torch.no_grad()

@@ -19,9 +19,11 @@ from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.decoding import Prefix, batches
 from writesae_lens.experiments.inputs import (
+    as_list,
+    check_all_positive,
     check_at_least,
     check_choice,
-    check_positive,
+    check_not_negative,
     find_cell,
     find_passages,
     native_writes,
@@ -106,14 +108,13 @@ def install_tokens(
         WriteSAEError: a target is not one token, or prompts are not longer than ``positions``.
         HookedModelError: there is no such cell.
     """
-    magnitudes = tuple(magnitude) if isinstance(magnitude, Sequence) else (magnitude,)
+    magnitudes = tuple(np.ravel(magnitude).tolist())
     targets = [targets] if isinstance(targets, (int, str)) else targets
     check_choice("direction", direction, "jacobian", "unembedding")
-    check_positive(magnitude=magnitudes)
+    check_all_positive(magnitude=magnitudes)
     check_at_least(1, positions=positions, n_tokens=n_tokens)
     check_at_least(0, seed=seed, n_refinements=n_refinements)
-    if not 0 <= temperature < float("inf"):
-        raise WriteSAEError(f"temperature={temperature} makes no sense: give 0 or more")
+    check_not_negative(temperature=temperature)
     cell = find_cell(model, sae_or_cell)
     passages = find_passages(model, sae_or_cell, prompts, context_size)
     if passages.shape[1] <= positions:
@@ -121,7 +122,7 @@ def install_tokens(
             f"prompts of {passages.shape[1]} tokens are too short to write at their last {positions}: give "
             "longer ones, or fewer positions"
         )
-    wanted = None if targets is None else [token_id(model, t) for t in targets]
+    wanted = None if targets is None else [token_id(model, t) for t in as_list("targets", targets)]
     if wanted == []:
         raise WriteSAEError("there are no targets: give some, or None to draw them")
     run = Run(

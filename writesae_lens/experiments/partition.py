@@ -15,12 +15,14 @@ from hooked_models import HookedRecurrent
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import (
+    as_list,
     atom_factors,
     check_any_fires,
     check_at_least,
     find_firings,
     find_passages,
     find_site,
+    is_number,
     native_cosines,
 )
 from writesae_lens.experiments.result import ExperimentResult
@@ -82,7 +84,11 @@ def partition_atoms(
         WriteSAEError: SAE and cell do not fit, the text is too short, no atom fires, or none
             ``min_firings`` times.
     """
-    check_at_least(1, min_firings=min_firings, n_seeds=n_seeds, orders=min(orders, default=None))
+    check_at_least(1, min_firings=min_firings, n_seeds=n_seeds)
+    for order in as_list("orders", orders):
+        check_at_least(1, orders=order)
+    if not all(is_number(x) for x in as_list("thresholds", thresholds)):
+        raise WriteSAEError(f"thresholds must be numbers, got {thresholds}")
     check_at_least(0, skip_positions=skip_positions, seed=seed)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     run = Run("partition", model, sae, passages, progress_folder, verbose)

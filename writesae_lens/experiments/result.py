@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -46,7 +47,13 @@ class ExperimentResult:
         )
 
     def plot(self) -> Figure:
-        """The experiment's main figure."""
+        """The experiment's main figure.
+
+        Raises:
+            WriteSAEError: the result has none (loaded from a folder without pictures, for one).
+        """
+        if not self.figures:
+            raise WriteSAEError(f"this result of {self.name} has no figure")
         return next(iter(self.figures.values()))(self)
 
     def save(self, folder: str | Path) -> Path:
@@ -57,7 +64,7 @@ class ExperimentResult:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / RECORDS, lambda path: self.records.to_csv(path, index=False))
-        text = json.dumps(self.summary, indent=2, allow_nan=False)
+        text = json.dumps(self.summary, indent=2, allow_nan=False, default=np.generic.item)
         write_whole(folder / SUMMARY, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         for stem, draw in self.figures.items():
             figure = draw(self)
@@ -119,7 +126,10 @@ class Progress:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path, text = self.folder / SETTINGS, json.dumps(settings, indent=2, sort_keys=True)
+        path, text = (
+            self.folder / SETTINGS,
+            json.dumps(settings, indent=2, sort_keys=True, default=np.generic.item),
+        )
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise WriteSAEError(
                 f"{self.folder} holds the progress of a run with other settings (see {SETTINGS}): "

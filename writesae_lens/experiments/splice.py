@@ -17,7 +17,7 @@ from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Site
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import check_at_least, find_passages, find_site
+from writesae_lens.experiments.inputs import as_list, check_at_least, find_passages, find_site
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.figures import plot_splice
@@ -65,7 +65,7 @@ def splice_test(
         WriteSAEError: SAEs and cells do not fit, two SAEs are on one cell, or passages have fewer than four
             tokens.
     """
-    several = [saes] if isinstance(saes, SAE) else list(saes)
+    several = [saes] if isinstance(saes, SAE) else as_list("saes", saes)
     if not several:
         raise WriteSAEError("there are no SAEs to splice in: give one at least")
     check_at_least(0, seed=seed)

@@ -12,7 +12,7 @@ from hooked_models import HookedModelError, HookedRecurrent, zoo
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError
 from writesae_lens.experiments import replacement_test
 from writesae_lens.experiments.replacement import CONDITIONS
-from writesae_lens.report import write_report
+from writesae_lens.report import make_report
 
 
 @pytest.fixture(scope="module")
@@ -269,5 +269,6 @@ def test_a_damaged_part_is_computed_again_and_another_model_is_refused(model, to
     ("replaces", "said"), [("write", "The native write of"), ("update", "erase and write")]
 )
 def test_the_report_says_what_was_replaced(model, tokens, tmp_path, replaces, said):
-    result = replacement_test(model, make_sae(model), tokens[:1], replaces=replaces, verbose=False)
-    assert said in write_report(tmp_path / "report.html", model, result, tokens[:1]).read_text()
+    sae = make_sae(model)
+    result = replacement_test(model, sae, tokens[:1], replaces=replaces, verbose=False)
+    assert said in make_report(tmp_path, model, sae, tokens[:1], [result], verbose=False).read_text()
