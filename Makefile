@@ -10,14 +10,14 @@ MODEL ?= tiny-gdn
 demo: $(VENV)/.user  ## train a WriteSAE on a shipped model, test it, write a report
 	$(BIN)/writesae-lens demo --model $(MODEL) --out $(OUT)
 
-test: $(VENV)/.dev  ## the fast tests, a process a core
+test: $(VENV)/.dev  ## the fast tests, a process a core; those of the report want chromium
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 tutorials: $(VENV)/.dev  ## run every notebook from top to bottom
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 --no-header -o addopts= tutorials
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=600 -n auto -q -o addopts= tutorials
 
 docs: $(VENV)/.dev  ## guides, tutorials and the API reference in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

@@ -394,7 +394,7 @@ def _load_sae(reference: str, device: str) -> Any:
         try:
             with transport_errors(f"fetching {sae_id} of {release}"):
                 return SAE.from_pretrained(release, sae_id, device=device)
-        except (ValueError, KeyError) as error:  # SAELens's own, of what it does not know
+        except (ValueError, KeyError, OSError) as error:  # SAELens's own, of what it does not know; the Hub's
             raise WriteSAEError(f"could not load {reference}: {one_line(error)}") from error
     if folder.is_file() or (folder / "best.pt").is_file():
         return WriteSAE.from_checkpoint(folder, device=device)

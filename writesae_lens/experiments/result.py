@@ -109,6 +109,10 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(beside)
         os.replace(beside, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say which
+            error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
