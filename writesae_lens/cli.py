@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 
 from hooked_models.errors import HookedModelError, one_line, printable
 from writesae_lens.errors import WriteSAEError, interruptible
@@ -383,7 +384,6 @@ def _read(path: Path) -> str:
 
 def _load_sae(reference: str, device: str) -> Any:
     from sae_lens import SAE
-    from safetensors import SafetensorError
 
     from writesae_lens import WriteSAE
     from writesae_lens.hub import transport_errors
@@ -426,7 +426,7 @@ def main() -> None:
         message += f"; see {where} --help"
     except typer.Abort:
         message = "interrupted"
-    except (HookedModelError, OSError) as error:
+    except (HookedModelError, OSError, SafetensorError) as error:  # the last: of weights on a full disk
         message = one_line(error)
     typer.echo(f"writesae-lens: {printable(message)}", err=True)
     sys.exit(2)

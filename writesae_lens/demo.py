@@ -81,6 +81,7 @@ def run_demo(
             device="cpu",
             seed=seed,
             n_checkpoints=0,
+            checkpoint_path=None,
             output_path=str(out / "sae"),
             logger=LoggingConfig(log_to_wandb=False),
         )

@@ -26,12 +26,11 @@ from sae_lens import (
     MultiSAETrainingRunnerConfig,
 )
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
-from sae_lens.training._interruption import InterruptedException
 
 from hooked_models import HookedModelError, HookedRecurrent, zoo
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.config import WriteSAETrainingConfig
-from writesae_lens.errors import WriteSAEError
+from writesae_lens.errors import INTERRUPTIONS, WriteSAEError
 from writesae_lens.history import record_training
 from writesae_lens.saelens_plugin import MODEL_CLASS_NAME
 from writesae_lens.win_rate import log_win_rate
@@ -51,7 +50,7 @@ class Runner(LanguageModelSAETrainingRunner):
     def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
         try:
             return super().run_trainer_with_interruption_handling(trainer)
-        except (KeyboardInterrupt, InterruptedException):
+        except INTERRUPTIONS:
             if self.cfg.checkpoint_path is not None:
                 trainer.save_checkpoint(str(trainer.n_training_samples))
             raise
@@ -183,7 +182,7 @@ def run_training(
         if win_rate_passages:
             log_win_rate(runner, win_rate_passages)
         runner.run()
-    except (KeyboardInterrupt, InterruptedException) as error:
+    except INTERRUPTIONS as error:
         kept = None if runner is None else runner.cfg.checkpoint_path
         again = (
             f"; go on with the same command and --resume_from_checkpoint {_newest(Path(kept))}"

@@ -7,7 +7,10 @@ import sys
 import pandas as pd
 import pytest
 from command_line import run
+from sae_lens.training._interruption import InterruptedException
+from safetensors import SafetensorError
 
+import writesae_lens.demo
 from hooked_models import zoo
 from writesae_lens import cli, commands
 
@@ -118,6 +121,27 @@ def test_help(command):
     done = run(*command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt(), "interrupted; run it again"),
+        (InterruptedException(), "interrupted; run it again"),  # SAELens's, while it trains
+        (SafetensorError("I/O error: No space left on device"), "No space left on device"),
+        (OSError(28, "No space left on device", "out/records.csv"), "'out/records.csv'"),
+    ],
+)
+def test_interruptions_and_full_disks_are_one_line(error, said, monkeypatch, tmp_path):
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(writesae_lens.demo, "run_demo", stop)
+    done = run("demo", cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("writesae-lens: ")
+    assert said in line
 
 
 def test_the_map_has_every_experiment():
