@@ -51,7 +51,7 @@ EXPERIMENTS = {
     "contexts": "Where in a text is each atom most active?",
     "compare": "Several dictionaries and random controls on the same firings.",
     "formula": "Predict how an added atom shifts later logits, and measure it.",
-    "sign": "Does a token's logit move the way that the atom's direction says?",
+    "sign": "Write a direction for a token: does its logit move as predicted?",
     "erase": "Take an atom out of the writes: what happens to the token that it promotes?",
     "install": "Write into the memory until the model says a chosen token.",
     "splice": "Write what the SAE reconstructs: how much worse does the model predict?",

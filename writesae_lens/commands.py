@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 import inspect
 import re
-import shutil
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import experiments
 from writesae_lens.errors import WriteSAEError, interruptible
 from writesae_lens.experiments.inputs import find_passages
-from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.result import ExperimentResult, Progress
 
 # Arguments of the functions that options of all commands stand for.
 _SHARED = {
@@ -116,7 +115,7 @@ def make(name: str, load: Load) -> typer.Typer:
                 model, about, passages, seed=seed, progress_folder=str(unfinished), **options
             )
         result.save(out)
-        shutil.rmtree(unfinished)
+        Progress.clear(unfinished)
         typer.echo(f"saved: {out}")
         typer.echo(result.headline)
 

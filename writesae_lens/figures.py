@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -457,3 +458,21 @@ def plot_comparison(result: ExperimentResult) -> Figure:
     for axis in (rates, spread):
         axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     return figure
+
+
+# By experiment: file stem to what draws it from the result.
+FIGURES: dict[str, dict[str, Callable[[ExperimentResult], Figure]]] = {
+    "replacement": {"replacement": plot_replacement, "replacement_by_effect": plot_replacement_by_effect},
+    "population": {"population": plot_population},
+    "partition": {"partition": plot_partition},
+    "formula": {"formula": plot_formula},
+    "erasure": {"erasure": plot_erasure},
+    "sign": {"signs": plot_signs},
+    "install": {"install": plot_install},
+    "splice": {"splice": plot_splice},
+    "amplification": {"amplification": plot_amplification},
+    "selectivity": {"selectivity": plot_selectivity},
+    "readers": {"readers": plot_readers},
+    "contexts": {"contexts": plot_contexts},
+    "comparison": {"comparison": plot_comparison},
+}

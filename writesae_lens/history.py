@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
 
+from writesae_lens.training_sae import WriteTrainingSAE
+
 FILE = "training.csv"
 # Rows of a run's file, about.
 _ROWS = 400
@@ -39,17 +41,18 @@ def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRun
         path = where / FILE
         if cfg.resume_from_checkpoint is None:
             path.unlink(missing_ok=True)
-        first = int(pd.read_csv(path).step.max()) + 1 if path.exists() else 0
         # SAELens's own switch for torch.compile replaces the method in the same way.
-        sae.training_forward_pass = _recording(sae, path, first, max(1, steps // _ROWS))  # type: ignore[method-assign]
+        sae.training_forward_pass = _recording(sae, path, max(1, steps // _ROWS))  # type: ignore[method-assign]
 
 
-def _recording(sae: Any, path: Path, first: int, every: int) -> Callable[..., Any]:
-    train_step, count = sae.training_forward_pass, first
+def _recording(sae: Any, path: Path, every: int) -> Callable[..., Any]:
+    train_step, count = sae.training_forward_pass, None
     alignment = getattr(sae.cfg, "write_alignment_coefficient", 0.0)
 
     def recorded(step_input: Any) -> Any:
         nonlocal count
+        if count is None:
+            count = _steps_before(sae, path)
         output = train_step(step_input)
         if count % every == 0:
             losses = {name: float(value.detach()) for name, value in output.losses.items()}
@@ -70,3 +73,14 @@ def _recording(sae: Any, path: Path, first: int, every: int) -> Callable[..., An
         return output
 
     return recorded
+
+
+def _steps_before(sae: Any, path: Path) -> int:
+    """Steps that a resumed run has made; rows that the file has of later ones are dropped."""
+    if not path.exists():
+        return int(sae.progress[1]) if isinstance(sae, WriteTrainingSAE) else 0
+    rows = pd.read_csv(path)
+    # SAELens's own types do not know their step.
+    steps = int(sae.progress[1]) if isinstance(sae, WriteTrainingSAE) else int(rows.step.max()) + 1
+    rows[rows.step < steps].to_csv(path, index=False)
+    return steps

@@ -19,8 +19,8 @@
     if (name) made.className = name;
     return made;
   };
-  const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "");
-  const number = (x, digits = 3) => (x === null ? "–" : Number(x.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: digits }));
+  const visible = (text) => String(text).replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/[\u0000-\u001f\u200b-\u200f\u202a-\u202e\u2066-\u2069]/g, "");
+  const number = (x, digits = 3) => (x === null ? "–" : Number.isInteger(x) ? x.toLocaleString("en") : Number(x.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: digits }));
   const percent = (x) => (x === null ? "–" : `${Math.round(100 * x)}%`);
   const of = (atom, key) => data.rows[atom][at[key]];
   const cell = (atom, key) => {
@@ -126,14 +126,14 @@
     const firings = data.firings[atom];
     $("distributions").hidden = !firings;
     if (!firings) return;
-    const [cosine, withAtom, without] = firings;
+    const [cosine, withAtom, without, wins] = firings;
     Plotly.react("cosines", [{ type: "histogram", x: cosine, xbins: { start: -1, end: 1.0001, size: 0.05 }, marker: { color: "#2166ac" } }],
       { ...LAYOUT, bargap: 0.05, xaxis: { range: [-1.02, 1.02], title: { text: "cosine" } }, yaxis: { title: { text: "firings" } } }, CONFIG);
     const ends = [Math.min(...withAtom, ...without) - 0.3, Math.max(...withAtom, ...without) + 0.3];
     Plotly.react("kls", [
       { type: "scatter", mode: "lines", x: ends, y: ends, line: { color: "#222", width: 1, dash: "dash" }, hoverinfo: "skip", showlegend: false },
       { type: "scatter", mode: "markers", x: without, y: withAtom, marker: { size: 6, opacity: 0.6,
-        color: without.map((x, i) => (withAtom[i] < x ? "#2166ac" : "#b2182b")) }, showlegend: false,
+        color: wins.map((win) => (win ? "#2166ac" : "#b2182b")) }, showlegend: false,
         hovertemplate: "deleted 10^%{x:.2f}, atom 10^%{y:.2f} nats<extra></extra>" },
     ], { ...LAYOUT, xaxis: { range: ends, title: { text: "log10 KL, write deleted (nats)" } }, yaxis: { range: ends, title: { text: "log10 KL, atom in its place" } } }, CONFIG);
   };
@@ -142,7 +142,7 @@
     $("name").replaceChildren(`Atom ${atom} `, element("span", of(atom, "class"), `badge ${of(atom, "class")}`));
     const cards = [
       [cell(atom, "n_firings"), "firings as the strongest atom"], [cell(atom, "coefficient"), "largest coefficient"],
-      [cell(atom, "median_cosine"), "median cosine to native writes"], [cell(atom, "win_rate"), "wins against deletion"],
+      [cell(atom, "median_cosine"), "median cosine to native writes"], [cell(atom, "win_rate"), `wins of ${cell(atom, "n_tested")} tested against deletion`],
       [ratio(atom), "median KL deleted, in that of the atom"],
     ];
     $("figures-of-merit").replaceChildren(...cards.map(([value, label]) => {
@@ -193,8 +193,8 @@
       return {
         type: "scatter", mode: "markers", name: `${name} (${atoms.length})`, customdata: atoms,
         x: atoms.map((atom) => of(atom, "median_cosine")), y: atoms.map((atom) => of(atom, "win_rate")),
-        text: atoms.map((atom) => `atom ${atom}: ${cell(atom, "n_firings")} firings, ${cell(atom, "token")}`.replaceAll("<", "‹")),
-        marker: { color: COLORS[name], opacity: 0.5, size: atoms.map((atom) => 4 + 2 * Math.log2(1 + of(atom, "n_firings"))) },
+        text: atoms.map((atom) => `atom ${atom}: ${cell(atom, "n_tested")} firings tested, ${cell(atom, "token")}`.replaceAll("<", "‹")),
+        marker: { color: COLORS[name], opacity: 0.5, size: atoms.map((atom) => 4 + 2 * Math.log2(1 + of(atom, "n_tested"))) },
         hovertemplate: "%{text}<br>cosine %{x:.2f}, wins %{y:.0%}<extra></extra>",
       };
     }).filter((trace) => trace.x.length);
@@ -216,7 +216,7 @@
     }
     if (atom !== null) open(atom);
     if (page === "overview") drawMap();
-    if (!hash.startsWith("result-")) window.scrollTo(0, 0);
+    window.scrollTo(0, 0);
     if (atom !== null) $("name").focus({ preventScroll: true });
   };
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -24,8 +23,8 @@ from writesae_lens import figures, history
 from writesae_lens.atoms import Profiles, profiles, statistics_of_atoms
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import partition_atoms, replacement_test, top_contexts
-from writesae_lens.experiments.inputs import find_passages, find_site
-from writesae_lens.experiments.result import ExperimentResult, read_table, write_whole
+from writesae_lens.experiments.inputs import find_passages, find_site, fingerprint
+from writesae_lens.experiments.result import ExperimentResult, Progress, read_table, write_whole
 
 PAGE = "report.html"
 # What the page cannot be made without; run where no saved result is given.
@@ -38,7 +37,7 @@ QUESTIONS = {
     "contexts": "How specific are the atoms?",
     "comparison": "How do other dictionaries and controls do on the same firings?",
     "formula": "Does the formula predict how an atom shifts later logits?",
-    "sign": "Does a logit move the way that the atom points?",
+    "sign": "Does a token's logit move as the direction that is written for it predicts?",
     "erasure": "What happens when an atom's write is taken out?",
     "install": "Can tokens be installed by writing them into the memory?",
     "splice": "How much worse does the model predict on the SAE's reconstructions?",
@@ -65,7 +64,13 @@ COLUMNS = (
     ("n_firings", "firings", "positions where it is the strongest atom", 0),
     ("coefficient", "largest", "its largest coefficient", 3),
     ("median_cosine", "cosine", "median cosine to the native writes whose place it takes", 2),
-    ("win_rate", "wins", "share of its firings where the atom does less harm than deleting the write", 2),
+    ("n_tested", "tested", "of its firings, so many went through the replacement test", 0),
+    (
+        "win_rate",
+        "wins",
+        "share of its tested firings where the atom does less harm than deleting the write",
+        2,
+    ),
     ("kl_atom", "KL atom", "median KL with the atom in the write's place, nats", 3),
     ("kl_delete", "KL deleted", "median KL with the write deleted, nats", 3),
     ("nearest", "nearest", "absolute cosine to the nearest other atom", 2),
@@ -90,8 +95,8 @@ def make_report(
     """Write report.html: an overview, every given result, and a browser of all atoms.
 
     The page is one file that needs no network. What it cannot do without (replacement test, partition, top
-    contexts) is run on ``tokens`` where ``results`` lack it, and saved in ``out``; interrupted, it goes on
-    from there.
+    contexts) is run on ``tokens`` where ``results`` lack it, and saved in ``out``/results; interrupted, it
+    goes on from there.
 
     Args:
         out: folder of the page.
@@ -113,17 +118,18 @@ def make_report(
     """
     out = Path(out)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    found = {result.name: result for result in results}
+    shown = list(results)
     for result in results:
         _check_fits(result, model, sae)
-    for name, experiment in NEEDED.items():
-        if name not in found:
-            folder = out / name
-            unfinished = str(folder / "progress")
-            found[name] = experiment(
-                model, sae, passages, seed=seed, progress_folder=unfinished, verbose=verbose
-            )
-            found[name].save(folder)
+    found = {result.name: result for result in reversed(results)}
+    missing = {name: out / "results" / name for name in NEEDED if name not in found}
+    for name, folder in missing.items():
+        unfinished = str(folder / "progress")
+        found[name] = NEEDED[name](
+            model, sae, passages, seed=seed, progress_folder=unfinished, verbose=verbose
+        )
+        found[name].save(folder)
+        shown.append(found[name])
     decoder = profiles(model, sae, site.cell, passages, verbose=verbose)
     records = {name: found[name].records for name in NEEDED}
     table = statistics_of_atoms(records["partition"], records["replacement"], records["contexts"])
@@ -141,7 +147,7 @@ def make_report(
         recipe=(recipe := _recipe(sae, training)),
         made=_made(sae, dict(recipe)),
         training=_training_image(training),
-        sections=[_section(found[name]) for name in QUESTIONS if name in found],
+        sections=[_section(result) for result in sorted(shown, key=lambda r: list(QUESTIONS).index(r.name))],
         columns=[dict(zip(("key", "label", "about", "digits"), column)) for column in COLUMNS],
         n_atoms=len(table),
         data=_as_json(_payload(model, table, decoder, records, cell.d_k, cell.d_v)),
@@ -151,8 +157,8 @@ def make_report(
     )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / PAGE, lambda path: path.write_text(html, encoding="utf-8"))
-    for name in NEEDED:  # only now: what was finished before an interruption is not done again
-        shutil.rmtree(out / name / "progress", ignore_errors=True)
+    for folder in missing.values():  # only now: what was finished before an interruption is not done again
+        Progress.clear(folder / "progress")
     return out / PAGE
 
 
@@ -174,36 +180,38 @@ def saved_results(folder: str | Path) -> list[ExperimentResult]:
 def _check_fits(result: ExperimentResult, model: HookedRecurrent, sae: SAE[Any]) -> None:
     if result.name not in QUESTIONS:
         raise WriteSAEError(f"no experiment is called {result.name!r}: there are {', '.join(QUESTIONS)}")
-    there = (result.summary.get("model"), result.summary.get("hook_name"))
-    here = (model.cfg.model_name, sae.cfg.metadata.hook_name)
-    if there[0] != here[0] or here[1] not in (there[1] if isinstance(there[1], list) else [there[1]]):
-        raise WriteSAEError(
-            f"the {result.name} result is of {there[1]} of {there[0]}, not of {here[1]} of {here[0]}"
-        )
+    summary, name, hook = result.summary, model.cfg.model_name, sae.cfg.metadata.hook_name
+    hooks = summary.get("hook_name") or []
+    hooks = [hooks] if isinstance(hooks, str) else hooks
+    # By cell: sign test and install are of a cell's writes, whatever the SAE is trained on.
+    cells = [model.site(h).cell for h in hooks] if summary.get("model") == name else []
+    if model.site(hook).cell not in cells:
+        there = f"{' and '.join(hooks)} of {summary.get('model')}"
+        raise WriteSAEError(f"the {result.name} result is of {there}, not of {hook} of {name}")
+    prints = summary.get("sae_fingerprints")
     n_atoms = sae.cfg.d_sae
     largest = result.records["atom"].to_numpy().max() if "atom" in result.records else 0
-    if int(largest) >= n_atoms or (result.name == "partition" and len(result.records) != n_atoms):
-        raise WriteSAEError(
-            f"the {result.name} result is of another dictionary than this one of {n_atoms} atoms"
-        )
+    wrong_size = int(largest) >= n_atoms or (result.name == "partition" and len(result.records) != n_atoms)
+    if wrong_size or (prints and fingerprint(*sae.state_dict().values()) not in prints):
+        raise WriteSAEError(f"the {result.name} result is of another SAE on {hook} than this one")
 
 
 def verdict(summary: dict[str, Any]) -> str:
-    """What a replacement test's numbers amount to, in two sentences."""
+    """What a replacement test's numbers amount to."""
     # Of one passage there is no interval over passages, but one over firings.
     rate, ends = summary["win_rate"], summary["win_rate_ci_by_passage"]
     over, (low, high) = ("passages", ends) if ends else ("firings", summary["win_rate_ci"])
     if low > 0.5:
-        answer = "Yes: one atom keeps the model nearer to itself than deleting the write does"
+        answer = "Yes: one atom keeps the model nearer to itself than deleting the write does."
     elif high < 0.5:
-        answer = "No: deleting the write does less harm than putting the atom in its place"
+        answer = "No: deleting the write does less harm than putting the atom in its place."
     else:
-        answer = "Undecided: atom and deletion cannot be told apart on these firings"
+        answer = "Undecided: atom and deletion cannot be told apart on these firings."
     paper_rate, paper_model = PAPER_WIN_RATES[summary["architecture"]]
     compared = "above" if rate > paper_rate else "below"
     return (
-        f"{answer}, at {rate:.1%} of firings (95% interval over {over} {low:.1%} to {high:.1%}). "
-        f"That is {compared} the {paper_rate:.1%} that the paper reports on {paper_model}."
+        f"{answer} The atom does less harm at {rate:.1%} of firings (95% interval over {over} {low:.1%} to "
+        f"{high:.1%}). That is {compared} the {paper_rate:.1%} that the paper reports on {paper_model}."
     )
 
 
@@ -212,10 +220,10 @@ def _cards(found: dict[str, ExperimentResult]) -> list[tuple[str, str]]:
     low, high = tested["win_rate_ci"]
     n_atoms = sum(divided[f"n_{name}"] for name in ("register", "bundle", "rare", "dead"))
     return [
-        (f"{tested['win_rate']:.1%}", f"win rate ({low:.1%} to {high:.1%})"),
+        (f"{tested['win_rate']:.1%}", f"win rate (over firings {low:.1%} to {high:.1%})"),
         (f"{tested['strict_chain_rate']:.1%}", "strict chain: atom < deleted < random"),
         (f"{tested['median_cosine']:.2f}", "median cosine of atom and write"),
-        (f"{n_atoms - divided['n_dead']:,}", f"of {n_atoms:,} atoms fire in this text"),
+        (f"{n_atoms - divided['n_dead']:,}", f"of {n_atoms:,} atoms are ever the strongest here"),
         (f"{divided['n_register']:,} / {divided['n_bundle']:,}", "registers / bundles"),
     ]
 
@@ -227,8 +235,10 @@ def _recipe(sae: SAE[Any], training: str | Path | None) -> list[tuple[str, str]]
                                          "activation", "d_k", "d_v") if name in cfg}  # fmt: skip
     rows |= {"model": metadata.model_name, "hook": metadata.hook_name, "context size": metadata.context_size}
     rows |= metadata.training_architecture_details or {}
-    path = None if training is None else Path(training) / "runner_cfg.json"
-    if path is not None and path.is_file():
+    # SAELens writes it once for several SAEs, beside their folders.
+    places = [] if training is None else [Path(training), Path(training).parent]
+    path = next((p / "runner_cfg.json" for p in places if (p / "runner_cfg.json").is_file()), None)
+    if path is not None:
         run = json.loads(path.read_text(encoding="utf-8"))
         wanted = ("training_tokens", "train_batch_size_tokens", "lr", "lr_warm_up_steps", "lr_decay_steps",
                   "dead_feature_window", "seed", "dtype")  # fmt: skip
@@ -240,8 +250,11 @@ def _recipe(sae: SAE[Any], training: str | Path | None) -> list[tuple[str, str]]
 def _made(sae: SAE[Any], recipe: dict[str, str]) -> str:
     """The settings that matter, as a sentence."""
     parts = [f"{sae.cfg.d_sae:,} atoms"]
-    parts += [f"of rank {recipe['rank']}"] if "rank" in recipe else []
-    parts += [f"with {recipe['k']} of them active at a time"] if "k" in recipe else []
+    if recipe.get("decoder") == "factored":
+        parts.append(f"of rank {recipe['rank']}")
+    often = {"topk": "", "batchtopk": "on average "}.get(recipe.get("activation", ""))
+    if "k" in recipe and often is not None:
+        parts.append(f"with {often}{recipe['k']} of them active at a time")
     line = " ".join(parts)
     tokens = recipe.get("training tokens")
     return f"{line}, trained on {int(tokens):,} inputs." if tokens else f"{line}."
@@ -347,20 +360,21 @@ def _contexts(records: pd.DataFrame) -> dict[int, list[list[Any]]]:
     return found
 
 
-def _firings(records: pd.DataFrame) -> dict[int, list[list[float]]]:
-    """By atom: cosines, and log10 of the KLs with the atom and without the write."""
+def _firings(records: pd.DataFrame) -> dict[int, list[list[Any]]]:
+    """By atom: cosines, log10 of the KLs with the atom and without the write, and whether the atom wins."""
     columns = pd.DataFrame(
         {
             "atom": records.atom,
             "cosine": records.cosine.round(3),
             "with": np.log10(records.kl_atom.clip(lower=_FLOOR)).round(2),
             "without": np.log10(records.kl_delete.clip(lower=_FLOOR)).round(2),
+            "wins": (records.kl_atom < records.kl_delete).astype(int),
         }
     )
     found = {}
     for atom, part in columns.groupby("atom"):
         some = part if len(part) <= _MOST_FIRINGS else part.sample(_MOST_FIRINGS, random_state=0)
-        found[int(str(atom))] = [some[name].tolist() for name in ("cosine", "with", "without")]
+        found[int(str(atom))] = [some[name].tolist() for name in ("cosine", "with", "without", "wins")]
     return found
 
 

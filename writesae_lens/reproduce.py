@@ -447,7 +447,9 @@ def _train(
     cfg.output_path = str(folders[first].parents[1])
     names = {cell: str(folder.relative_to(cfg.output_path)) for cell, folder in folders.items()}
     of = [{names[cell]: x for cell, x in each.items()} for each in (saes, hooks)]
-    MultiSAETrainingRunner(config_of_several(cfg, *of), **given).run()
+    several = MultiSAETrainingRunner(config_of_several(cfg, *of), **given)
+    record_training(several)
+    several.run()
 
 
 def _run(

@@ -17,7 +17,7 @@ from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError
 from writesae_lens.atoms import profiles, statistics_of_atoms
 from writesae_lens.experiments import ExperimentResult, partition_atoms, replacement_test, top_contexts
 from writesae_lens.experiments.inputs import as_passages
-from writesae_lens.report import QUESTIONS, make_report, saved_results
+from writesae_lens.report import QUESTIONS, make_report, saved_results, verdict
 
 LAYER, HEAD, N_ATOMS = 1, 3, 2048
 EVIL = '</script><script>document.title = "taken"</script><img src=x onerror="document.title = 1">'
@@ -329,7 +329,13 @@ def test_the_command_runs_what_is_missing_and_takes_what_is_there(sae, results, 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"report: {out}/report.html"
-    assert {p.name for p in out.iterdir()} == {"report.html", "partition"}
+    assert {p.name for p in out.iterdir()} == {"report.html", "results"}
+    assert {p.name for p in (out / "results").iterdir()} == {"partition"}
+    assert {p.name for p in (out / "results" / "partition").iterdir()} == {
+        "records.csv",
+        "summary.json",
+        "partition.png",
+    }
     text = (out / "report.html").read_text("utf-8")
     assert "trained on 1,234 inputs" in text
     assert text.count('<img src="data:image/png') == 5
@@ -341,20 +347,17 @@ def test_results_that_do_not_fit_are_refused(model, sae, passages, results, tmp_
             make_report(tmp_path, model, sae, passages, given, verbose=False)
 
     good = results["replacement"]
+    elsewhere = model.write_hook_name(0, 0)
     refused(
-        "of blocks.0",
-        ExperimentResult("replacement", good.records, {**good.summary, "hook_name": "blocks.0"}),
+        f"of {elsewhere}",
+        ExperimentResult("replacement", good.records, {**good.summary, "hook_name": elsewhere}),
     )
     refused(
         "of other-model",
         ExperimentResult("replacement", good.records, {**good.summary, "model": "other-model"}),
     )
-    refused(
-        "another dictionary", ExperimentResult("replacement", good.records.assign(atom=9999), good.summary)
-    )
-    refused(
-        "another dictionary", ExperimentResult("partition", results["partition"].records[:7], good.summary)
-    )
+    refused("of another SAE", ExperimentResult("replacement", good.records.assign(atom=9999), good.summary))
+    refused("of another SAE", ExperimentResult("partition", results["partition"].records[:7], good.summary))
     refused("no experiment is called 'x'", ExperimentResult("x", good.records, good.summary))
     with pytest.raises(WriteSAEError, match="holds no results of experiments"):
         saved_results(tmp_path)
@@ -364,3 +367,38 @@ def test_results_that_do_not_fit_are_refused(model, sae, passages, results, tmp_
     (folder / "summary.json").write_text("[]")
     with pytest.raises(WriteSAEError, match="does not read"):
         saved_results(folder)
+
+
+def test_what_a_verdict_says():
+    summary = {"win_rate": 0.219, "win_rate_ci_by_passage": [0.156, 0.281], "architecture": "mamba2"}
+    said = verdict(summary)
+    assert said.startswith(
+        "No: deleting the write does less harm than putting the atom in its place. The atom does"
+    )
+    assert (
+        "less harm at 21.9% of firings (95% interval over passages 15.6% to 28.1%). That is below the 88.1%"
+        in said
+    )
+    alone = {
+        "win_rate_ci_by_passage": None,
+        "win_rate_ci": [0.4, 0.6],
+        "win_rate": 0.5,
+        "architecture": "rwkv7",
+    }
+    assert verdict(alone).startswith("Undecided")
+    assert "over firings 40.0% to 60.0%" in verdict(alone)
+
+
+def test_two_results_of_one_experiment_both_show(model, sae, passages, results, tmp_path):
+    twice = [*results.values(), results["partition"]]
+    text = make_report(tmp_path, model, sae, passages, twice, verbose=False).read_text("utf-8")
+    assert text.count(f"<h2>{QUESTIONS['partition']}</h2>") == 2
+
+
+def test_counts_are_whole(tab, data, results):
+    tab.click("text=Atoms (2,048)")
+    most = results["partition"].records.n_firings.max()
+    assert column(tab, "n_firings")[0] == f"{most:,}"
+    atom = int(column(tab, "atom")[0])
+    tested = int((results["replacement"].records.atom == atom).sum())
+    assert column(tab, "n_tested")[0] == f"{tested:,}"

@@ -30,7 +30,6 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, seed_of
-from writesae_lens.figures import plot_amplification
 
 STATISTICS = ("newlines_per_400", "distinct_tokens", "repeated_4grams", "characters_per_token")
 
@@ -133,7 +132,7 @@ def amplify(
     headline = f"newlines per 400 tokens: {by['native']['newlines_per_400']:.1f} natively, " + ", ".join(
         f"{by[name]['newlines_per_400']:.1f} at {name}" for name in (largest, "random") if name in by
     )
-    return run.result(records, summary, {"amplification": plot_amplification}, headline)
+    return run.result(records, summary, headline)
 
 
 @torch.no_grad()

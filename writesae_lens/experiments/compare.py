@@ -31,7 +31,6 @@ from writesae_lens.experiments.inputs import (
 from writesae_lens.experiments.replacement import thin
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.figures import plot_comparison
 
 DELETE, NONE = "delete", -1
 
@@ -132,7 +131,7 @@ def compare(
     summary = {"table": table, "n_firings": len(records) // (len(saes) + len(random) + 1)}
     rates = [f"{row['name']} {row['win_rate']:.1%}" for row in table if row["win_rate"] is not None]
     headline = f"win rates at {summary['n_firings']} shared firings: {', '.join(rates)}"
-    return run.result(records, summary, {"comparison": plot_comparison}, headline)
+    return run.result(records, summary, headline)
 
 
 def _shared(firings: Mapping[str, Firings]) -> dict[str, Firings]:

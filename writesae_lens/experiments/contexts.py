@@ -24,7 +24,6 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
-from writesae_lens.figures import plot_contexts
 
 
 def top_contexts(
@@ -65,7 +64,10 @@ def top_contexts(
     check_at_least(1, n_contexts=n_contexts)
     check_at_least(0, before=before, after=after, seed=seed)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    run = Run("contexts", model, sae, passages, progress_folder, verbose, n_contexts=n_contexts)
+    run = Run(
+        "contexts", model, sae, passages, progress_folder, verbose,
+        n_contexts=n_contexts, before=before, after=after,
+    )  # fmt: skip
 
     def read(n: int) -> pd.DataFrame:
         return _strongest(model, sae, site, passages[n], n_contexts).assign(passage=n)
@@ -92,7 +94,7 @@ def top_contexts(
     headline = f"{summary['n_atoms_active']} atoms active, {summary['n_atoms_never_active']} never" + (
         "" if purity is None else f"; {purity:.0%} of an atom's top contexts have its most common token"
     )
-    return run.result(records.reindex(columns=columns), summary, {"contexts": plot_contexts}, headline)
+    return run.result(records.reindex(columns=columns), summary, headline)
 
 
 @torch.no_grad()

@@ -32,7 +32,6 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.figures import plot_erasure
 
 DOSES = (0.25, 0.5, 1.0, 2.0)
 CONDITIONS = ("firing", "elsewhere", "random")
@@ -147,7 +146,7 @@ def erase_atom(
         f"{summary['median_delta_logp_firing']:+.4f}{interval}, "
         f"{summary['n_firing']} firings"
     )
-    return run.result(records, summary, {"erasure": plot_erasure}, headline)
+    return run.result(records, summary, headline)
 
 
 def _positions(

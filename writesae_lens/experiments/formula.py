@@ -31,7 +31,6 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
-from writesae_lens.figures import plot_formula
 from writesae_lens.rank1 import Factors, leading_pairs
 
 EPSILONS = (0.1, 0.3, 1.0, 3.0)
@@ -125,7 +124,7 @@ def logit_formula_test(
     summary = {**_summarize(records), "n_passages": len(passages)}
     by_eps = [f"{x:.4f} at {eps}" for eps, x in summary["median_r2_by_eps"].items() if x is not None]
     headline = f"median R2 {', '.join(by_eps) or 'none, for nothing moves,'} {eps_unit}, {len(chosen)} atoms"
-    return run.result(records, summary, {"formula": plot_formula}, headline)
+    return run.result(records, summary, headline)
 
 
 @torch.no_grad()

@@ -61,6 +61,11 @@ def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
             f"{cell.layer} head {cell.head} of the model writes {cell.d_k} x {cell.d_v}: give the model that "
             "it was trained on, as HookedRecurrent.for_sae(sae) loads it"
         )
+    there, here = next(sae.parameters()).device, next(model.original_model.parameters()).device
+    if there != here:
+        raise WriteSAEError(
+            f"the SAE is on {there}, the model on {here}: move the SAE, sae.to({str(here)!r})"
+        )
     if sae.cfg.normalize_activations != "none":
         raise WriteSAEError(
             f"the SAE scales its inputs (normalize_activations={sae.cfg.normalize_activations!r}), so its "

@@ -32,7 +32,6 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator, seed_of
-from writesae_lens.figures import plot_install
 
 # Of Adam, on factors of norm 1.
 _STEP = 0.1
@@ -151,7 +150,7 @@ def install_tokens(
         f"target in continuation {summary['target_in_continuation']:.1%} ({low:.1%} to {high:.1%}), natively "
         f"{summary['native_target_in_continuation']:.1%}, {len(records)} installs"
     )
-    return run.result(records, summary, {"install": plot_install}, headline)
+    return run.result(records, summary, headline)
 
 
 class _Prompts:

@@ -27,7 +27,6 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
-from writesae_lens.figures import plot_partition
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -124,7 +123,7 @@ def partition_atoms(
         f"{summary['n_register']} registers, {summary['n_bundle']} bundles, {summary['n_dead']} dead, "
         f"delta BIC {'none' if delta is None else f'{delta:.1f}'}"
     )
-    return run.result(records, summary, {"partition": plot_partition}, headline)
+    return run.result(records, summary, headline)
 
 
 def class_names(split: statistics.Split) -> NDArray[Any]:

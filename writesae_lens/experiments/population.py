@@ -17,7 +17,6 @@ from writesae_lens.experiments.inputs import check_at_least
 from writesae_lens.experiments.partition import class_names
 from writesae_lens.experiments.replacement import replacement_test
 from writesae_lens.experiments.result import ExperimentResult
-from writesae_lens.figures import plot_population
 
 
 def population_test(
@@ -91,7 +90,11 @@ def population_test(
         )
     split = statistics.split_in_two(records.median_cosine, seed)
     records["class"] = None if split is None else class_names(split)
-    known = inspect.signature(replacement_test).parameters.keys() | {"architecture", "hook_name"}
+    known = inspect.signature(replacement_test).parameters.keys() | {
+        "architecture",
+        "hook_name",
+        "sae_fingerprints",
+    }
     summary = {
         **_summarize(records, seed),
         "n_atoms_too_rare": len(by_atom) - len(records),
@@ -103,7 +106,7 @@ def population_test(
     interval = statistics.between(summary["mean_win_rate_ci"], ".1%")
     headline = f"mean win rate {summary['mean_win_rate']:.1%}{interval}, {len(records)} atoms"
     summary = {"headline": headline, **summary}
-    return ExperimentResult("population", records, summary, {"population": plot_population})
+    return ExperimentResult("population", records, summary)
 
 
 def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:

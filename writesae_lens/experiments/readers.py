@@ -28,7 +28,6 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.figures import plot_readers
 from writesae_lens.rank1 import Factors, leading_pairs
 
 
@@ -115,7 +114,7 @@ def reader_trace(
         else "read most by "
         + ", ".join(f"layer {r['layer']} head {r['head']} ({r['change']:.2%})" for r in readers[:3])
     )
-    return run.result(records, summary, {"readers": plot_readers}, headline)
+    return run.result(records, summary, headline)
 
 
 @torch.no_grad()

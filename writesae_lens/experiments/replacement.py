@@ -29,7 +29,6 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.figures import plot_replacement, plot_replacement_by_effect
 
 CONDITIONS = ("atom", "delete", "random")
 
@@ -114,8 +113,7 @@ def replacement_test(
     summary = _summarize(records, sae.cfg.d_sae, seed)
     low, high = summary["win_rate_ci"]
     headline = f"win rate {summary['win_rate']:.1%} ({low:.1%} to {high:.1%}), {len(records)} firings"
-    figures = {"replacement": plot_replacement, "replacement_by_effect": plot_replacement_by_effect}
-    return run.result(records, summary, figures, headline)
+    return run.result(records, summary, headline)
 
 
 def thin(

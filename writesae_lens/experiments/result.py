@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hooked_models.errors import one_line
+from writesae_lens import figures
 from writesae_lens.errors import WriteSAEError
 
 RECORDS, SUMMARY, SETTINGS = "records.csv", "summary.json", "settings.json"
@@ -28,13 +30,16 @@ class ExperimentResult:
         name: the experiment.
         records: one row per trial.
         summary: plain numbers, lists and strings; what a paper's table would hold.
-        figures: file stem to the function that draws it from this result.
     """
 
     name: str
     records: pd.DataFrame
     summary: dict[str, Any]
-    figures: dict[str, Callable[[ExperimentResult], Figure]] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, Callable[[ExperimentResult], Figure]]:
+        """File stem to the function that draws it from this result; the first is the main one."""
+        return figures.FIGURES.get(self.name, {})
 
     @property
     def headline(self) -> str:
@@ -50,10 +55,12 @@ class ExperimentResult:
         """The experiment's main figure.
 
         Raises:
-            WriteSAEError: the result has none (loaded from a folder without pictures, for one).
+            WriteSAEError: there is no experiment of this name.
         """
         if not self.figures:
-            raise WriteSAEError(f"this result of {self.name} has no figure")
+            raise WriteSAEError(
+                f"no experiment is called {self.name!r}: there are {', '.join(figures.FIGURES)}"
+            )
         return next(iter(self.figures.values()))(self)
 
     def save(self, folder: str | Path) -> Path:
@@ -63,7 +70,7 @@ class ExperimentResult:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / RECORDS, lambda path: self.records.to_csv(path, index=False))
+        write_table(folder / RECORDS, self.records)
         text = json.dumps(self.summary, indent=2, allow_nan=False, default=np.generic.item)
         write_whole(folder / SUMMARY, lambda path: path.write_text(text + "\n", encoding="utf-8"))
         for stem, draw in self.figures.items():
@@ -78,8 +85,6 @@ class ExperimentResult:
         Raises:
             WriteSAEError: the folder holds no result, or one that does not read.
         """
-        from writesae_lens import figures  # which knows this class
-
         folder = Path(folder)
         missing = [name for name in (RECORDS, SUMMARY) if not (folder / name).is_file()]
         if missing:
@@ -92,15 +97,27 @@ class ExperimentResult:
             records, name = read_table(folder / RECORDS), summary["experiment"]
         except (ValueError, KeyError, TypeError) as error:
             raise WriteSAEError(f"the result in {folder} does not read: {one_line(error)}") from error
-        draw = {
-            stem: getattr(figures, f"plot_{stem}", None) for stem in (p.stem for p in folder.glob("*.png"))
-        }
-        return cls(name, records, summary, {stem: f for stem, f in sorted(draw.items()) if f is not None})
+        return cls(name, records, summary)
+
+
+# Columns that are text whatever they hold.
+_TEXTS = ("text", "text_before", "text_after", "name", "condition")
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV with every float as it was written; only empty cells are missing values."""
-    return pd.read_csv(path, float_precision="round_trip", keep_default_na=False, na_values=[""])
+    """What `write_table` wrote, every float as it was; only empty cells are missing values."""
+    return pd.read_csv(
+        path,
+        float_precision="round_trip",
+        keep_default_na=False,
+        na_values=[""],
+        dtype=dict.fromkeys(_TEXTS, str),
+    )
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    """A CSV, all texts in quotes, for they may hold line breaks of any kind."""
+    write_whole(path, lambda beside: frame.to_csv(beside, index=False, quoting=csv.QUOTE_NONNUMERIC))
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -130,6 +147,10 @@ class Progress:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / SETTINGS).exists() and any(self.folder.iterdir()):
+            raise WriteSAEError(
+                f"{self.folder} is not empty, and holds no progress of a run: give another folder"
+            )
         path, text = (
             self.folder / SETTINGS,
             json.dumps(settings, indent=2, sort_keys=True, default=np.generic.item),
@@ -137,9 +158,17 @@ class Progress:
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise WriteSAEError(
                 f"{self.folder} holds the progress of a run with other settings (see {SETTINGS}): "
-                "resume with the same ones, remove it, or give another folder"
+                "resume with the same ones, remove the folder, or give another"
             )
         write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+    @staticmethod
+    def clear(folder: Path) -> None:
+        """Remove finished parts from a folder, and the folder if nothing else is in it."""
+        for path in [*folder.glob("part_??????.csv"), folder / SETTINGS]:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            folder.rmdir()
 
     def part(self, number: int, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """The part from the folder if it is there, else computed and kept."""
@@ -151,5 +180,5 @@ class Progress:
             with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError):
                 return read_table(path)
         frame = compute()
-        write_whole(path, lambda p: frame.to_csv(p, index=False))
+        write_table(path, frame)
         return frame

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
-from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens.experiments.inputs import fingerprint_run
+from writesae_lens.experiments.inputs import fingerprint, fingerprint_run
 from writesae_lens.experiments.result import ExperimentResult, Progress
 
 
@@ -59,10 +59,12 @@ class Run:
             "model": model.cfg.model_name,
             "architecture": model.cells[0].architecture,
             "hook_name": hooks,
+            "sae_fingerprints": [fingerprint(*sae.state_dict().values()) for sae in saes],
             **settings,
         }
         inputs = None if folder is None else fingerprint_run(model, saes, tokens)
-        self._progress = Progress(folder, self.settings | {"inputs": inputs})
+        made_by = {"inputs": inputs, "version": version("writesae-lens")}
+        self._progress = Progress(folder, self.settings | made_by)
 
     def records(
         self, numbers: Sequence[int], compute: Callable[[int], pd.DataFrame], what: str, unit: str = "passage"
@@ -77,12 +79,11 @@ class Run:
         self,
         records: pd.DataFrame,
         summary: dict[str, Any],
-        figures: dict[str, Callable[[ExperimentResult], Figure]],
         headline: str,
     ) -> ExperimentResult:
         """The result, with the settings in its summary."""
         about = {"headline": headline, **summary, **self.settings}
-        return ExperimentResult(self.name, records, about, figures)
+        return ExperimentResult(self.name, records, about)
 
 
 def seed_of(seed: int, *numbers: int) -> int:

@@ -29,7 +29,6 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.figures import plot_selectivity
 from writesae_lens.rank1 import Factors
 
 
@@ -112,7 +111,7 @@ def selectivity(
     headline = (
         "no atom at two positions" if own is None else f"an atom moves {own:.1%} of the same {top_k} tokens"
     ) + ("" if other is None else f" elsewhere; other atoms move {other:.1%} of them")
-    return run.result(records, summary, {"selectivity": plot_selectivity}, headline)
+    return run.result(records, summary, headline)
 
 
 @torch.no_grad()

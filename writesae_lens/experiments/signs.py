@@ -27,7 +27,6 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.figures import plot_signs
 from writesae_lens.rank1 import Factors
 
 
@@ -98,7 +97,7 @@ def sign_test(
     summary = _summarize(records)
     low, high = summary["agreement_ci"]
     headline = f"signs agree in {summary['agreement']:.1%} ({low:.1%} to {high:.1%}) of {len(records)} trials"
-    return run.result(records, summary, {"signs": plot_signs}, headline)
+    return run.result(records, summary, headline)
 
 
 def _trials(

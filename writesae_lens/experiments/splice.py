@@ -20,7 +20,6 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import as_list, check_at_least, find_passages, find_site
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
-from writesae_lens.figures import plot_splice
 
 CONDITIONS = ("native", "spliced", "deleted")
 
@@ -89,7 +88,7 @@ def splice_test(
         f"perplexity {summary['perplexity_native']:.3f} natively, {summary['increase_percent']:+.2f}%"
         f"{interval} spliced, {summary['increase_percent_deleted']:+.2f}% deleted"
     )
-    return run.result(records, summary, {"splice": plot_splice}, headline)
+    return run.result(records, summary, headline)
 
 
 @torch.no_grad()

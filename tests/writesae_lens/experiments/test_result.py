@@ -1,0 +1,58 @@
+"""Results on disk, and the progress of a run."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from writesae_lens import WriteSAEError
+from writesae_lens.experiments import ExperimentResult
+from writesae_lens.experiments.result import Progress, read_table, write_table
+
+
+def test_texts_and_numbers_come_back_as_they_were(tmp_path):
+    texts = ["a\rb", "c\r\nd", "1", "True", "nan", "NA", " 1", 'say "x", y', "\u202e\u2028"]
+    frame = pd.DataFrame({"text": texts, "coefficient": np.random.default_rng(0).normal(size=len(texts))})
+    write_table(tmp_path / "x.csv", frame)
+    back = read_table(tmp_path / "x.csv")
+    assert back.text.tolist() == texts
+    assert back.coefficient.tolist() == frame.coefficient.tolist()
+    for column in (["1", "2"], ["True", "False"], ["inf", "3"]):
+        write_table(tmp_path / "x.csv", pd.DataFrame({"text": column}))
+        assert read_table(tmp_path / "x.csv").text.tolist() == column
+
+
+def test_settings_of_numpy_are_saved(tmp_path):
+    result = ExperimentResult("x", pd.DataFrame({"a": [1]}), {"experiment": "x", "seed": np.int64(3)})
+    assert ExperimentResult.load(result.save(tmp_path)).summary["seed"] == 3
+
+
+def test_pictures_of_others_in_the_folder_are_not_the_results(tmp_path):
+    (tmp_path / "training.png").write_bytes(b"")
+    result = ExperimentResult("x", pd.DataFrame({"a": [1]}), {"experiment": "x"})
+    assert ExperimentResult.load(result.save(tmp_path)).figures == {}
+    with pytest.raises(WriteSAEError, match="no experiment is called 'x': there are replacement"):
+        result.plot()
+
+
+def test_progress_keeps_off_folders_that_are_not_its_own(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(WriteSAEError, match="is not empty, and holds no progress"):
+        Progress(tmp_path, {})
+    own = tmp_path / "own"
+    progress = Progress(own, {"seed": 0})
+    progress.part(3, lambda: pd.DataFrame({"a": [1]}))
+    (own / "settings.json").rename(tmp_path / "kept.json")
+    with pytest.raises(WriteSAEError, match="is not empty"):  # parts whose settings are gone
+        Progress(own, {"seed": 0})
+
+
+def test_clearing_removes_what_progress_wrote_and_nothing_else(tmp_path):
+    progress = Progress(tmp_path / "p", {"seed": 0})
+    progress.part(3, lambda: pd.DataFrame({"a": [1]}))
+    (tmp_path / "p" / "notes.txt").write_text("mine")
+    Progress.clear(tmp_path / "p")
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["notes.txt"]
+    (tmp_path / "p" / "notes.txt").unlink()
+    Progress.clear(tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    Progress.clear(tmp_path / "p")
