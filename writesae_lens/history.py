@@ -8,7 +8,9 @@ from typing import Any
 
 import pandas as pd
 from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
+from torch import Tensor
 
+from writesae_lens.rank1 import squared_norms
 from writesae_lens.training_sae import WriteTrainingSAE
 
 FILE = "training.csv"
@@ -57,7 +59,7 @@ def _recording(sae: Any, path: Path, every: int) -> Callable[..., Any]:
         if count % every == 0:
             losses = {name: float(value.detach()) for name, value in output.losses.items()}
             dead = step_input.dead_neuron_mask
-            power = max(float(step_input.sae_in.square().sum(-1).mean()), 1e-30)
+            power = max(float(_squared_norms(sae, step_input.sae_in).mean()), 1e-30)
             row = {
                 "step": count,
                 "loss": float(output.loss.detach()),
@@ -73,6 +75,11 @@ def _recording(sae: Any, path: Path, every: int) -> Callable[..., Any]:
         return output
 
     return recorded
+
+
+def _squared_norms(sae: Any, x: Tensor) -> Tensor:
+    # Writes come as factors, whose matrices need not be built for this.
+    return squared_norms(sae._rows(x)) if isinstance(sae, WriteTrainingSAE) else x.square().sum(-1)
 
 
 def _steps_before(sae: Any, path: Path) -> int:

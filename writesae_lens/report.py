@@ -136,7 +136,7 @@ def make_report(
     table["nearest"] = decoder.cosines.abs().amax(1).cpu().numpy() if decoder.cosines.shape[1] else np.nan
     source = files("writesae_lens")
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    summary = found["replacement"].summary
+    summary, recipe = found["replacement"].summary, _recipe(sae, training)
     cell = site.cell
     html = template.from_string(source.joinpath("report.html").read_text(encoding="utf-8")).render(
         title=f"{type(sae).__name__} on {summary['model']}",
@@ -144,7 +144,7 @@ def make_report(
         f"{sae.cfg.d_sae:,} atoms",
         verdict=verdict(summary),
         cards=_cards(found),
-        recipe=(recipe := _recipe(sae, training)),
+        recipe=recipe,
         made=_made(sae, dict(recipe)),
         training=_training_image(training),
         sections=[_section(result) for result in sorted(shown, key=lambda r: list(QUESTIONS).index(r.name))],
