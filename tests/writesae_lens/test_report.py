@@ -84,8 +84,9 @@ def chromium():
              "--no-first-run", "--disable-component-update", "--disable-quic"]  # fmt: skip
     try:
         playwright = sync_playwright().start()
-    except Exception as error:
-        assert not os.environ.get("CI"), error
+    except Exception:
+        if os.environ.get("CI"):
+            raise
         pytest.skip("playwright's driver does not start (on Debian it wants libatomic1)")
     browser = playwright.chromium.launch(executable_path=path, args=quiet)
     yield browser
