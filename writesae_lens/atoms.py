@@ -25,7 +25,7 @@ _BLOCK = 1024
 class Profiles(NamedTuple):
     """What the decoder alone says of the atoms.
 
-    Args:
+    Attributes:
         key, value: the leading singular pair of each atom, unit vectors; their product's sign is the atom's,
             and each pair is turned so that most reads of the text see the key side positively.
         read_share: share of the reads q with q . key > 0, at least one half.
