@@ -234,7 +234,7 @@ def _token(text: str) -> int | str:
 
 def _description(function: Callable[..., Any]) -> str:
     """What comes before Args in a docstring, its lines joined, for a terminal."""
-    text = (inspect.getdoc(function) or "").split("\n\nArgs:", 1)[0].replace("``", "").replace("[", r"\[")
+    text = (inspect.getdoc(function) or "").split("\n\nArgs:", 1)[0].replace("`", "").replace("[", r"\[")
     return re.sub(r"\n(?!\n|- |    )(?<!\n\n)[ ]*", " ", text)
 
 

@@ -441,14 +441,14 @@ def native_cosines(firings: Firings, atoms: Factors) -> Float[Tensor, " firing"]
 def fingerprint_run(
     model: HookedRecurrent, saes: Sequence[SAE[Any]], passages: Int[Tensor, "passage pos"]
 ) -> str:
-    """What records depend on beside the settings: tokens, SAEs, and what the model makes of a passage."""
+    """What records depend on beside the settings and the SAEs' weights: tokens, model, the SAEs' options."""
     logits = model(passages[:1], return_type="logits")[0, -1]
     settings = [
         {k: v for k, v in sae.cfg.to_dict().items() if k not in ("device", "dtype", "metadata")}
         for sae in saes
     ]
     said = torch.frombuffer(bytearray(json.dumps(settings, default=str).encode()), dtype=torch.uint8)
-    return fingerprint(passages, logits, said, *(x for sae in saes for x in sae.state_dict().values()))
+    return fingerprint(passages, logits, said)
 
 
 def fingerprint(*tensors: Tensor) -> str:
