@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,16 @@ __all__ = [
     "RWKV7ForCausalLM",
 ]
 __version__ = "0.1.0"
+
+# From 5.24 on, models pass their cache to the layers under another name, and TransformerLens still uses the
+# old one: cached decoding would forget what came before, without an error.
+_FIRST_WRONG_TRANSFORMERS = (5, 24)
+_installed = version("transformers")
+if tuple(int(part) for part in _installed.split(".")[:2]) >= _FIRST_WRONG_TRANSFORMERS:
+    raise ImportError(
+        f"hooked_models does not work with transformers {_installed}, where cached decoding would be wrong: "
+        "pip install 'transformers>=5.9,<5.24'"
+    )
 
 # Loaded on first use, so that the training recipe and the shipped files need no TransformerLens.
 _HOMES = {

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hooked_models import adapters, loading, zoo
-from hooked_models.caches import repeated
+from hooked_models.caches import CACHE_ARGUMENTS, refuse_unknown, repeated, the_cache
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.mixers import Added, BranchAware, Branches, HookedMixer, Swap, is_listened_to
 
@@ -146,9 +146,12 @@ class HookedRecurrent(SAETransformerBridge):
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """As `TransformerBridge.forward`; a cache is ``past_key_values`` on every architecture.
 
-        Transformers calls Mamba-2's ``cache_params`` and ignores one of the other name.
+        transformers names Mamba-2's ``cache_params``, and would ignore one of another name.
+
+        Raises:
+            HookedModelError: the cache is another model's, or nothing takes one of the arguments.
         """
-        cache = kwargs.get("past_key_values")
+        cache = the_cache(kwargs)
         held = len(getattr(cache, "layers", ()))
         if cache is not None and held != len(self.new_cache().layers):
             raise HookedModelError(
@@ -156,8 +159,10 @@ class HookedRecurrent(SAETransformerBridge):
                 "model.new_cache()"
             )
         taken = inspect.signature(self.original_model.forward).parameters
-        if "past_key_values" in kwargs and "cache_params" in taken:
-            kwargs["cache_params"] = kwargs.pop("past_key_values")
+        known = taken.keys() | inspect.signature(super().forward).parameters.keys()
+        refuse_unknown({name: kwargs[name] for name in kwargs.keys() - known}, "the model")
+        if cache is not None:
+            kwargs[next(name for name in CACHE_ARGUMENTS if name in taken)] = cache
         return super().forward(input, *args, **kwargs)
 
     def new_cache(self) -> Any:

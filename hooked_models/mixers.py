@@ -20,7 +20,7 @@ from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion i
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from hooked_models.caches import cached
+from hooked_models.caches import cached, refuse_unknown, the_cache
 from hooked_models.errors import HookedModelError
 from hooked_models.recurrence import (
     LOG_ZERO,
@@ -245,10 +245,11 @@ class HookedMixer(BranchAware):
     def forward(
         self,
         hidden_states: Float[Tensor, "batch pos d_model"],
-        cache_params: Any = None,
         attention_mask: Tensor | None = None,
-        **_: Any,
+        **options: Any,
     ) -> Float[Tensor, "batch pos d_model"]:
+        cache = the_cache(options)
+        refuse_unknown(options, type(self).__name__)
         if not hidden_states.shape[1]:
             raise HookedModelError("there are no tokens to read: give one at least")
         hidden = _call(self.hook_in, hidden_states)
@@ -258,7 +259,7 @@ class HookedMixer(BranchAware):
         if attention_mask is not None and attention_mask.ndim == 2:
             mask = attention_mask[:, -hidden.shape[1] :, None].to(hidden.dtype)
             hidden = hidden * mask
-        recurrence, kept = self.inputs(hidden, cache_params, mask)
+        recurrence, kept = self.inputs(hidden, cache, mask)
         keys = recurrence.k
         if is_listened_to(self.hook_write_key):
             keys, touched = _show(self.hook_write_key, keys)
@@ -270,7 +271,7 @@ class HookedMixer(BranchAware):
             k=keys,
             v=_call(self.hook_write_value, recurrence.v),
         )
-        state = cached(cache_params, self.layer_index, "recurrent_states")
+        state = cached(cache, self.layer_index, "recurrent_states")
         if state is not None and torch.is_grad_enabled():
             state = state.clone()  # the cache is overwritten below, and gradients want what was read
         if state is not None and self.state_is_transposed:
@@ -285,9 +286,9 @@ class HookedMixer(BranchAware):
                     final_state = final_state.index_add(
                         1, torch.tensor([head], device=final_state.device), change[1]
                     )
-        if cache_params is not None:
+        if cache is not None:
             kept_state = final_state.mT if self.state_is_transposed else final_state
-            cache_params.update_recurrent_state(kept_state, self.layer_index)
+            cache.update_recurrent_state(kept_state, self.layer_index)
         added = self._added
         if added is not None and not added.linear:
             outputs = self._with_added(added, recurrence, outputs)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import LinearBridge
 
+from hooked_models.caches import refuse_unknown, the_cache
 from hooked_models.mixers import BranchAware, Branches, HookedMixer
 from hooked_models.recurrence import Recurrence
 from hooked_models.rwkv7_model import Kept, masked, one_earlier
@@ -102,12 +103,14 @@ class HookedRWKV7FeedForward(BranchAware):
     def forward(
         self,
         hidden_states: Float[Tensor, "batch pos d_model"],
-        cache_params: Any = None,
         attention_mask: Int[Tensor, "batch all_pos"] | Tensor | None = None,
+        **options: Any,
     ) -> Float[Tensor, "batch pos d_model"]:
+        cache = the_cache(options)
+        refuse_unknown(options, type(self).__name__)
         layer: Any = self.original_component
         hidden = masked(self.hook_in(hidden_states), attention_mask)
-        previous = _predecessors(hidden, cache_params, layer.cache_idx, self._branches)
+        previous = _predecessors(hidden, cache, layer.cache_idx, self._branches)
         return self.hook_out(layer.mix(hidden, previous))
 
 

@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from hooked_models.caches import cached
+from hooked_models.caches import cached, refuse_unknown
 from hooked_models.recurrence import Recurrence, scan
 
 # The log decay of a channel lies between this and 0: the recipe's -exp(-1/2).
@@ -389,8 +389,9 @@ class RWKV7Model(RWKV7PreTrainedModel):
         past_key_values: RWKV7Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **_: Any,
+        **options: Any,
     ) -> BaseModelOutputWithPast:
+        refuse_unknown(options, "an RWKV-7 model")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -473,6 +474,8 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As transformers' causal language models; ``labels`` are shifted inside."""
+        if labels is None:
+            refuse_unknown(kwargs, "an RWKV-7 model")
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

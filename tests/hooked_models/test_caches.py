@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hooked_models import HookedModelError, HookedRecurrent, zoo
-from hooked_models.caches import cached, repeated
+from hooked_models.caches import CACHE_ARGUMENTS, cached, repeated
 
 LAYER, HEAD = 1, 2
 PREFIX, REST = 9, 5
@@ -275,3 +275,42 @@ def test_added_writes_after_a_cache_are_those_of_the_uncached_run(model: Any, to
             hooked = without_cache(model, tokens[:1], [(model.write_hook_name(LAYER, HEAD), add)])
             close(found[row], hooked[0, PREFIX:])
     assert all(torch.equal(x, y) for x, y in zip(before, tensors(cache), strict=True))
+
+
+# The names that caches are passed under.
+
+
+@pytest.mark.parametrize("name", CACHE_ARGUMENTS)
+def test_a_cache_is_taken_under_every_name_of_transformers(model: Any, tokens: Tensor, name: str):
+    expected = without_cache(model, tokens[:1])[:, PREFIX:]
+    cache = read(model, tokens[:1, :PREFIX])
+    with torch.no_grad():
+        found = model(tokens[:1, PREFIX:], use_cache=True, **{name: cache})
+    close(found.double(), expected)
+
+
+@pytest.mark.parametrize("name", CACHE_ARGUMENTS)
+def test_a_layer_takes_its_cache_under_every_name(model: Any, tokens: Tensor, name: str):
+    hidden = torch.randn(1, PREFIX, model.cfg.d_model, dtype=torch.float64)
+
+    def mix(part: Tensor, **cache: Any) -> Tensor:
+        out = model.mixers[0](part, **cache)
+        return out[0] if isinstance(out, tuple) else out  # RWKV-7's first layer gives its values on
+
+    with torch.no_grad():
+        cache = model.new_cache()
+        parts = [mix(part, **{name: cache}) for part in hidden.split(4, dim=1)]
+        close(torch.cat(parts, dim=1), mix(hidden))
+
+
+@pytest.mark.parametrize("name", ["state_cache", "past_states", "cu_seq_lens_q", "atention_mask"])
+def test_an_argument_that_nothing_takes_is_refused(model: Any, tokens: Tensor, name: str):
+    with pytest.raises(HookedModelError, match=f"takes no argument '{name}'"):
+        model(tokens, **{name: torch.zeros(1)})
+    with pytest.raises(HookedModelError, match=f"takes no argument '{name}'"):
+        model.mixers[LAYER](torch.zeros(1, 2, model.cfg.d_model), **{name: torch.zeros(1)})
+
+
+def test_two_different_caches_are_refused(model: Any, tokens: Tensor):
+    with pytest.raises(HookedModelError, match="past_key_values and cache are two different caches"):
+        model(tokens, past_key_values=model.new_cache(), cache=model.new_cache())
