@@ -11,12 +11,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hooked_models.architectures.gated_delta_net import HookedGatedDeltaNet
+    from hooked_models.architectures.mamba2 import HookedMamba2
+    from hooked_models.architectures.rwkv7 import HookedRWKV7
     from hooked_models.errors import HookedModelError
-    from hooked_models.gated_delta_net import HookedGatedDeltaNet
     from hooked_models.hooked_recurrent import Cell, HookedRecurrent
-    from hooked_models.mamba2 import HookedMamba2
-    from hooked_models.rwkv7 import HookedRWKV7
-    from hooked_models.rwkv7_model import RWKV7Config, RWKV7ForCausalLM
+    from hooked_models.modeling.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 
 __all__ = [
     "Cell",
@@ -43,13 +43,13 @@ if tuple(int(part) for part in _installed.split(".")[:2]) >= _FIRST_WRONG_TRANSF
 # Loaded on first use, so that the training recipe and the shipped files need no TransformerLens.
 _HOMES = {
     "Cell": "hooked_recurrent",
-    "HookedGatedDeltaNet": "gated_delta_net",
-    "HookedMamba2": "mamba2",
+    "HookedGatedDeltaNet": "architectures.gated_delta_net",
+    "HookedMamba2": "architectures.mamba2",
     "HookedModelError": "errors",
-    "HookedRWKV7": "rwkv7",
+    "HookedRWKV7": "architectures.rwkv7",
     "HookedRecurrent": "hooked_recurrent",
-    "RWKV7Config": "rwkv7_model",
-    "RWKV7ForCausalLM": "rwkv7_model",
+    "RWKV7Config": "modeling.rwkv7",
+    "RWKV7ForCausalLM": "modeling.rwkv7",
 }
 
 

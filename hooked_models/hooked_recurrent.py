@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hooked_models import adapters, loading, zoo
+from hooked_models import zoo
+from hooked_models.architectures import adapters
 from hooked_models.caches import CACHE_ARGUMENTS, refuse_unknown, repeated, the_cache
 from hooked_models.errors import HookedModelError, one_line
+from hooked_models.files import loading
 from hooked_models.mixers import Added, BranchAware, Branches, HookedMixer, Swap, is_listened_to
 
 _SITE = re.compile(r"blocks\.(\d+)\.\w+\.hook_(write|state)\.(\d+)")

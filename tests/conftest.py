@@ -15,7 +15,6 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from hub import Hub
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -32,6 +31,8 @@ from transformers import (
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
+
+from tests.writesae_lens.published.hub import Hub
 
 torch.set_num_threads(1)
 
@@ -191,7 +192,7 @@ def mamba2(**changes: Any) -> Any:
 
 def rwkv7(**changes: Any) -> Any:
     """A tiny RWKV-7 with random weights: 3 layers, 4 heads of 16 x 24."""
-    from hooked_models.rwkv7_model import RWKV7Config, RWKV7ForCausalLM
+    from hooked_models.modeling.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 
     torch.manual_seed(0)
     sizes = {

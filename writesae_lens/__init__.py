@@ -11,11 +11,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import sae_lens as _  # noqa: F401
 
-from writesae_lens.config import PAPER_SCHEDULE, WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.sae import WriteSAE
-from writesae_lens.saelens_plugin import register
-from writesae_lens.training_sae import WriteTrainingSAE
+from writesae_lens.saelens.registration import register
+from writesae_lens.saes.config import PAPER_SCHEDULE, WriteSAEConfig, WriteSAETrainingConfig
+from writesae_lens.saes.sae import WriteSAE
+from writesae_lens.saes.training_sae import WriteTrainingSAE
 
 __all__ = [
     "PAPER_SCHEDULE",

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import sides_of
-from writesae_lens.activations import for_training
-from writesae_lens.config import WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import (
     check_at_least,
@@ -26,7 +24,9 @@ from writesae_lens.experiments.inputs import (
     find_passages,
     native_writes,
 )
-from writesae_lens.sae import WriteSAE
+from writesae_lens.saes.activations import for_training
+from writesae_lens.saes.config import WriteSAEConfig, WriteSAETrainingConfig
+from writesae_lens.saes.sae import WriteSAE
 
 # Writes that the principal component is taken of: their Gram matrix has the square of it.
 _MAX_WRITES = 4096

@@ -8,14 +8,14 @@ from pathlib import Path
 from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
 
 from hooked_models import HookedRecurrent, zoo
-from writesae_lens.config import WriteSAETrainingConfig
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import ExperimentResult, replacement_test
 from writesae_lens.experiments.inputs import as_passages
 from writesae_lens.experiments.result import write_whole
-from writesae_lens.history import record_training
-from writesae_lens.report import make_report
-from writesae_lens.train import Runner, shipped_text
+from writesae_lens.report.page import make_report
+from writesae_lens.saelens.history import record_training
+from writesae_lens.saelens.runner import Runner, shipped_text
+from writesae_lens.saes.config import WriteSAETrainingConfig
 
 CONTEXT_SIZE = 256
 BATCH_SIZE = 512

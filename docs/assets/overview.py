@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from sae_lens import SAE
 
 from hooked_models import HookedRecurrent
-from writesae_lens.train import shipped_text
+from writesae_lens.saelens.runner import shipped_text
 
 TEXT = shipped_text()[1][0][:400]
 

@@ -29,7 +29,7 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
-from hooked_models.rwkv7_model import RWKV7Config, RWKV7ForCausalLM
+from hooked_models.modeling.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from hooked_models.zoo.corpus import SEPARATOR
 
 END_OF_TEXT = SEPARATOR.strip()

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from tests.benchmarks.timing import Row, speedup
-from writesae_lens import WriteSAE, WriteSAEConfig, baselines, experiments, reproduce
-from writesae_lens.commands import COMMANDS
+from writesae_lens import WriteSAE, WriteSAEConfig, baselines, experiments
+from writesae_lens.cli.experiments import COMMANDS
 from writesae_lens.experiments import install
+from writesae_lens.reproduce import run as reproduce
 
 LAYER, HEAD = 1, 2
 QUIET: dict[str, Any] = {"verbose": False}

@@ -30,7 +30,7 @@ from hooked_models import HookedRecurrent, zoo
 from tests.benchmarks.bench_hooks import gated_delta_net
 from tests.benchmarks.timing import Row
 from writesae_lens import WriteSAETrainingConfig, WriteTrainingSAE
-from writesae_lens.packed import PackedWrites, Write
+from writesae_lens.saes.packed import PackedWrites, Write
 
 D, D_SAE, K, BATCH, CONTEXT, HEADS = 128, 2048, 32, 256, 256, 16
 OURS_TOKENS, FLAT_TOKENS, MULTI_TOKENS = 24_576, 4096, 8192

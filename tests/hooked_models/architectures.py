@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import LAYERS, Edits, Layer, Trace, standing_in
 from torch import Tensor
 from transformers import DynamicCache
 
 from hooked_models import HookedGatedDeltaNet, HookedMamba2, HookedRWKV7
-from hooked_models.rwkv7_model import RWKV7Cache
+from hooked_models.modeling.rwkv7 import RWKV7Cache
+from tests.hooked_models.oracles import LAYERS, Edits, Layer, Trace, standing_in
 
 VOCABULARY = 200
 TOLERANCE = 1e-4

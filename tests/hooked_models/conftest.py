@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 
 import pytest
-from architectures import MODELS, Pair
+
+from tests.hooked_models.architectures import MODELS, Pair
 
 
 @pytest.fixture(params=["gdn", "qwen3_next", "mamba2", "rwkv7"])

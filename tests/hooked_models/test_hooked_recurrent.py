@@ -13,17 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import (
-    VOCABULARY,
-    Pair,
-    assert_close,
-    at_some_cells,
-    on_every_model,
-    once_per_architecture,
-    random,
-    some_tokens,
-)
-from oracles import Edits, at
 from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from safetensors.torch import load_file, save_file
@@ -34,9 +23,21 @@ from transformer_lens.model_bridge import supported_architectures as stock_adapt
 from transformers import DynamicCache, Qwen3_5ForConditionalGeneration
 
 import hooked_models
-from hooked_models import HookedRecurrent, RWKV7Config, adapters, zoo
+from hooked_models import HookedRecurrent, RWKV7Config, zoo
+from hooked_models.architectures import adapters
 from hooked_models.errors import HookedModelError
 from hooked_models.mixers import HookedMixer
+from tests.hooked_models.architectures import (
+    VOCABULARY,
+    Pair,
+    assert_close,
+    at_some_cells,
+    on_every_model,
+    once_per_architecture,
+    random,
+    some_tokens,
+)
+from tests.hooked_models.oracles import Edits, at
 
 
 def nothing(x: Tensor, hook: Any) -> None:
@@ -719,7 +720,7 @@ from transformers import AutoConfig, LlamaConfig
 class Other(LlamaConfig):
     model_type = "rwkv7"
 AutoConfig.register("rwkv7", Other)
-import hooked_models.rwkv7_model
+import hooked_models.modeling.rwkv7
 assert type(AutoConfig.for_model("rwkv7")) is Other
 """
     subprocess.run([sys.executable, "-c", script], check=True)

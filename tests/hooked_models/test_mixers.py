@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import (
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hooked_models import HookedGatedDeltaNet, HookedRecurrent
+from hooked_models.errors import HookedModelError
+from tests.hooked_models.architectures import (
     MODELS,
     TOLERANCE,
     Pair,
@@ -22,12 +27,7 @@ from architectures import (
     some_tokens,
     where_something_is_erased,
 )
-from oracles import Edits, at, standing_in
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from hooked_models import HookedGatedDeltaNet, HookedRecurrent
-from hooked_models.errors import HookedModelError
+from tests.hooked_models.oracles import Edits, at, standing_in
 
 # Unedited.
 

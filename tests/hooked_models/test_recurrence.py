@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import Run, loop
 from torch import Tensor
 
 from hooked_models.recurrence import (
@@ -21,6 +20,7 @@ from hooked_models.recurrence import (
     scan,
     scan_sequential,
 )
+from tests.hooked_models.oracles import Run, loop
 
 FIELDS = ("q", "g", "k", "v", "a", "b")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from published import checkpoint, save
 
 from hooked_models import HookedModelError, HookedRecurrent
+from tests.writesae_lens.published.made import checkpoint, save
 from writesae_lens import WriteSAE
 
 

@@ -6,12 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from command_line import run
 from sae_lens import SAE
 
 from hooked_models import HookedModelError, HookedRecurrent
-from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError, commands, releases, reproduce
-from writesae_lens.reproduce import CONFIGS, estimate
+from tests.writesae_lens.cli.command_line import run
+from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError
+from writesae_lens.cli import experiments as commands
+from writesae_lens.published import releases
+from writesae_lens.reproduce import run as reproduce
+from writesae_lens.reproduce.run import CONFIGS, estimate
 
 MAIN, ALL, DELTANET = "qwen3.5-0.8b-L9H4", "qwen3.5-0.8b-L9-all", "deltanet-1.3b-L12H8"
 COSINE = "partition.register_median_cosine"

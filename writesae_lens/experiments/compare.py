@@ -28,7 +28,7 @@ from writesae_lens.experiments.inputs import (
     find_site,
     native_cosines,
 )
-from writesae_lens.experiments.replacement import thin
+from writesae_lens.experiments.replace import thin
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
 

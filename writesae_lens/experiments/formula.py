@@ -31,7 +31,7 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
-from writesae_lens.rank1 import Factors, leading_pairs
+from writesae_lens.saes.rank1 import Factors, leading_pairs
 
 EPSILONS = (0.1, 0.3, 1.0, 3.0)
 

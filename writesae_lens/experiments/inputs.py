@@ -18,8 +18,8 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell, Site, sides_of
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.rank1 import Factors, inner
-from writesae_lens.sae import MatrixSAE
+from writesae_lens.saes.rank1 import Factors, inner
+from writesae_lens.saes.sae import MatrixSAE
 
 DEFAULT_CONTEXT = 256
 _OF_TOKENS = (torch.int64, torch.int32)

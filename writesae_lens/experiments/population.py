@@ -15,7 +15,7 @@ from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import check_at_least
 from writesae_lens.experiments.partition import class_names
-from writesae_lens.experiments.replacement import replacement_test
+from writesae_lens.experiments.replace import replacement_test
 from writesae_lens.experiments.result import ExperimentResult
 
 

@@ -29,7 +29,7 @@ from writesae_lens.experiments.inputs import (
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.rank1 import Factors
+from writesae_lens.saes.rank1 import Factors
 
 
 def selectivity(

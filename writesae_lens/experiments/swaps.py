@@ -14,7 +14,7 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.inputs import LOGITS_PER_PASS, Firings, atom_factors
-from writesae_lens.rank1 import Factors
+from writesae_lens.saes.rank1 import Factors
 
 RANDOM = ("gaussian", "atom", "orthogonal", "native_marginals")
 

@@ -1,0 +1,1079 @@
+"""Checkpoints in other forms than Hugging Face's, through the front door: right logits, or one clear line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+from hooked_models import HookedModelError, HookedRecurrent, RWKV7Config, RWKV7ForCausalLM
+from hooked_models.files import layouts as checkpoints
+from hooked_models.files.layouts import to_blinkdl
+from hooked_models.files.loading import name_of
+from hooked_models.files.world_tokenizer import WorldTokenizer
+
+VOCABULARY = 200
+# Earlier versions of transformers normalise all groups together.
+GROUPS = 2 if "group_size" in inspect.signature(MambaRMSNormGated).parameters else 1
+Tensors = dict[str, Tensor]
+
+
+def some_tokens(*shape: int, seed: int = 0, below: int = VOCABULARY) -> Tensor:
+    return torch.randint(4, below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    assert found.shape == expected.shape
+    assert expected.std() > 0.3
+    error = float((found.detach().double() - expected.detach().double()).abs().max())
+    assert error <= tolerance, f"off by {error:.2e}"
+
+
+def boot(source: Path | str, **options: Any) -> Any:
+    return HookedRecurrent.boot_transformers(str(source), device="cpu", **options)
+
+
+def refuses(source: Path | str, *parts: str, **options: Any) -> None:
+    """Booting raises the package's exception with one line that has these parts."""
+    with pytest.raises(HookedModelError) as error:
+        boot(source, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    for part in parts:
+        assert part in message, message
+
+
+def mamba2(**changes: Any) -> Any:
+    """A tiny Mamba-2 with none of the sizes that mamba_ssm takes where nothing is said."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "expand": 3,
+        "num_heads": 8,
+        "head_dim": 12,
+        "state_size": 20,
+        "n_groups": GROUPS,
+        "conv_kernel": 3,
+        "chunk_size": 16,
+        "use_bias": True,
+        "use_conv_bias": False,
+        "residual_in_fp32": False,
+        "time_step_limit": (0.2, 1.2),
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return Mamba2ForCausalLM(Mamba2Config(**{**sizes, **changes}))
+
+
+def rwkv7(**changes: Any) -> Any:
+    """A tiny RWKV-7 in which no two sizes are equal, but with the epsilons of BlinkDL's files."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+        "value_dim": 96,
+        "decay_low_rank_dim": 12,
+        "a_low_rank_dim": 10,
+        "v_low_rank_dim": 8,
+        "gate_low_rank_dim": 14,
+        "fuse_norm": False,
+        "group_norm_eps": 64e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return RWKV7ForCausalLM(RWKV7Config(**{**sizes, **changes}))
+
+
+def clones(tensors: Tensors) -> Tensors:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(build_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Words "wn", of which the n-th is token n."""
+    source, folder = build_folder("words", rwkv7(), 0), tmp_path_factory.mktemp("tokenizer")
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Any:
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+
+
+Randomised = Callable[[Any, int], Any]
+
+
+@pytest.fixture(scope="session")
+def randomised(build_folder: Any) -> Randomised:
+    """randomised(model, seed) -> the model, no parameter at its initial value."""
+
+    def build(model: Any, seed: int) -> Any:
+        build_folder("randomised", model, seed)
+        return model.requires_grad_(False)
+
+    return build
+
+
+# mamba_ssm's form.
+
+
+def mamba_ssm_config(**changes: Any) -> dict[str, Any]:
+    """As the published ones are, but small: 4 heads of 128 x 64 in each of 2 layers."""
+    config = {
+        "d_model": 128,
+        "d_intermediate": 0,
+        "n_layer": 2,
+        "vocab_size": 197,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 8,
+        "tie_embeddings": True,
+    }
+    return {**config, **changes}
+
+
+def write_mamba_ssm(folder: Path, model: Any, config: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    tensors = clones(model.state_dict())
+    tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+# What transformers calls the published models' sizes.
+PUBLISHED = {
+    "hidden_size": 128,
+    "num_heads": 4,
+    "head_dim": 64,
+    "state_size": 128,
+    "n_groups": 1,
+    "expand": 2,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "residual_in_fp32": True,
+    "chunk_size": 256,
+    "num_hidden_layers": 2,
+    "time_step_limit": (0.0, float("inf")),
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def mamba_reference(randomised: Randomised) -> Any:
+    return randomised(mamba2(**PUBLISHED), 11)
+
+
+@pytest.fixture
+def mamba_folder(tmp_path: Path, mamba_reference: Any) -> Path:
+    return write_mamba_ssm(tmp_path / "mamba", mamba_reference, mamba_ssm_config())
+
+
+@torch.no_grad()
+def test_mamba_ssm_as_published(mamba_folder: Path, mamba_reference: Any, tokenizer: Any):
+    """Sizes that the configuration leaves out are mamba_ssm's; 197 words are padded to 200."""
+    model = boot(mamba_folder, tokenizer=tokenizer)
+    tokens = some_tokens(2, 300)
+    assert_close(model(tokens), mamba_reference(tokens).logits)
+    assert {(c.d_k, c.d_v) for c in model.cells} == {(128, 64)}
+    assert len(model.cells) == 8
+    assert model.original_model.config.layer_norm_epsilon == 1e-5
+    expected = mamba_reference.generate(tokens[:, :9], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    found = model.generate(tokens[:, :9], max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False)
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_mamba_ssm_with_every_field_changed(randomised: Randomised, tmp_path: Path, tokenizer: Any):
+    reference = randomised(mamba2(), 12)
+    ssm = {
+        "layer": "Mamba2",
+        "d_state": 20,
+        "headdim": 12,
+        "expand": 3,
+        "ngroups": GROUPS,
+        "d_conv": 3,
+        "chunk_size": 16,
+        "dt_limit": [0.2, 1.2],
+        "bias": True,
+        "conv_bias": False,
+        "rmsnorm": True,
+        "norm_before_gate": False,
+        "D_has_hdim": False,
+        "A_init_range": [1, 8],
+        "dt_min": 0.01,
+    }
+    changes = {"d_model": 32, "n_layer": 3, "vocab_size": 193, "ssm_cfg": ssm, "tie_embeddings": False}
+    config = mamba_ssm_config(**changes, residual_in_fp32=False, pad_vocab_size_multiple=20)
+    folder = write_mamba_ssm(tmp_path, reference, config)
+    tokens = some_tokens(1, 60)
+    assert_close(boot(folder, tokenizer=tokenizer)(tokens), reference(tokens).logits)
+
+
+@torch.no_grad()
+def test_mamba_ssm_head_left_out_where_it_is_tied(mamba_folder: Path, mamba_reference: Any, tokenizer: Any):
+    """And safetensors, and a dtype."""
+    tensors = torch.load(mamba_folder / "pytorch_model.bin")
+    del tensors["lm_head.weight"]
+    save_file(tensors, mamba_folder / "model.safetensors")
+    (mamba_folder / "pytorch_model.bin").unlink()
+    tokens = some_tokens(1, 30)
+    assert_close(boot(mamba_folder, tokenizer=tokenizer)(tokens), mamba_reference(tokens).logits)
+    half = boot(mamba_folder, tokenizer=tokenizer, dtype="bfloat16")
+    assert {x.dtype for x in half.original_model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"attn_layer_idx": [1]}, ("attn_layer_idx = [1]", "attn_layer_idx = []")),
+        ({"d_intermediate": 256}, ("d_intermediate = 256",)),
+        ({"rms_norm": False}, ("rms_norm = False",)),
+        ({"ssm_cfg": {}}, ("ssm_cfg.layer = 'Mamba1'", "'Mamba2'")),
+        ({"ssm_cfg": {"layer": "Mamba1"}}, ("ssm_cfg.layer = 'Mamba1'",)),
+        ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, ("ssm_cfg.D_has_hdim = True",)),
+        ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, ("ssm_cfg.norm_before_gate = True",)),
+        ({"ssm_cfg": {"layer": "Mamba2", "rmsnorm": False}}, ("ssm_cfg.rmsnorm = False",)),
+        ({"ssm_cfg": {"layer": "Mamba2", "d_ssm": 128}}, ("ssm_cfg.d_ssm = 128",)),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 48}}, ("256", "heads of 48")),
+        ({"ssm_cfg": {"layer": "Mamba2", "wings": 2}}, ("unknown fields", "wings")),
+        ({"ssm_cfg": {"layer": "Mamba2", "d_state": "many"}}, ("config.json", "ssm_cfg.d_state = 'many'")),
+        ({"ssm_cfg": {"layer": "Mamba2", "ngroups": 0}}, ("ssm_cfg.ngroups = 0", "above 0")),
+        ({"pad_vocab_size_multiple": 0}, ("pad_vocab_size_multiple = 0", "above 0")),
+        ({"n_layer": 2.5}, ("n_layer = 2.5",)),
+        ({"ssm_cfg": ["Mamba2"]}, ("config.json",)),
+        ({"d_model": "wide"}, ("config.json",)),
+    ],
+)
+def test_mamba_ssm_configurations_that_do_not_fit(
+    mamba_folder: Path, tokenizer: Any, changes: dict[str, Any], parts: tuple[str, ...]
+):
+    (mamba_folder / "config.json").write_text(json.dumps(mamba_ssm_config(**changes)))
+    refuses(mamba_folder, str(mamba_folder), *parts, tokenizer=tokenizer)
+
+
+def test_mamba_ssm_groups_that_transformers_does_not_tell_apart(
+    mamba_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checkpoints, "MambaRMSNormGated", torch.nn.RMSNorm)
+    config = mamba_ssm_config(ssm_cfg={"layer": "Mamba2", "ngroups": 4})
+    (mamba_folder / "config.json").write_text(json.dumps(config))
+    refuses(mamba_folder, "ngroups = 4", "transformers 5.23", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("field", ["d_model", "n_layer", "vocab_size"])
+def test_mamba_ssm_configurations_that_lack_a_size(mamba_folder: Path, tokenizer: Any, field: str):
+    config = mamba_ssm_config()
+    del config[field]
+    (mamba_folder / "config.json").write_text(json.dumps(config))
+    refuses(mamba_folder, "lacks", field, tokenizer=tokenizer)
+
+
+def test_mamba_ssm_heads_that_contradict_their_tie(mamba_folder: Path, tokenizer: Any):
+    tensors = torch.load(mamba_folder / "pytorch_model.bin")
+    torch.save(
+        {**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1}, mamba_folder / "pytorch_model.bin"
+    )
+    refuses(mamba_folder, "ties lm_head.weight to backbone.embedding.weight", tokenizer=tokenizer)
+
+
+# RWKV-7 in BlinkDL's and flash-linear-attention's forms.
+
+
+def blinkdl(model: Any) -> Tensors:
+    """Written out by hand from what the two projects call things; linear maps of low rank lie transposed."""
+    ours = model.state_dict()
+    theirs = {
+        "emb.weight": ours["model.embeddings.weight"],
+        "ln_out.weight": ours["model.norm.weight"],
+        "ln_out.bias": ours["model.norm.bias"],
+        "head.weight": ours["lm_head.weight"],
+    }
+    for n in range(model.config.num_hidden_layers):
+        there, here = f"blocks.{n}.", f"model.layers.{n}."
+        norms = [("ln1", "attn_norm"), ("ln2", "ffn_norm"), ("att.ln_x", "attn.g_norm")]
+        for name, norm in norms + [("ln0", "pre_norm")] * (n == 0):
+            theirs[f"{there}{name}.weight"] = ours[f"{here}{norm}.weight"]
+            theirs[f"{there}{name}.bias"] = ours[f"{here}{norm}.bias"]
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a"):
+            theirs[f"{there}att.{name}"] = ours[f"{here}attn.{name}"].view(1, 1, -1)
+        theirs[f"{there}att.r_k"] = ours[f"{here}attn.r_k"]
+        for name in ("receptance", "key", "value", "output"):
+            short = {"receptance": "r", "output": "o"}.get(name, name[0])
+            theirs[f"{there}att.{name}.weight"] = ours[f"{here}attn.{short}_proj.weight"]
+        for name in "wag" if n == 0 else "wagv":
+            theirs[f"{there}att.{name}1"] = ours[f"{here}attn.{name}_lora.lora.0.weight"].T
+            theirs[f"{there}att.{name}2"] = ours[f"{here}attn.{name}_lora.lora.2.weight"].T
+            if name != "g":
+                theirs[f"{there}att.{name}0"] = ours[f"{here}attn.{name}_lora.lora.2.bias"][None, None]
+        theirs[f"{there}ffn.x_k"] = ours[f"{here}ffn.x_k"].view(1, 1, -1)
+        theirs[f"{there}ffn.key.weight"] = ours[f"{here}ffn.key.weight"]
+        theirs[f"{there}ffn.value.weight"] = ours[f"{here}ffn.value.weight"]
+    return {name: tensor.clone().contiguous() for name, tensor in theirs.items()}
+
+
+@pytest.fixture(scope="module")
+def rwkv_reference(randomised: Randomised) -> Any:
+    """3 layers, 4 heads of 32 x 32, as files of BlinkDL's mean it: these two epsilons."""
+    model = rwkv7(hidden_size=128, head_dim=32, value_dim=128)
+    return randomised(model, 13)
+
+
+@pytest.fixture(scope="module")
+def pth(tmp_path_factory: pytest.TempPathFactory, rwkv_reference: Any) -> Path:
+    """With the tensors of the first block that published files have and nothing uses."""
+    tensors = blinkdl(rwkv_reference)
+    for name in ("v0", "v1", "v2"):
+        tensors[f"blocks.0.att.{name}"] = torch.randn(tensors[f"blocks.1.att.{name}"].shape)
+    path = tmp_path_factory.mktemp("blinkdl") / "RWKV-x070-Test-0.1B.pth"
+    torch.save(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def from_pth(pth: Path, tokenizer: Any) -> Any:
+    return boot(pth, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def rwkv_package(pth: Path) -> Any:
+    """The file as the rwkv package loads it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RWKV_V7_ON", "1")
+        patch.setenv("RWKV_JIT_ON", "0")
+        patch.setenv("RWKV_CUDA_ON", "0")
+        from rwkv.model import RWKV
+
+        return RWKV(str(pth.with_suffix("")), "cpu fp32")
+
+
+@torch.no_grad()
+def test_blinkdl_against_the_rwkv_package(from_pth: Any, rwkv_package: Any):
+    tokens = some_tokens(150)
+    expected, _ = rwkv_package.forward(tokens.tolist(), None, full_output=True)
+    assert_close(from_pth(tokens[None])[0], expected)
+    assert {(c.d_k, c.d_v) for c in from_pth.cells} == {(32, 32)}
+    assert len(from_pth.cells) == 12
+
+
+@torch.no_grad()
+def test_blinkdl_against_the_rwkv_package_step_by_step(from_pth: Any, rwkv_package: Any):
+    """Each with its own cache: a prefill, then greedy steps."""
+    tokens, state = some_tokens(20, seed=1).tolist(), None
+    logits, state = rwkv_package.forward(tokens, state)
+    expected = list(tokens)
+    for _ in range(12):
+        expected.append(int(logits.argmax()))
+        logits, state = rwkv_package.forward([expected[-1]], state)
+    found = from_pth.generate(
+        torch.tensor([tokens]), max_new_tokens=12, do_sample=False, stop_at_eos=False, verbose=False
+    )
+    assert found[0].tolist() == expected
+    cached = from_pth.original_model(torch.tensor([expected[:-1]]), use_cache=True)
+    step = from_pth.original_model(
+        torch.tensor([expected[-1:]]), past_key_values=cached.past_key_values, use_cache=True
+    )
+    assert_close(step.logits[0, -1], logits)
+
+
+@torch.no_grad()
+def test_a_placement_is_taken(pth: Path, mamba_folder: Path, tokenizer: Any):
+    for source in (pth, mamba_folder):
+        model = HookedRecurrent.boot_transformers(str(source), device_map="cpu", tokenizer=tokenizer)
+        assert model(some_tokens(1, 5)).shape == (1, 5, VOCABULARY)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_blinkdl_sizes_come_from_the_shapes(
+    randomised: Randomised, tmp_path: Path, tokenizer: Any, zipped: bool
+):
+    """One layer, wider values than keys, as many numbers in no two places; PyTorch's old format too."""
+    reference = randomised(rwkv7(num_hidden_layers=1), 14)
+    torch.save(blinkdl(reference), tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    model = boot(tmp_path / "a.pth", tokenizer=tokenizer)
+    tokens = some_tokens(2, 20)
+    with torch.no_grad():
+        assert_close(model(tokens), reference(tokens).logits)
+    assert {(c.d_k, c.d_v) for c in model.cells} == {(16, 24)}
+
+
+def test_to_blinkdl(rwkv_reference: Any):
+    written, expected = to_blinkdl(rwkv_reference), blinkdl(rwkv_reference)
+    assert sorted(written) == sorted(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(written[name], tensor), name
+        assert written[name].is_contiguous()
+
+
+def test_to_blinkdl_refuses_a_bridged_model(from_pth: Any):
+    """Its modules are other ones, and TransformerLens may have folded some into others."""
+    with pytest.raises(HookedModelError, match="bridge"):
+        to_blinkdl(from_pth.original_model)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("norm_first", False),
+        ("norm_bias", False),
+        ("norm_eps", 1e-3),
+        ("group_norm_eps", None),
+        ("hidden_act", "relu"),
+    ],
+)
+def test_to_blinkdl_refuses_what_the_form_cannot_say(field: str, value: Any):
+    with pytest.raises(HookedModelError, match=field):
+        to_blinkdl(rwkv7(**{field: value}))
+
+
+MARKER = "remote_code_ran"
+
+
+def write_fla(folder: Path, model: Any, **changes: Any) -> Path:
+    """A folder as the hub has it: its code would leave a file behind."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "code.RWKV7Config", "AutoModelForCausalLM": "code.RWKV7ForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": code, "attn": None, **changes}))
+    (folder / "code.py").write_text(f"open({str(folder / MARKER)!r}, 'w')\nimport triton_only\n")
+    remote = {"AutoTokenizer": ["code.RwkvTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": remote, "tokenizer_class": "RwkvTokenizer"})
+    )
+    return folder
+
+
+@pytest.fixture
+def fla_folder(tmp_path: Path, rwkv_reference: Any) -> Path:
+    return write_fla(tmp_path / "fla", rwkv_reference)
+
+
+@torch.no_grad()
+def test_fla_and_blinkdl_give_the_same(fla_folder: Path, from_pth: Any, rwkv_reference: Any, tokenizer: Any):
+    model, tokens = boot(fla_folder, tokenizer=tokenizer), some_tokens(2, 80)
+    assert_close(model(tokens), from_pth(tokens), 1e-6)
+    assert_close(model(tokens), rwkv_reference(tokens).logits)
+    assert not (fla_folder / MARKER).exists()
+
+
+@torch.no_grad()
+def test_fla_code_stays_unused_even_where_it_is_trusted(fla_folder: Path, tokenizer: Any):
+    boot(fla_folder, tokenizer=tokenizer, trust_remote_code=True)
+    assert not (fla_folder / MARKER).exists()
+
+
+@pytest.mark.parametrize("shape", [(6, 128), (6, 1, 1, 128), (1, 1, 6, 128)])
+@torch.no_grad()
+def test_fla_token_shifts_in_one_tensor(
+    fla_folder: Path, rwkv_reference: Any, tokenizer: Any, shape: tuple[int, ...]
+):
+    """The old layout; and the first layer's unused mix of values."""
+    tensors = load_file(fla_folder / "model.safetensors")
+    for n in range(3):
+        factors = [tensors.pop(f"model.layers.{n}.attn.x_{letter}") for letter in "rwkvag"]
+        tensors[f"model.layers.{n}.attn.x_x"] = torch.cat([x.flatten() for x in factors]).view(shape)
+    for name, tensor in list(tensors.items()):
+        if name.startswith("model.layers.1.attn.v_lora"):
+            tensors[name.replace("layers.1", "layers.0")] = torch.randn_like(tensor)
+    save_file(tensors, fla_folder / "model.safetensors", metadata={"format": "pt"})
+    tokens = some_tokens(1, 40)
+    assert_close(boot(fla_folder, tokenizer=tokenizer)(tokens), rwkv_reference(tokens).logits)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@torch.no_grad()
+def test_fla_weights_in_parts(fla_folder: Path, rwkv_reference: Any, tokenizer: Any, kind: str, parts: int):
+    tensors = load_file(fla_folder / "model.safetensors")
+    (fla_folder / "model.safetensors").unlink()
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[kind]
+    where: dict[str, str] = {}
+    for part in range(parts):
+        file = f"{stem}-0000{part + 1}-of-0000{parts}.{kind}" if parts > 1 else f"{stem}.{kind}"
+        held = {name: tensors[name] for name in sorted(tensors)[part::parts]}
+        save_file(held, fla_folder / file) if kind == "safetensors" else torch.save(held, fla_folder / file)
+        where |= dict.fromkeys(held, file)
+    if parts > 1:
+        index = fla_folder / f"{stem}.{kind}.index.json"
+        index.write_text(json.dumps({"weight_map": where}))
+    tokens = some_tokens(1, 40)
+    assert_close(boot(fla_folder, tokenizer=tokenizer)(tokens), rwkv_reference(tokens).logits)
+    if parts > 1:
+        (fla_folder / file).unlink()
+        refuses(fla_folder, "lacks", file, index.name, tokenizer=tokenizer)
+        for wrong in ({"weights": 1}, {"weight_map": {"a": 3}}, {"weight_map": {"a": "b", "c": None}}):
+            index.write_text(json.dumps(wrong))
+            refuses(fla_folder, str(index), "weight_map", tokenizer=tokenizer)
+
+
+def test_our_class_even_where_another_package_answers_to_the_name(
+    fla_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    class Foreign(PreTrainedConfig):
+        model_type = "rwkv7"
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "rwkv7", Foreign)
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, Foreign, object)
+    assert isinstance(AutoConfig.for_model("rwkv7"), Foreign)
+    assert AutoModelForCausalLM._model_mapping[Foreign] is object
+    assert isinstance(boot(fla_folder, tokenizer=tokenizer).original_model, RWKV7ForCausalLM)
+
+
+def test_fla_model_type_of_an_early_revision(fla_folder: Path, tokenizer: Any):
+    config = json.loads((fla_folder / "config.json").read_text())
+    (fla_folder / "config.json").write_text(json.dumps({**config, "model_type": "rwkv7_fla"}))
+    model = boot(fla_folder, tokenizer=tokenizer)
+    assert isinstance(model.original_model, RWKV7ForCausalLM)
+    assert model.original_model.config.model_type == "rwkv7"
+
+
+def test_fla_tied_embeddings(randomised: Randomised, tmp_path: Path, tokenizer: Any):
+    reference = randomised(rwkv7(tie_word_embeddings=True, fuse_norm=True), 15)
+    folder = write_fla(tmp_path, reference)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    tokens = some_tokens(1, 20)
+    with torch.no_grad():
+        assert_close(boot(folder, tokenizer=tokenizer)(tokens), reference(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"attn": {"layers": [1], "num_heads": 4}}, "softmax attention"),
+        ({"head_dim": 48}, "heads do not fill"),
+        ({"value_dim": [128, 64, 128]}, "value_dim"),
+        ({"decay_low_rank_dim": -1}, "config.json"),
+        ({"hidden_act": "flop"}, "hidden_act = 'flop'"),
+        ({"hidden_size": "64"}, "hidden_size = '64': expected int"),
+        ({"norm_eps": None}, "norm_eps = None: expected float"),
+        ({"norm_eps": "small"}, "norm_eps = 'small'"),
+        ({"value_dim": ["wide"]}, "value_dim = ['wide']: expected int | list[int] | None"),
+        ({"a_low_rank_dim": None}, "a_low_rank_dim = None: expected int"),
+        ({"num_hidden_layers": 4, "value_dim": 128}, "model.layers.3"),
+        ({"vocab_size": 300}, "lm_head.weight [200, 128] instead of [300, 128]"),
+    ],
+)
+def test_fla_configurations_that_do_not_fit(
+    fla_folder: Path, tokenizer: Any, changes: dict[str, Any], part: str
+):
+    config = json.loads((fla_folder / "config.json").read_text())
+    (fla_folder / "config.json").write_text(json.dumps({**config, **changes}))
+    refuses(fla_folder, str(fla_folder), part, tokenizer=tokenizer)
+
+
+# Tensors that do not fit, in each form.
+
+Change = Callable[[Tensors], None]
+
+
+def rewrite(path: Path, change: Change) -> None:
+    safe = path.suffix == ".safetensors"
+    tensors = load_file(path) if safe else torch.load(path)
+    change(tensors)
+    save_file(tensors, path) if safe else torch.save(tensors, path)
+
+
+@pytest.fixture(params=["mamba_ssm", "fla", "blinkdl"])
+def a_form(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, str]:
+    """A checkpoint, its file of weights, and the name of a matrix in it that gives no size."""
+    if request.param == "mamba_ssm":
+        folder = request.getfixturevalue("mamba_folder")
+        return folder, folder / "pytorch_model.bin", "backbone.layers.1.mixer.out_proj.weight"
+    if request.param == "fla":
+        folder = request.getfixturevalue("fla_folder")
+        return folder, folder / "model.safetensors", "model.layers.1.attn.o_proj.weight"
+    copy = shutil.copy(request.getfixturevalue("pth"), tmp_path / "copy.pth")
+    return copy, copy, "blocks.1.att.output.weight"
+
+
+def test_a_missing_tensor(a_form: tuple[Path, Path, str], tokenizer: Any):
+    source, file, name = a_form
+    rewrite(file, lambda tensors: tensors.__delitem__(name))
+    refuses(source, str(source), f"lacks 1 tensor(s): {name}", tokenizer=tokenizer)
+
+
+def test_an_unexpected_tensor(a_form: tuple[Path, Path, str], tokenizer: Any):
+    source, file, name = a_form
+    other = name.replace("weight", "wings")
+    rewrite(file, lambda tensors: tensors.update({other: torch.ones(2)}))
+    refuses(source, str(source), f"has unexpected 1 tensor(s): {other}", tokenizer=tokenizer)
+
+
+def test_a_tensor_of_another_shape(a_form: tuple[Path, Path, str], tokenizer: Any):
+    source, file, name = a_form
+    shape: list[int] = []
+
+    def cut(tensors: Tensors) -> None:
+        shape.extend(tensors[name].shape)
+        tensors[name] = tensors[name][:-1].clone()
+
+    rewrite(file, cut)
+    line = f"{name} {[shape[0] - 1, shape[1]]} instead of {shape}"
+    refuses(source, str(source), "has the wrong shape for 1 tensor(s)", line, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_tensor_of_whole_numbers(a_form: tuple[Path, Path, str], tokenizer: Any, dtype: torch.dtype):
+    source, file, name = a_form
+    rewrite(file, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    line = f"needs floating-point numbers in 1 tensor(s): {name} ({dtype})"
+    refuses(source, str(source), line, tokenizer=tokenizer)
+
+
+def test_all_that_is_wrong_in_one_line(a_form: tuple[Path, Path, str], tokenizer: Any):
+    source, file, name = a_form
+    layer = name.split(".1.")[0] + ".1."
+
+    def rename(tensors: Tensors) -> None:
+        tensors[name] = tensors[name][:-1].clone()
+        for held in [x for x in tensors if (x.startswith(layer) and "norm" in x) or ".ln" in x]:
+            tensors["x." + held] = tensors.pop(held)
+
+    rewrite(file, rename)
+    lines = ("; has unexpected ", f"; has the wrong shape for 1 tensor(s): {name}")
+    refuses(source, " lacks ", *lines, "x." + layer[:6], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["emb.weight", "blocks.0.att.w1", "blocks.0.att.r_k", "blocks.1.att.v1", "blocks.2.att.value.weight"],
+)
+def test_a_missing_tensor_that_gives_a_size(pth: Path, tmp_path: Path, tokenizer: Any, name: str):
+    copy = shutil.copy(pth, tmp_path / "copy.pth")
+    rewrite(copy, lambda tensors: tensors.__delitem__(name))
+    refuses(copy, str(copy), "lacks", name, tokenizer=tokenizer)
+
+
+def test_shapes_that_make_no_model(pth: Path, tmp_path: Path, tokenizer: Any):
+    copy = shutil.copy(pth, tmp_path / "copy.pth")
+    rewrite(copy, lambda tensors: tensors.update({"blocks.0.att.r_k": torch.ones(4, 33)}))
+    refuses(copy, str(copy), "heads do not fill", tokenizer=tokenizer)
+
+
+# Other versions, other files.
+
+OTHER_VERSIONS = {
+    "RWKV-4 (x040)": ("att.time_decay", "att.time_first", "att.time_mix_k", "att.key.weight", "ln1.weight"),
+    "RWKV-5": ("att.time_decay", "att.time_faaaa", "att.time_mix_k", "att.gate.weight", "att.ln_x.weight"),
+    "RWKV-6 (x060)": ("att.time_decay", "att.time_maa_x", "att.time_maa_w1", "att.ln_x.weight"),
+    "RWKV-7 with DeepEmbed": ("att.r_k", "att.x_r", "att.ln_x.weight", "ffn.s_emb.weight", "ffn.s1"),
+    "no RWKV checkpoint": ("attention.weight",),
+}
+
+
+@pytest.mark.parametrize("version", OTHER_VERSIONS)
+def test_another_version(tmp_path: Path, version: str):
+    tensors = {f"blocks.{n}.{name}": torch.ones(2, 2) for n in range(2) for name in OTHER_VERSIONS[version]}
+    torch.save({"emb.weight": torch.ones(5, 2), **tensors}, tmp_path / "RWKV.pth")
+    refuses(tmp_path / "RWKV.pth", version, "only plain RWKV-7 (x070)")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_forward_module.model."])
+def test_names_with_a_prefix(pth: Path, tmp_path: Path, prefix: str):
+    tensors = {prefix + name: tensor for name, tensor in torch.load(pth).items()}
+    torch.save(tensors, tmp_path / "RWKV.pth")
+    refuses(tmp_path / "RWKV.pth", f"begin with {prefix!r} ({prefix}blocks.0.", "without it")
+
+
+class Code:
+    """Unpickled, it would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+def write_bad_file(kind: str, path: Path, good: bytes) -> None:
+    contents = {
+        "empty": b"",
+        "truncated": good[: len(good) // 2],
+        "head cut": good[1000:],
+        "damaged": good[:200] + bytes(400) + good[600:],
+        "text": b"not a checkpoint at all\n" * 20,
+        "gibberish": bytes(range(256)) * 8,
+    }
+    if kind in contents:
+        path.write_bytes(contents[kind])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"emb.weight": Code(path.parent / MARKER)}))
+    else:
+        held = {"code": {"a": Code(path.parent / MARKER)}, "list": [torch.ones(2)], "nothing": {}}
+        held |= {"nested": {"state_dict": {"emb.weight": torch.ones(2)}, "epoch": 3}}
+        held |= {"numbers": {"emb.weight": 3}, "keys": {0: torch.ones(2), "emb.weight": torch.ones(2)}}
+        torch.save(held[kind], path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("empty", "is empty"),
+        ("truncated", "truncated or damaged"),
+        ("head cut", "truncated or damaged"),
+        ("damaged", "truncated or damaged"),
+        ("text", "truncated or damaged"),
+        ("gibberish", "truncated or damaged"),
+        ("pickle", "wants to run code (io.open)"),
+        ("code", "wants to run code"),
+        ("list", "tensors by name"),
+        ("nested", "'state_dict' (dict), 'epoch' (int): save what 'state_dict' holds"),
+        ("numbers", "tensors by name and nothing else, but also holds 'emb.weight' (int)"),
+        ("keys", "tensors by name and nothing else, but has keys that are no names: 0"),
+        ("nothing", "tensors by name"),
+    ],
+)
+@pytest.mark.parametrize("form", ["pth", "bin"])
+def test_a_bad_file(
+    pth: Path, mamba_folder: Path, tmp_path: Path, tokenizer: Any, form: str, kind: str, part: str
+):
+    source = {"pth": tmp_path / "bad.pth", "bin": mamba_folder}[form]
+    file = source if form == "pth" else mamba_folder / "pytorch_model.bin"
+    write_bad_file(kind, file, pth.read_bytes())
+    refuses(source, str(file), part, tokenizer=tokenizer)
+    assert not (file.parent / MARKER).exists()
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "text"])
+def test_a_bad_safetensors_file(fla_folder: Path, tokenizer: Any, kind: str):
+    file = fla_folder / "model.safetensors"
+    write_bad_file(kind, file, file.read_bytes())
+    refuses(fla_folder, str(file), "empty" if kind == "empty" else "truncated", tokenizer=tokenizer)
+
+
+def test_a_folder_named_like_a_file(tmp_path: Path):
+    (tmp_path / "model.pth").mkdir()
+    refuses(tmp_path / "model.pth", "is a folder", ".pth file")
+
+
+@pytest.mark.parametrize("name", ["nowhere.pth", "no/where.pth"])
+def test_a_file_that_does_not_exist(name: str):
+    refuses(name, name, "not a .pth file")
+
+
+@pytest.mark.parametrize("form", ["fla", "mamba"])
+def test_a_folder_without_weights(request: pytest.FixtureRequest, tokenizer: Any, form: str):
+    folder = request.getfixturevalue(f"{form}_folder")
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+        file.unlink()
+    refuses(folder, "no weights", "model.safetensors", "pytorch_model.bin", tokenizer=tokenizer)
+
+
+# Hugging Face's form, and what is asked for.
+
+
+@pytest.fixture
+def hf_folder(build_folder: Any) -> Path:
+    return build_folder("mamba2", mamba2(num_hidden_layers=1), 17)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"num_heads": 7}, "num_heads"),
+        ({"time_step_limit": None}, "time_step_limit"),
+        ({"hidden_size": "64"}, "'hidden_size' expected int"),
+        ({"hidden_act": "nope"}, "hidden_act = 'nope'"),
+        ({"n_groups": 0}, ""),  # what it makes of the sizes depends on transformers' version
+        ({"model_type": ["mamba2"]}, "configuration"),
+    ],
+)
+def test_configurations_that_do_not_fit(hf_folder: Path, changes: dict[str, Any], part: str):
+    config = json.loads((hf_folder / "config.json").read_text())
+    (hf_folder / "config.json").write_text(json.dumps({**config, **changes}))
+    refuses(hf_folder, str(hf_folder), part)
+
+
+@pytest.mark.parametrize("text", ["[]", '["model_type"]', '"mamba2"', "3", "null"])
+def test_a_configuration_that_is_no_object(hf_folder: Path, text: str):
+    (hf_folder / "config.json").write_text(text)
+    refuses(hf_folder, f"the config.json of {hf_folder} does not hold a JSON object")
+
+
+def test_an_index_that_names_no_files(hf_folder: Path):
+    (hf_folder / "model.safetensors").unlink()
+    (hf_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 3, "b": "c"}}))
+    refuses(hf_folder, f"could not load {hf_folder}: ")
+
+
+@pytest.mark.parametrize("as_path", [Path, str])
+def test_a_path_is_a_name(hf_folder: Path, as_path: Any):
+    model = HookedRecurrent.boot_transformers(as_path(hf_folder), device="cpu")
+    assert model.cfg.model_name == str(hf_folder)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"tiny-gdn", ["tiny-gdn"]])
+def test_what_is_no_name(name: Any):
+    with pytest.raises(HookedModelError, match=f"must be a str or a pathlib.Path, not {type(name).__name__}"):
+        name_of(name)
+
+
+# The hub.
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """hub(repository, folder, revision) puts a folder where a download would have."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(repository: str, folder: Path, revision: str = "main") -> None:
+        place = tmp_path / "hub" / ("models--" + repository.replace("/", "--"))
+        commit = revision.encode().hex().ljust(40, "0")
+        shutil.copytree(folder, place / "snapshots" / commit)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+
+    return put
+
+
+@torch.no_grad()
+def test_repositories_and_their_revisions(
+    hub: Any,
+    mamba_folder: Path,
+    fla_folder: Path,
+    mamba_reference: Any,
+    rwkv_reference: Any,
+    tokenizer_folder: Path,
+    tokenizer: Any,
+):
+    """One repository, which holds another model in its second revision."""
+    shutil.copytree(tokenizer_folder, fla_folder, dirs_exist_ok=True)
+    hub("someone/model", mamba_folder)
+    hub("someone/model", fla_folder, "second")
+    tokens = some_tokens(1, 20)
+    model = boot("someone/model", tokenizer=tokenizer)
+    assert_close(model(tokens), mamba_reference(tokens).logits)
+    assert model.cfg.model_name == "someone/model"
+    model = boot("someone/model", revision="second")
+    assert_close(model(tokens), rwkv_reference(tokens).logits)
+    assert model.to_tokens("w9 w150", prepend_bos=False).tolist() == [[9, 150]]
+    refuses("someone/model", "someone/model", "configuration", revision="third")
+
+
+# Tokenizers.
+
+
+@pytest.mark.parametrize("form", ["fla", "mamba"])
+@torch.no_grad()
+def test_the_tokenizer_of_a_folder_is_used(request: pytest.FixtureRequest, tokenizer_folder: Path, form: str):
+    folder = request.getfixturevalue(f"{form}_folder")
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    model = boot(folder)
+    assert model.to_tokens("w9 w150 w4", prepend_bos=False).tolist() == [[9, 150, 4]]
+    assert model.to_tokens("w9").tolist() == [[0, 9]]
+    (folder / "tokenizer.json").write_text("{}")
+    refuses(folder, "could not load the tokenizer", str(folder))
+
+
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)])
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_hugging_face_form_without_a_tokenizer(
+    hub: Any, hf_folder: Path, tokenizer: Any, kept: tuple[str, ...], on_hub: bool
+):
+    """Transformers would make an empty one up."""
+    for file in hf_folder.glob("tokenizer*"):
+        if file.name not in kept:
+            file.unlink()
+    hub("someone/mamba2", hf_folder)
+    source = "someone/mamba2" if on_hub else str(hf_folder)
+    refuses(source, f"no tokenizer in {source}, none of tokenizer.json", "pass tokenizer=")
+    model = boot(source, tokenizer=tokenizer)
+    assert model.to_tokens("w9", prepend_bos=False).tolist() == [[9]]
+
+
+def test_hugging_face_form_with_its_tokenizer(hub: Any, hf_folder: Path):
+    hub("someone/mamba2", hf_folder)
+    assert boot("someone/mamba2").to_tokens("w9", prepend_bos=False).tolist() == [[9]]
+
+
+@pytest.mark.parametrize("text", ["{}", "oops", ""])
+def test_hugging_face_form_with_a_broken_tokenizer(hf_folder: Path, text: str):
+    (hf_folder / "tokenizer.json").write_text(text)
+    refuses(hf_folder, f"{hf_folder / 'tokenizer.json'} cannot be read as a tokenizer")
+
+
+def test_mamba_ssm_without_a_tokenizer(mamba_folder: Path):
+    refuses(mamba_folder, "no tokenizer in", "EleutherAI/gpt-neox-20b", "pass tokenizer=")
+
+
+def test_mamba_ssm_with_a_tokenizer_of_another_kind(mamba_folder: Path):
+    (mamba_folder / "tokenizer_config.json").write_text("{}")
+    refuses(mamba_folder, "no tokenizer in", "another form", "pass tokenizer=")
+
+
+def test_mamba_ssm_takes_the_tokenizer_of_its_scripts(hub: Any, mamba_folder: Path, tokenizer_folder: Path):
+    hub("EleutherAI/gpt-neox-20b", tokenizer_folder)
+    assert boot(mamba_folder).to_tokens("w9", prepend_bos=False).tolist() == [[9]]
+
+
+def test_rwkv_without_a_tokenizer(pth: Path, fla_folder: Path):
+    for source in (pth, fla_folder):
+        refuses(source, f"no tokenizer in {source}", "vocabulary of 200", "World", "pass tokenizer=")
+
+
+@pytest.fixture(scope="module")
+def world_reference(randomised: Randomised) -> Any:
+    return randomised(rwkv7(vocab_size=65536, hidden_size=32, value_dim=32), 16)
+
+
+@pytest.fixture(scope="module")
+def world_pth(tmp_path_factory: pytest.TempPathFactory, world_reference: Any) -> Path:
+    path = tmp_path_factory.mktemp("world") / "RWKV-x070-World.pth"
+    torch.save(blinkdl(world_reference), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def world_model(world_pth: Path) -> Any:
+    return boot(world_pth)
+
+
+@pytest.fixture(scope="module")
+def trie() -> Any:
+    """The rwkv package's own, on its own file."""
+    return TRIE_TOKENIZER(str(Path(sys.modules["rwkv"].__path__[0]) / "rwkv_vocab_v20230424.txt"))
+
+
+def test_rwkv_without_the_package(world_pth: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "rwkv", None)
+    monkeypatch.delitem(sys.modules, "hooked_models.files.world_tokenizer", raising=False)
+    refuses(world_pth, "no tokenizer", "rwkv", "not installed", "pass tokenizer=")
+
+
+@torch.no_grad()
+def test_a_folder_takes_the_world_tokenizer(tmp_path: Path, world_reference: Any):
+    """Its own vocabulary file and code are not read."""
+    folder = write_fla(tmp_path, world_reference)
+    (folder / "rwkv_vocab_v20230424.txt").write_text(f"1 open({str(folder / MARKER)!r}, 'w') 1\n")
+    model = boot(folder)
+    assert isinstance(model.tokenizer, WorldTokenizer)
+    assert not (folder / MARKER).exists()
+
+
+TEXTS = ["The cat sat.\n\n", "  多語 ümlaut 👩‍👩‍👧\t\x00 e\u0301", "x"]
+
+
+@torch.no_grad()
+def test_world_tokens_of_a_model(world_model: Any, world_reference: Any, trie: Any):
+    ids = [trie.encode(text) for text in TEXTS]
+    for text, expected in zip(TEXTS, ids):
+        assert world_model.to_tokens(text, prepend_bos=False).tolist() == [expected]
+        assert world_model.to_tokens(text).tolist() == [[0, *expected]]
+        assert world_model.to_string(torch.tensor(expected)) == text
+    assert world_model.to_str_tokens("The cat", prepend_bos=False) == ["The", " cat"]
+    assert world_model.to_str_tokens("The cat") == ["<|endoftext|>", "The", " cat"]
+    for side in ("right", "left"):
+        rows = world_model.to_tokens(TEXTS, padding_side=side, prepend_bos=False).tolist()
+        for row, expected in zip(rows, ids):
+            padding = [0] * (len(row) - len(expected))
+            assert row == (padding + expected if side == "left" else expected + padding)
+    tokens = torch.tensor([[0, *ids[0]]])
+    assert_close(world_model(TEXTS[0]), world_reference(tokens).logits)
+    expected = world_reference.generate(  # with a mask, or transformers takes the first token for padding
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, do_sample=False, eos_token_id=None
+    )
+    found = world_model.generate(
+        TEXTS[0], max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens"
+    )
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_world_prompts_in_a_batch(world_model: Any):
+    """Padding on the left changes nothing for the shorter ones."""
+    options = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    together = world_model.generate(TEXTS, **options)
+    assert together == [world_model.generate(text, **options) for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def world() -> WorldTokenizer:
+    return WorldTokenizer()
+
+
+@given(text=st.text())
+def test_world_round_trip(world: WorldTokenizer, text: str):
+    ids = world(text)["input_ids"]
+    assert ids[0] == 0
+    assert world.decode(ids[1:]) == text
+    assert world.decode(ids, skip_special_tokens=True) == text.replace("<|endoftext|>", "")
+
+
+@given(text=st.text(min_size=1))
+def test_world_tokens_are_the_packages(world: WorldTokenizer, trie: Any, text: str):
+    assert world(text, add_special_tokens=False)["input_ids"] == trie.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("a\ud800 b", "a\ufffd b"),
+        ("\udc00", "\ufffd"),
+        ("\ud83d\ude00", "\U0001f600"),
+        ("\ufeffa", "\ufeffa"),
+    ],
+)
+def test_world_reads_surrogates(world: WorldTokenizer, text: str, read: str):
+    assert world.decode(world(text, add_special_tokens=False)["input_ids"]) == read
+
+
+def test_world_tokenizer_as_a_tokenizer(tmp_path: Path, world: WorldTokenizer):
+    tokenizer = world
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 0, 0)
+    assert tokenizer.vocab_size == len(tokenizer) == len(tokenizer.get_vocab()) == 65530
+    assert tokenizer("a<|endoftext|> b", add_special_tokens=False)["input_ids"][1] == 0
+    batch = tokenizer(["one two three", "one"], padding=True, return_tensors="pt")
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 4)
+    assert batch["attention_mask"].sum(-1).tolist() == [4, 2]
+    cut = tokenizer("one two three", truncation=True, max_length=2)["input_ids"]
+    assert cut == batch["input_ids"][0, :2].tolist()
+    words = tokenizer.convert_ids_to_tokens(cut)
+    assert words == ["<|endoftext|>", "one"]
+    assert tokenizer.convert_tokens_to_ids(words) == cut
+    assert tokenizer.convert_tokens_to_ids("多") is None  # its bytes are the token
+    assert tokenizer.decode([33, 65535]) == " <|unused 65535|>"
+    assert tokenizer.decode([0xE5 + 1]) == "\ufffd"
+    assert pickle.loads(pickle.dumps(tokenizer))("one")["input_ids"] == tokenizer("one")["input_ids"]
+    tokenizer.save_pretrained(tmp_path)
+    again = WorldTokenizer.from_pretrained(tmp_path)
+    assert again("one two")["input_ids"] == tokenizer("one two")["input_ids"]

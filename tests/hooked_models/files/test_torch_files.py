@@ -1,0 +1,1195 @@
+"""PyTorch files as data: what `torch.save` wrote is read as torch reads it, and hostile files do nothing."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hooked_models import HookedModelError
+from hooked_models.files import torch_files
+from hooked_models.files.torch_files import Global, StandIn
+
+CONTAINERS = ("zip", "legacy")
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+# mmap is the reading itself; the others are beartype's, which is put around the package's functions here.
+# mmap is the reading itself; the others are beartype's, which pytest puts around the package's functions.
+_HARMLESS = ("mmap.__new__", "builtins.id", "object.__getattr__", "object.__setattr__", "compile", "exec")
+_EVENTS: list[tuple[str, str]] | None = None
+
+
+def _audit(event: str, args: tuple[Any, ...]) -> None:
+    if _EVENTS is not None:
+        _EVENTS.append((event, ascii(args)[:200]))
+
+
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def nothing_but_reading(path: Path) -> Iterator[None]:
+    """Python itself reports no import, call of the system, or opened file except this one, for reading."""
+    global _EVENTS
+    _EVENTS = []
+    try:
+        yield
+    finally:
+        seen, _EVENTS = _EVENTS, None
+    others = [
+        (event, args)
+        for event, args in seen
+        if event not in _HARMLESS and not (event == "open" and ascii(str(path)) in args and ", 'r'," in args)
+    ]
+    assert not others
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported_before(tmp_path_factory) -> None:
+    """What the first reading imports is no work of a hostile file."""
+    for codec in ("cp437", "raw_unicode_escape", "unicode_escape", "latin1"):
+        codecs.lookup(codec)
+    for container in CONTAINERS:
+        file = tmp_path_factory.mktemp("first") / "x.pt"
+        torch.save(
+            {"x": torch.ones(2), "n": np.float64(1)}, file, _use_new_zipfile_serialization=container == "zip"
+        )
+        torch_files.read(file, objects=True)
+
+
+def refused(path: Path, objects: bool | None = None) -> str:
+    """The message with which a file is refused, once everything about the refusal is as it should be."""
+    messages = []
+    before = sorted(path.parent.rglob("*"))
+    for allowed in (True, False) if objects is None else (objects,):
+        with nothing_but_reading(path), pytest.raises(HookedModelError) as caught:
+            torch_files.read(path, objects=allowed)
+        messages.append(str(caught.value))
+        assert "\n" not in messages[-1]
+        assert len(messages[-1].replace(str(path), path.name)) < 400
+        assert str(path) in messages[-1]
+    assert sorted(path.parent.rglob("*")) == before
+    return messages[-1]
+
+
+# --- what torch.save writes -------------------------------------------------------------------------------
+
+
+def plain(x: Any) -> Any:
+    """What torch.load returns, as this reader is to return it."""
+    if isinstance(x, torch.Tensor):
+        return x.detach()
+    if isinstance(x, dict):
+        return {name: plain(value) for name, value in x.items()}
+    if isinstance(x, (set, frozenset)):
+        return sorted(x)
+    if isinstance(x, list):
+        return [plain(value) for value in x]
+    if isinstance(x, tuple):
+        return tuple(plain(value) for value in x)
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, Path):
+        return torch_files.Global(type(x).__module__, type(x).__name__)
+    return str(x) if isinstance(x, str) else x
+
+
+def same(found: Any, expected: Any) -> None:
+    """Equal in types, numbers, shapes and strides; NaN equals NaN."""
+    if isinstance(expected, torch.Tensor):
+        assert isinstance(found, torch.Tensor)
+        assert (found.dtype, found.shape, found.stride()) == (
+            expected.dtype,
+            expected.shape,
+            expected.stride(),
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(expected, (dict, list, tuple)):
+        assert type(found) is type(expected)
+        assert len(found) == len(expected)
+        if isinstance(expected, dict):
+            assert list(found) == list(expected)
+            found, expected = list(found.values()), list(expected.values())
+        for one, other in zip(found, expected):
+            same(one, other)
+    else:
+        assert type(found) is type(expected)
+        assert found == expected or (found != found and expected != expected)
+
+
+def tensors_of_every_form() -> dict[str, Any]:
+    rng = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 8, generator=rng)
+    held: dict[str, Any] = {str(d): (100 * torch.randn(3, 5, generator=rng)).to(d) for d in DTYPES}
+    return held | {
+        "row": base[2],
+        "column": base[:, 3],
+        "block": base[1:4, 2:7:2],
+        "transposed": base.T,
+        "expanded": torch.randn(4, 1, generator=rng).expand(4, 1),
+        "scalar": torch.tensor(1.5),
+        "element": base[5, 7],
+        "empty": torch.empty(0),
+        "empty rows": torch.empty(0, 4),
+        "empty of a view": base[3:3],
+        "special": torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0]),
+        "parameter": nn.Parameter(torch.randn(2, 2, generator=rng)),
+        "fixed parameter": nn.Parameter(base[0], requires_grad=False),
+        "parameters": list(nn.Linear(2, 3).parameters()),
+    }
+
+
+def containers_of_every_form() -> dict[str, Any]:
+    metadata: Any = OrderedDict(a=torch.ones(2), b=2)
+    metadata._metadata = OrderedDict(version=1)
+    nested: Any = []
+    for depth in range(30):
+        nested = [nested, (depth, {"depth": depth})]
+    long = list(range(3000))
+    return {
+        "config": {
+            "k": 32,
+            "lr": 1e-3,
+            "name": "größe \u2713 \U0001f600",
+            "none": None,
+            "on": True,
+            "off": False,
+        },
+        "ordered": metadata,
+        "numbers": [0, -1, 255, 256, 65536, 2**31, -(2**31), 2**63, -(2**70), 10**100, 1e-300, float("nan")],
+        "bytes": [b"", b"abc\xff\x00", bytes(300)],
+        "text": ["", "x" * 300, "new\nline", "\\", "'\""],
+        "sets": [{1, 2}, frozenset({3}), set()],
+        "tuples": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)],
+        "numpy": [
+            np.float64(1.5),
+            np.float32(2.5),
+            np.float16(0.5),
+            np.int64(-3),
+            np.int32(7),
+            np.bool_(True),
+        ],
+        "paths": [Path("runs/a/best.pt"), Path("best.pt"), Path("/data/runs")],
+        "version": torch.__version__,
+        "size": torch.Size([2, 3]),
+        "nested": nested,
+        "long": long,
+        "again": long,
+        "keys": {1: "one", 2.5: "half", None: 0, False: 2, "x": 3, b"y": 4},
+        "empty": [{}, [], OrderedDict()],
+        "with tensors": OrderedDict(x=[torch.arange(4), {"y": (torch.zeros(2, 2),)}]),
+    }
+
+
+@pytest.mark.parametrize("make", [tensors_of_every_form, containers_of_every_form])
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_read_as_torch_reads_it(tmp_path, container, protocol, make):
+    for name, value in make().items():
+        file = tmp_path / "x.pt"
+        zipped = container == "zip"
+        torch.save(value, file, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+        try:
+            same(torch_files.read(file), plain(torch.load(file, weights_only=False)))
+        except (AssertionError, HookedModelError) as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_everything_in_one_file(tmp_path, container):
+    held = tensors_of_every_form() | containers_of_every_form()
+    torch.save(held, tmp_path / "x.pt", _use_new_zipfile_serialization=container == "zip")
+    same(torch_files.read(tmp_path / "x.pt"), plain(torch.load(tmp_path / "x.pt", weights_only=False)))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_views_of_one_storage_stay_views_and_the_file_stays_as_it_is(tmp_path, container):
+    whole = torch.arange(12.0).view(3, 4)
+    file = tmp_path / "x.pt"
+    torch.save(
+        {"a": whole, "b": whole[1], "c": whole.T}, file, _use_new_zipfile_serialization=container == "zip"
+    )
+    before = hashlib.sha256(file.read_bytes()).digest()
+    held = torch_files.read(file)
+    held["b"].fill_(-1.0)
+    whole[1] = -1.0
+    same(held, {"a": whole, "b": whole[1], "c": whole.T})
+    assert hashlib.sha256(file.read_bytes()).digest() == before
+    del held
+    file.unlink()
+
+
+def test_without_checksums(tmp_path):
+    """PyTorch can leave them out, or write them as zero."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"x": torch.arange(5.0)}, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        data = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
+    assert zlib.crc32(torch.arange(5.0).numpy().tobytes()) != data.CRC
+    same(torch_files.read(tmp_path / "x.pt"), {"x": torch.arange(5.0)})
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.arange(3.0))
+        self.register_buffer("seen", torch.ones(3, dtype=torch.int64))
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.layers, self.size = Inner(), nn.ModuleList([nn.Linear(2, 2)]), 3
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 4, 5])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_module_is_inert(tmp_path, container, protocol):
+    module, file = Outer(), tmp_path / "x.pt"
+    held = {"sae": module, "config": argparse.Namespace(k=3, name="x")}
+    torch.save(held, file, pickle_protocol=protocol, _use_new_zipfile_serialization=container == "zip")
+    with nothing_but_reading(file):
+        read = torch_files.read(file, objects=True)
+    assert type(read["sae"]) is type(read["config"]) is StandIn
+    assert read["config"].state == {"k": 3, "name": "x"}
+    assert read["sae"].of == Global(__name__, "Outer")
+    assert read["sae"].state["size"] == 3
+    inner = read["sae"].state["_modules"]["inner"]
+    same(inner.state["_parameters"], {"w": torch.arange(3.0)})
+    same(inner.state["_buffers"], {"seen": torch.ones(3, dtype=torch.int64)})
+    assert "Outer" in refused(file, objects=False)
+
+
+def test_torch_load_itself_allocates_what_a_file_asks_for(tmp_path):
+    """Why `torch.load(weights_only=True)` is not the reader: 50 MB for a file of some hundred bytes."""
+    asked = 50_000_000
+    path = write(tmp_path, zipped(call(name("builtins", "bytearray"), integer(asked)) + b"."))
+    assert path.stat().st_size < 1000
+    tracemalloc.start()
+    try:
+        assert len(torch.load(path, weights_only=True)) == asked
+        assert tracemalloc.get_traced_memory()[1] > asked
+        tracemalloc.reset_peak()
+        held = tracemalloc.get_traced_memory()[0]
+        refused(path)
+        assert tracemalloc.get_traced_memory()[1] - held < asked / 10
+    finally:
+        tracemalloc.stop()
+
+
+# --- pickles by hand --------------------------------------------------------------------------------------
+
+
+def text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def integer(value: int) -> bytes:
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    if len(data) < 256:
+        return b"\x8a" + bytes([len(data)]) + data
+    return b"\x8b" + struct.pack("<i", len(data)) + data
+
+
+def name(module: str, attribute: str) -> bytes:
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def tuple_(*items: bytes) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def list_(*items: bytes) -> bytes:
+    return b"](" + b"".join(items) + b"e"
+
+
+def dict_(*items: bytes) -> bytes:
+    return b"}(" + b"".join(items) + b"u"
+
+
+def call(function: bytes, *arguments: bytes) -> bytes:
+    return function + tuple_(*arguments) + b"R"
+
+
+def stored(count: int | bytes, key: str = "0", kind: bytes = name("torch", "FloatStorage")) -> bytes:
+    count = integer(count) if isinstance(count, int) else count
+    return tuple_(text("storage"), kind, text(key), text("cpu"), count) + b"Q"
+
+
+def tensor(storage: bytes, size: list[int], stride: list[int], offset: int = 0) -> bytes:
+    sizes = (tuple_(*map(integer, numbers)) for numbers in (size, stride))
+    hooks = call(name("collections", "OrderedDict"))
+    return call(name("torch._utils", "_rebuild_tensor_v2"), storage, integer(offset), *sizes, b"\x89", hooks)
+
+
+def zipped(
+    pickled: bytes | None,
+    data: dict[str, bytes] | None = None,
+    files: dict[str, bytes] | None = None,
+    compression: int = zipfile.ZIP_STORED,
+    aligned: bool = True,
+) -> bytes:
+    """A file in the zip form; storages begin at multiples of 64, as torch has them, or at odd places."""
+    out = io.BytesIO()
+    content = {} if pickled is None else {"best/data.pkl": pickled}
+    content |= {"best/version": b"3\n", "best/byteorder": b"little"} | (files or {})
+    content |= {f"best/data/{key}": value for key, value in (data or {}).items()}
+    with zipfile.ZipFile(out, "w", compression) as archive:
+        for filename, value in content.items():
+            info = zipfile.ZipInfo(filename)
+            info.compress_type = compression
+            begin = out.tell() + 30 + len(filename)
+            padding = (-begin - 4) % 64 + (not aligned)
+            info.extra = b"FB" + struct.pack("<H", padding) + bytes(padding)
+            archive.writestr(info, value)
+    return out.getvalue()
+
+
+def legacy(
+    pickled: bytes,
+    keys: tuple[str, ...] = (),
+    data: bytes = b"",
+    magic: bytes | None = None,
+    version: bytes | None = None,
+    system: bytes | None = None,
+    last: bytes | None = None,
+) -> bytes:
+    """A file in the form before zip."""
+    parts = [
+        magic or pickle.dumps(0x1950A86A20F9469CFC6C, 2),
+        version or pickle.dumps(1001, 2),
+        system or pickle.dumps({"protocol_version": 1001, "little_endian": True, "type_sizes": {}}, 2),
+        pickled,
+        last or pickle.dumps(list(keys), 2),
+    ]
+    return b"".join(parts) + data
+
+
+def write(folder: Path, content: bytes) -> Path:
+    path = folder / "best.pt"
+    path.write_bytes(content)
+    return path
+
+
+class Evil:
+    """Calls something when it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any, state: Any = None) -> None:
+        self.how = (function, arguments) + (() if state is None else (state,))
+
+    def __reduce__(self) -> Any:
+        return self.how
+
+    def __hash__(self) -> int:
+        return 1
+
+
+def test_files_built_by_hand_are_read(tmp_path):
+    """The builders make good files: what is refused below is refused for what is wrong with it."""
+    numbers = np.arange(6, dtype="<f4")
+    pickled = dict_(text("x"), tensor(stored(6), [2, 3], [3, 1]), text("n"), integer(5)) + b"."
+    expected = {"x": torch.arange(6.0).view(2, 3), "n": 5}
+    data = {"0": numbers.tobytes()}
+    for content in (
+        zipped(pickled, data),
+        zipped(pickled, data, aligned=False),
+        legacy(pickled, ("0",), struct.pack("<q", 6) + numbers.tobytes()),
+    ):
+        path = write(tmp_path, content)
+        same(torch_files.read(path), expected)
+    same(torch.load(write(tmp_path, zipped(pickled, data)), weights_only=True), expected)
+
+
+# --- code -------------------------------------------------------------------------------------------------
+
+
+def code(marker: str) -> dict[str, bytes]:
+    """Pickles that, if they were run, would make the file ``marker`` or do worse, by their disguise."""
+    command, source = f"touch {marker}", f"open({marker!r}, 'w').close()"
+    system = call(name("os", "system"), text(command))
+    found: dict[str, bytes] = {}
+
+    def reduce(module: str, attribute: str, *arguments: bytes) -> None:
+        found[f"{module}.{attribute}"] = call(name(module, attribute), *arguments)
+
+    reduce("os", "system", text(command))
+    reduce("posix", "system", text(command))
+    reduce("nt", "system", text(command))
+    reduce("os", "popen", text(command))
+    reduce("os", "execvp", text("touch"), list_(text("touch"), text(marker)))
+    reduce("subprocess", "Popen", list_(text("touch"), text(marker)))
+    reduce("subprocess", "check_output", list_(text("touch"), text(marker)))
+    reduce("builtins", "eval", text(source))
+    reduce("builtins", "exec", text(source))
+    reduce("__builtin__", "eval", text(source))
+    reduce("builtins", "compile", text(source), text("x"), text("exec"))
+    reduce("builtins", "__import__", text("antigravity"))
+    reduce("builtins", "open", text(marker), text("w"))
+    reduce("io", "open", text(marker), text("w"))
+    reduce("_io", "FileIO", text(marker), text("w"))
+    reduce("builtins", "getattr", call(name("builtins", "__import__"), text("os")), text("system"))
+    reduce("builtins", "type", text("X"), b")", dict_())
+    reduce("builtins", "map", name("os", "system"), list_(text(command)))
+    reduce("builtins", "list", call(name("builtins", "map"), name("os", "system"), list_(text(command))))
+    reduce("builtins", "bytearray", integer(10))
+    reduce("functools", "partial", name("os", "system"), text(command))
+    reduce("operator", "methodcaller", text("system"), text(command))
+    reduce("operator", "attrgetter", text("system"))
+    reduce("importlib", "import_module", text("antigravity"))
+    reduce("runpy", "run_path", text(marker))
+    reduce("runpy", "_run_code", text(source), dict_())
+    reduce("webbrowser", "open", text("http://localhost:9/"))
+    reduce("ctypes", "CDLL", text("libc.so.6"))
+    reduce("shutil", "rmtree", text(str(Path(marker).parent)))
+    reduce("os", "remove", text(marker))
+    reduce("os", "mkdir", text(marker))
+    reduce("socket", "create_connection", tuple_(text("localhost"), integer(9)))
+    reduce("urllib.request", "urlopen", text("http://localhost:9/"))
+    reduce("timeit", "timeit", text(source))
+    reduce("pdb", "run", text(source))
+    reduce("torch.hub", "load", text("owner/name"), text("model"))
+    reduce("torch", "load", text(marker))
+    reduce("torch", "save", integer(1), text(marker))
+    reduce("torch.jit", "load", text(marker))
+    reduce("torch.storage", "_load_from_bytes", text("x"))
+    reduce("torch._inductor.codecache", "compile_file", text(marker), text(marker), text(command))
+    reduce("torch.utils.cpp_extension", "load_inline", text("x"), text(source))
+    reduce("numpy", "load", text(marker))
+    reduce("numpy", "save", text(marker), integer(1))
+    reduce("numpy.testing._private.utils", "runstring", text(source), dict_())
+    reduce("pickle", "loads", text(pickle.dumps(1).hex()))
+    reduce("_pickle", "loads", text("x"))
+    reduce("pathlib", "Path.touch", text(marker))
+    reduce("pathlib", "os.system", text(command))
+    reduce("_codecs", "encode", text(command), text("rot13"))
+    reduce("codecs", "open", text(marker), text("w"))
+    reduce("collections", "defaultdict", name("os", "system"))
+    reduce("torch._utils", "_rebuild_parameter", name("os", "system"), b"\x89", dict_())
+    reduce("torch", "_utils._rebuild_tensor_v2", text(command))
+    reduce("torch._tensor", "_rebuild_from_type_v2", name("os", "system"), name("os", "system"), tuple_())
+    reduce("copyreg", "_reconstructor", name("os", "system"), name("builtins", "object"), text(command))
+    reduce("copyreg", "__newobj__", name("subprocess", "Popen"), text(command))
+    reduce("os", "path.join", text("a"), text("b"))
+    chain = call(
+        name("builtins", "getattr"), call(name("builtins", "__import__"), text("os")), text("system")
+    )
+    found |= {
+        "a chain of getattr": call(chain, text(command)),
+        "loads of bytes": call(
+            name("pickle", "loads"), b"B" + struct.pack("<I", len(system) + 1) + system + b"."
+        ),
+        "in the arguments of OrderedDict": call(name("collections", "OrderedDict"), list_(system)),
+        "in the arguments of set": call(name("builtins", "set"), list_(system)),
+        "in the arguments of a tensor": call(name("torch._utils", "_rebuild_tensor_v2"), system),
+        "in a list of tuples": list_(tuple_(list_(tuple_(system)))),
+        "popped again": system + b"0N",
+        "as what is called": call(system, text("x")),
+        "as the arguments": name("os", "system") + system + b"R",
+        "arguments in a list": name("os", "system") + list_(text(command)) + b"R",
+        "of one argument": name("os", "system") + text(command) + b"\x85R",
+        "remembered": name("os", "system") + b"q\x000h\x00" + text(command) + b"\x85R",
+        "STACK_GLOBAL": b"\x80\x04" + text("os") + text("system") + b"\x93" + text(command) + b"\x85R",
+        "STACK_GLOBAL, dotted": b"\x80\x04"
+        + call(text("builtins") + text("eval.__call__") + b"\x93", text(source)),
+        "STACK_GLOBAL of numbers": b"\x80\x04" + integer(1) + integer(2) + b"\x93",
+        "NEWOBJ": name("subprocess", "Popen") + tuple_(list_(text("touch"), text(marker))) + b"\x81",
+        "NEWOBJ with a state": name("subprocess", "Popen") + tuple_(text(command)) + b"\x81" + dict_() + b"b",
+        "NEWOBJ without arguments": name("tempfile", "TemporaryDirectory") + b")\x81",
+        "NEWOBJ of a call": system + b")\x81",
+        "NEWOBJ_EX": name("subprocess", "Popen")
+        + b")"
+        + dict_(text("args"), list_(text("touch"), text(marker)))
+        + b"\x92",
+        "OBJ": b"(" + name("os", "system") + text(command) + b"o",
+        "OBJ of nothing": b"(o",
+        "INST": b"(" + text(command) + b"ios\nsystem\n",
+        "INST without arguments": b"(itempfile\nTemporaryDirectory\n",
+        "EXT1": b"\x82\x01",
+        "EXT2": b"\x83\x01\x00",
+        "EXT4": b"\x84\x01\x00\x00\x00",
+        "PERSID": f"Pos.system({command!r})\n".encode(),
+        "BINPERSID of code": system + b"Q",
+        "BINPERSID of text": text(command) + b"Q",
+        "a storage of code": stored(1, kind=name("os", "system")),
+        "a storage's key is code": tuple_(text("storage"), name("torch", "FloatStorage"), system) + b"Q",
+        "NEXT_BUFFER": b"\x80\x05\x97",
+        "READONLY_BUFFER": b"\x80\x05" + text("x") + b"\x98",
+        "no known opcode": b"\xff",
+        "BUILD of a list": b"]" + dict_(text("append"), name("os", "system")) + b"b",
+        "BUILD of text": text("x") + dict_(text("__class__"), name("os", "system")) + b"b",
+        "BUILD with code": name("argparse", "Namespace") + b")\x81" + system + b"b",
+        "an attribute is code": name("argparse", "Namespace") + b")\x81" + dict_(text("k"), system) + b"b",
+        "a slot is code": name("x", "X") + b")\x81" + tuple_(b"N", dict_(text("k"), system)) + b"b",
+        "a key is code": dict_(system, integer(1)),
+        "a key is a tuple": dict_(tuple_(name("os", "system")), integer(1)),
+        "a value is code": dict_(text("x"), system),
+        "items for a function": name("os", "system") + b"(" + text("x") + b"e",
+        "keys for a function": name("os", "system") + b"(" + text("x") + integer(1) + b"u",
+    }
+    for protocol in range(6):
+        evil = Evil(os.system, command)
+        found[f"protocol {protocol}"] = pickle.dumps(evil, protocol)[:-1]
+        found[f"protocol {protocol}, with a state"] = pickle.dumps(
+            Evil(eval, source, state={"x": 1}), protocol
+        )[:-1]
+        found[f"protocol {protocol}, as a key"] = pickle.dumps({evil: 1}, protocol)[:-1]
+        found[f"protocol {protocol}, in a checkpoint"] = pickle.dumps(
+            {"model_state_dict": {}, "config": {"k": 1, "lr": evil}}, protocol
+        )[:-1]
+        found[f"protocol {protocol}, in an optimizer"] = pickle.dumps(
+            {"model_state_dict": {}, "optimizer_state_dict": {"state": [evil]}}, protocol
+        )[:-1]
+        module = nn.Identity()
+        module.hook = evil
+        found[f"protocol {protocol}, in a module"] = pickle.dumps({"sae": module}, protocol)[:-1]
+    return {disguise: pickled + b"." for disguise, pickled in found.items()}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("disguise", list(code("marker")))
+def test_code_is_refused(tmp_path, disguise, container):
+    marker = tmp_path / "marker"
+    pickled = code(str(marker))[disguise]
+    content = zipped(pickled, {"0": bytes(4)})
+    if container == "legacy":
+        content = legacy(pickled, ("0",), struct.pack("<q", 1) + bytes(4))
+    refused(write(tmp_path, content))
+    assert not marker.exists()
+
+
+LIVE = [
+    "os.system",
+    "builtins.exec",
+    "builtins.open",
+    "a chain of getattr",
+    "loads of bytes",
+    "in the arguments of set",
+    "popped again",
+    "remembered",
+    "STACK_GLOBAL",
+    "INST",
+    "OBJ",
+    "a key is code",
+    "protocol 0",
+    "protocol 5, in a checkpoint",
+    "protocol 2, in a module",
+    "an attribute is code",
+]
+
+
+@pytest.mark.parametrize("disguise", LIVE)
+def test_the_code_is_live(tmp_path, disguise):
+    """Python's own pickle runs it: the tests above refuse something."""
+    marker = tmp_path / "marker"
+    pickle.loads(code(str(marker))[disguise])
+    assert marker.exists()
+
+
+def test_the_name_of_what_a_file_wants_is_in_the_message(tmp_path):
+    message = refused(write(tmp_path, zipped(code("x")["os.system"])))
+    assert "os.system" in message
+    assert "run code" in message
+    assert "shutil.rmtree" in refused(write(tmp_path, legacy(code("x")["shutil.rmtree"])))
+
+
+@pytest.mark.parametrize("opcode", ["GLOBAL", "STACK_GLOBAL"])
+def test_a_name_cannot_disfigure_the_message(tmp_path, opcode):
+    """No line breaks, terminal codes or pages of text from the file."""
+    evil = "x\r\x1b[2J\u2028" + 10_000 * "y"
+    function = name("os", evil) if opcode == "GLOBAL" else text("os\n") + text(evil) + b"\x93"
+    message = refused(write(tmp_path, zipped(call(function) + b".")))
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("part", ["magic", "version", "system", "last"])
+@pytest.mark.parametrize("disguise", ["os.system", "NEWOBJ", "INST", "STACK_GLOBAL", "protocol 2, as a key"])
+def test_code_in_the_other_pickles_of_a_legacy_file(tmp_path, part, disguise):
+    marker = tmp_path / "marker"
+    pickled = code(str(marker))[disguise]
+    refused(write(tmp_path, legacy(pickle.dumps({}, 2), **{part: pickled})))
+    assert not marker.exists()
+
+
+INERT = {
+    "a function": name("os", "system"),
+    "a function with a state": name("os", "system") + dict_(text("__code__"), text("x")) + b"b",
+    "a class with a state": name("builtins", "dict") + dict_(text("__init__"), name("os", "system")) + b"b",
+    "an OrderedDict with a state": call(name("collections", "OrderedDict"))
+    + dict_(text("__class__"), name("os", "system"), text("items"), name("os", "system"))
+    + b"b",
+    "functions in lists": list_(name("os", "system"), tuple_(name("builtins", "eval"))),
+    "code after the end": b"N." + call(name("os", "system"), text("touch marker")),
+}
+
+
+@pytest.mark.parametrize("what", INERT)
+def test_names_alone_do_nothing(tmp_path, what):
+    path = write(tmp_path, zipped(INERT[what] + b"."))
+    with nothing_but_reading(path):
+        held = torch_files.read(path)
+    system = Global("os", "system")
+    expected = {
+        "a function": system,
+        "a function with a state": system,
+        "a class with a state": Global("builtins", "dict"),
+        "an OrderedDict with a state": {},
+        "functions in lists": [system, (Global("builtins", "eval"),)],
+        "code after the end": None,
+    }
+    same(held, expected[what])
+
+
+@pytest.mark.parametrize(
+    "kind", [("subprocess", "Popen"), ("os", "_Environ"), ("tempfile", "TemporaryDirectory")]
+)
+@pytest.mark.parametrize("how", ["NEWOBJ", "copyreg"])
+def test_an_object_of_any_class_is_a_stand_in(tmp_path, kind, how):
+    """Only where objects are allowed, and never the thing itself."""
+    made = name(*kind) + b")\x81"
+    if how == "copyreg":
+        made = call(name("copyreg", "_reconstructor"), name(*kind), name("builtins", "object"), b"N")
+    state = dict_(text("__class__"), integer(1), text("__setstate__"), name("os", "system"), text("of"), b"N")
+    path = write(tmp_path, zipped(made + state + b"b."))
+    with nothing_but_reading(path):
+        held = torch_files.read(path, objects=True)
+    assert type(held) is StandIn
+    assert held.of == Global(*kind)
+    assert held.state == {"__class__": 1, "__setstate__": Global("os", "system"), "of": None}
+    assert ".".join(kind) in refused(path, objects=False)
+
+
+# --- memory and time --------------------------------------------------------------------------------------
+
+FOUR = {"0": bytes(4)}
+HUGE = 10**5000
+# A list of two of itself, forty times over: written out it has 2^40 parts.
+LAUGHS = list_() + b"q\x00" + b"".join(b"0](h%ch%ceq%c" % (n, n, n + 1) for n in range(40))
+NONES = list_(b"N" * 100_000)
+
+
+def copies(function: bytes, argument: bytes, count: int = 30_000, ending: bytes = b"R") -> bytes:
+    """One large argument, handed to a function again and again, what it returns kept."""
+    return list_(argument + b"\x85q\x010", *[function + b"h\x01" + ending] * count)
+
+
+def doubled(function: bytes) -> bytes:
+    """f(x, x) of f(x, x) of ..., forty deep."""
+    return text(20 * "x") + b"".join(b"q\x000" + function + b"h\x00h\x00\x86R" for _ in range(40))
+
+
+def of_misaligned(times: int = 3000) -> bytes:
+    return list_(*[tensor(stored(250_000), [1], [1])] * times)
+
+
+def overlapping() -> bytes:
+    """Many entries whose data are the same bytes."""
+    out = io.BytesIO(zipped(list_(*[stored(250_000, str(n)) for n in range(3000)]) + b".", aligned=False))
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr("best/data/x", bytes(1_000_000))
+        one = archive.getinfo("best/data/x")
+        for n in range(3000):
+            info = zipfile.ZipInfo(f"best/data/{n}")
+            for field in ("header_offset", "CRC", "compress_size", "file_size"):
+                setattr(info, field, getattr(one, field))
+            info.compress_type = zipfile.ZIP_STORED
+            archive.filelist.append(info)
+            archive.NameToInfo[info.filename] = info
+        archive._didModify = True
+    return out.getvalue()
+
+
+def forged(content: bytes, entry: str, **fields: int) -> bytes:
+    """An archive whose central directory says something else of one entry."""
+    at = {"flags": (8, "<H"), "method": (10, "<H"), "crc": (16, "<I"), "compressed": (20, "<I")}
+    at |= {"size": (24, "<I"), "attributes": (38, "<I"), "offset": (42, "<I")}
+    begin = content.index(b"PK\x01\x02")
+    while content[begin + 46 :][: struct.unpack_from("<H", content, begin + 28)[0]] != entry.encode():
+        begin = content.index(b"PK\x01\x02", begin + 4)
+    changed = bytearray(content)
+    for field, value in fields.items():
+        place, form = at[field]
+        struct.pack_into(form, changed, begin + place, value)
+    return bytes(changed)
+
+
+def zip_and_legacy(name: str, pickled: bytes, data: bytes = bytes(4)) -> dict[str, Callable[[], bytes]]:
+    count = len(data) // 4
+    return {
+        f"{name} (zip)": lambda: zipped(pickled + b".", {"0": data}),
+        f"{name} (legacy)": lambda: legacy(pickled + b".", ("0",), struct.pack("<q", count) + data),
+    }
+
+
+DEVICE, PATH, SIZE = name("torch", "device"), name("pathlib", "PosixPath"), name("torch", "Size")
+ORDERED, SET = name("collections", "OrderedDict"), name("builtins", "set")
+# Refused; and what is read, for it is data, in memory that the file's own size bounds.
+REFUSED: dict[str, Callable[[], bytes]] = {
+    **zip_and_legacy("a large shape", tensor(stored(1), [10**6, 10**6], [10**6, 1])),
+    **zip_and_legacy("a large shape of strides 0", tensor(stored(1), [10**12], [0])),
+    **zip_and_legacy("two numbers, stride 0, of one", tensor(stored(1), [2], [0])),
+    **zip_and_legacy("a large offset", tensor(stored(1), [1], [1], offset=10**12)),
+    **zip_and_legacy("a large stride", tensor(stored(1), [2], [10**12])),
+    **zip_and_legacy("a shape past 64 bits", tensor(stored(1), [2**63, 2**63], [0, 0])),
+    **zip_and_legacy("a shape past 64 bits that wraps to 1", tensor(stored(1), [2**32, 2**32], [0, 0])),
+    **zip_and_legacy("a shape of numbers too long to print", tensor(stored(1), [HUGE, HUGE], [HUGE, 1])),
+    **zip_and_legacy("an offset too long to print", tensor(stored(1), [1], [1], offset=HUGE)),
+    **zip_and_legacy("an empty shape with a large side", tensor(stored(1), [0, HUGE], [1, 1])),
+    **zip_and_legacy("a thousand axes", tensor(stored(1), [1] * 1000, [1] * 1000)),
+    **zip_and_legacy("a negative size", tensor(stored(1), [-1], [1])),
+    **zip_and_legacy("a negative stride", tensor(stored(1), [1], [-1])),
+    **zip_and_legacy("a negative offset", tensor(stored(1), [1], [1], offset=-1)),
+    **zip_and_legacy(
+        "a size that is true", call(name("torch._utils", "_rebuild_tensor_v2"), stored(1), b"\x88")
+    ),
+    **zip_and_legacy("a large storage", stored(10**12)),
+    **zip_and_legacy("a storage past 64 bits", stored(2**64)),
+    **zip_and_legacy("a storage too long to print", stored(HUGE)),
+    **zip_and_legacy("a negative storage", stored(-1)),
+    **zip_and_legacy("bytearray", call(name("builtins", "bytearray"), integer(10**11))),
+    **zip_and_legacy("bytes", call(name("builtins", "bytes"), integer(10**11))),
+    **zip_and_legacy("torch.zeros", call(name("torch", "zeros"), integer(10**11))),
+    **zip_and_legacy("numpy.zeros", call(name("numpy", "zeros"), integer(10**11))),
+    **zip_and_legacy(
+        "a range", call(name("builtins", "list"), call(name("builtins", "range"), integer(10**11)))
+    ),
+    **zip_and_legacy("BINUNICODE8", b"\x8d" + struct.pack("<Q", 2**62)),
+    **zip_and_legacy("BINUNICODE", b"X" + struct.pack("<I", 2**32 - 1)),
+    **zip_and_legacy("BINBYTES8", b"\x8e" + struct.pack("<Q", 2**62)),
+    **zip_and_legacy("BINBYTES8 past 63 bits", b"\x8e" + struct.pack("<Q", 2**64 - 1)),
+    **zip_and_legacy("BYTEARRAY8", b"\x96" + struct.pack("<Q", 2**40)),
+    **zip_and_legacy("LONG4", b"\x8b" + struct.pack("<i", 2**31 - 1)),
+    **zip_and_legacy("a LONG4 below 0", b"\x8b" + struct.pack("<i", -1)),
+    **zip_and_legacy("a number as text", b"L" + b"9" * 100_000 + b"L\n"),
+    **zip_and_legacy("laughs as arguments", name("os", "system") + LAUGHS + b"R"),
+    **zip_and_legacy("laughs called", LAUGHS + b")R"),
+    **zip_and_legacy("laughs as the kind of a storage", stored(1, kind=LAUGHS)),
+    **zip_and_legacy("laughs as the number of a storage", stored(LAUGHS)),
+    **zip_and_legacy("laughs as a tensor's storage", tensor(LAUGHS, [1], [1])),
+    "a compressed pickle": lambda: zipped(b"N" * 50_000_000 + b".", compression=zipfile.ZIP_DEFLATED),
+    "a compressed storage": lambda: zipped(
+        tensor(stored(12_500_000), [1], [1]) + b".",
+        {"0": bytes(50_000_000)},
+        compression=zipfile.ZIP_DEFLATED,
+    ),
+    "bzip2": lambda: zipped(b"N.", compression=zipfile.ZIP_BZIP2),
+    "lzma": lambda: zipped(b"N.", compression=zipfile.ZIP_LZMA),
+    "a size of 4 GiB": lambda: forged(
+        zipped(stored(2**30 - 1) + b".", FOUR), "best/data/0", size=2**32 - 4, compressed=2**32 - 4, crc=0
+    ),
+    "a pickle of 4 GB": lambda: forged(zipped(b"N."), "best/data.pkl", size=4 * 10**9, compressed=4 * 10**9),
+    "a pickle larger than the file": lambda: forged(
+        zipped(b"N."), "best/data.pkl", size=10**6, compressed=10**6, crc=0
+    ),
+    "overlapping entries": overlapping,
+}
+# Either is right, in bounded memory and time: to refuse them, or to read them as the data that they are.
+BOUNDED: dict[str, Callable[[], bytes]] = {
+    **zip_and_legacy("LONG_BINPUT far up", b"Nr" + struct.pack("<I", 2**31 - 1)),
+    **zip_and_legacy("PUT far up", b"Np" + b"9" * 4000 + b"\n"),
+    **zip_and_legacy("lists a million deep", b"]" * 10**6 + b"a" * (10**6 - 1)),
+    **zip_and_legacy("tuples deep", b")" + b"\x85" * 10**5),
+    **zip_and_legacy("dicts deep", b"}N" * 10**5 + b"N" + b"s" * 10**5),
+    **zip_and_legacy("marks deep", b"(" * 10**5 + b"t" * 10**5),
+    **zip_and_legacy("objects deep", (name("x", "X") + b")\x81}N") * 10**4 + b"N" + b"sb" * 10**4),
+    **zip_and_legacy("laughs", LAUGHS),
+    **zip_and_legacy("laughs as a device", call(DEVICE, LAUGHS)),
+    **zip_and_legacy("laughs as a path", call(PATH, LAUGHS)),
+    **zip_and_legacy(
+        "laughs as a version", name("torch.torch_version", "TorchVersion") + LAUGHS + b"\x85\x81"
+    ),
+    **zip_and_legacy("laughs as a number type", call(name("numpy", "dtype"), LAUGHS)),
+    **zip_and_legacy("laughs as an OrderedDict", call(ORDERED, LAUGHS)),
+    **zip_and_legacy("laughs as a key", dict_(LAUGHS, b"N")),
+    **zip_and_legacy("a path of two of itself", doubled(PATH)),
+    **zip_and_legacy("copied as sizes", copies(SIZE, NONES)),
+    **zip_and_legacy("copied as sets", copies(SET, NONES)),
+    **zip_and_legacy(
+        "copied as encoded text",
+        copies(b"", text("x" * 100_000), ending=b"R")
+        .replace(b"\x85q\x010", text("latin1") + b"\x86q\x010", 1)
+        .replace(b"h\x01R", name("_codecs", "encode") + b"h\x01R"),
+    ),
+    **zip_and_legacy("copied as a path", copies(PATH, text("x" * 100_000))),
+    **zip_and_legacy(
+        "copied as dicts", copies(ORDERED, list_(*[integer(n) + b"N\x86" for n in range(20_000)]))
+    ),
+    **zip_and_legacy(
+        "copied as attributes",
+        list_(
+            dict_(*[integer(n) + b"N" for n in range(20_000)]) + b"q\x010",
+            *[name("x", "X") + b")\x81h\x01b"] * 10_000,
+        ),
+    ),
+    **zip_and_legacy(
+        "sizes of megabytes",
+        call(
+            name("torch._utils", "_rebuild_tensor_v2"),
+            stored(1),
+            integer(0),
+            integer(1 << 2**23) + b"q\x010" + tuple_(*[b"h\x01"] * 8) + b"q\x02",
+            b"h\x02",
+            b"\x89",
+            b"}",
+        ),
+    ),
+    "a storage used often (zip)": lambda: zipped(
+        of_misaligned() + b".", {"0": bytes(1_000_000)}, aligned=False
+    ),
+    "a storage used often, aligned (zip)": lambda: zipped(of_misaligned() + b".", {"0": bytes(1_000_000)}),
+    **{
+        f"a storage used often, after {n} bytes more (legacy)": lambda n=n: legacy(
+            text("x" * n) + b"0" + of_misaligned() + b".", ("0",), struct.pack("<q", 250_000) + bytes(10**6)
+        )
+        for n in range(2)
+    },
+    "many entries": lambda: zipped(b"N.", {str(n): b"" for n in range(20_000)}),
+}
+
+MEASURE = """
+import json, os, resource, signal, sys, time
+import torch
+from pathlib import Path
+from hooked_models import HookedModelError
+from hooked_models.files import torch_files
+
+def number(file, name):
+    return next(int(line.split()[1]) << 10 for line in open(file) if line.startswith(name))
+
+def measured(path, objects):
+    space = number("/proc/self/status", "VmSize") + 2**31
+    resource.setrlimit(resource.RLIMIT_AS, (space, space))
+    signal.alarm(6)
+    before, began = number("/proc/self/status", "VmRSS"), time.perf_counter()
+    try:
+        torch_files.read(Path(path), objects=objects)
+        said, wanting = None, False
+    except HookedModelError as error:
+        said, wanting = str(error), isinstance(error.__cause__, MemoryError)
+    except BaseException as error:
+        said, wanting = None, repr(error)[:300]
+    return {"error": said, "wanting": wanting, "bytes": number("/proc/self/status", "VmHWM") - before,
+            "seconds": time.perf_counter() - began}
+
+torch.zeros(1)
+for line in sys.stdin:
+    path, objects = json.loads(line)
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(into, json.dumps(measured(path, objects)).encode())
+        os._exit(0)
+    os.close(into)
+    answer = open(out, "rb").read()
+    status = os.waitpid(child, 0)[1]
+    print(json.dumps(json.loads(answer) if answer else {"died": status}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory) -> Iterator[Callable[[bytes, bool], tuple[Path, dict[str, Any]]]]:
+    """What reading a file costs, each in a child of one small process; it may take 2 GiB and 6 seconds."""
+    folder = tmp_path_factory.mktemp("bombs")
+    with subprocess.Popen(
+        [sys.executable, "-c", MEASURE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    ) as process:
+
+        def ask(content: bytes, objects: bool) -> tuple[Path, dict[str, Any]]:
+            path = write(folder, content)
+            print(json.dumps([str(path), objects]), file=process.stdin, flush=True)
+            return path, json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("what", [*REFUSED, *BOUNDED])
+def test_memory_and_time_are_bounded(measure, what):
+    content = (REFUSED | BOUNDED)[what]()
+    path, found = measure(content, True)
+    assert "died" not in found, "it took more than 6 seconds, or crashed"
+    assert found["wanting"] is False, "it asked for more than 2 GiB, or raised something else"
+    assert found["bytes"] < 100e6 + 100 * len(content)
+    message = found["error"]
+    if what in REFUSED:
+        assert message
+    if message:
+        assert str(path) in message
+        assert "\n" not in message
+        assert len(message.replace(str(path), path.name)) < 400
+
+
+# --- broken -----------------------------------------------------------------------------------------------
+
+
+def good(folder: Path, container: str) -> tuple[Path, Any]:
+    held = {"x": torch.arange(5.0), "y": torch.arange(6).view(2, 3).T, "k": 3, "name": "abc"}
+    path = folder / "best.pt"
+    torch.save(held, path, _use_new_zipfile_serialization=container == "zip")
+    return path, held
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_truncation_is_refused(tmp_path, container):
+    path, _ = good(tmp_path, container)
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole), max(1, len(whole) // 60)), *range(len(whole) - 20, len(whole))]:
+        refused(write(tmp_path, whole[:length]))
+
+
+def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path):
+    path, held = good(tmp_path, "zip")
+    whole = path.read_bytes()
+    messages = []
+    for content in flipped(whole):
+        path.write_bytes(content)
+        try:
+            read = torch_files.read(path)
+        except HookedModelError as error:
+            messages.append(str(error))
+        else:
+            same(read, held)
+    assert len(messages) > 50
+    assert all(message.startswith(str(path)) and "\n" not in message for message in messages)
+
+
+def flipped(whole: bytes) -> Iterator[bytes]:
+    """A file with one byte changed: one bit, or all; in the pickle, the data and the directory."""
+    for at in range(0, len(whole), 5):
+        changed = bytearray(whole)
+        changed[at] ^= 0xFF if at % 2 else 1 << at % 8
+        yield changed
+
+
+def test_a_flipped_byte_in_a_legacy_file_is_refused_or_read(tmp_path):
+    """It has no checksums, so the numbers may be others; no other exception comes of it."""
+    path, _ = good(tmp_path, "legacy")
+    messages = []
+    for content in flipped(path.read_bytes()):
+        path.write_bytes(content)
+        with nothing_but_reading(path):
+            try:
+                torch_files.read(path)
+            except HookedModelError as error:
+                messages.append(str(error))
+    assert len(messages) > 50
+    assert all(message.startswith(str(path)) and "\n" not in message for message in messages)
+
+
+X = tensor(stored(1), [1], [1]) + b"."
+
+
+def archive(**names: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as opened:
+        for filename, value in names.items():
+            opened.writestr(filename, value)
+    return out.getvalue()
+
+
+def twice(filename: str) -> bytes:
+    out = io.BytesIO(zipped(X, FOUR))
+    with zipfile.ZipFile(out, "a") as opened, pytest.warns(UserWarning, match="Duplicate"):
+        opened.writestr(filename, b"N.")
+    return out.getvalue()
+
+
+def tar() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as opened:
+        for member, value in (("storages", b"N."), ("tensors", b"N."), ("pickle", code("x")["os.system"])):
+            info = tarfile.TarInfo(member)
+            info.size = len(value)
+            opened.addfile(info, io.BytesIO(value))
+    return out.getvalue()
+
+
+def scripted() -> bytes:
+    out = io.BytesIO()
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), out)
+    return out.getvalue()
+
+
+def number(value: int) -> bytes:
+    return struct.pack("<q", value)
+
+
+BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
+    "an empty file": (lambda: b"", "empty"),
+    "text": (lambda: b"hello\n" * 50, ""),
+    "a page": (lambda: b"<!DOCTYPE html><html>404</html>", ""),
+    "a pointer of Git LFS": (
+        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "",
+    ),
+    "GIF": (lambda: b"GIF89a" + bytes(100), ""),
+    "safetensors": (lambda: struct.pack("<Q", 2) + b"{}", ""),
+    "gzip": (lambda: gzip.compress(zipped(X, FOUR)), ""),
+    "tar": (tar, ""),
+    "a pickle alone": (lambda: pickle.dumps({"x": 1}), ""),
+    "random bytes": (lambda: np.random.default_rng(0).bytes(1000), ""),
+    "random bytes as a zip": (lambda: b"PK\x03\x04" + np.random.default_rng(0).bytes(1000), ""),
+    "an empty zip": (lambda: archive(), ""),
+    "a zip of text": (lambda: archive(**{"a.txt": b"x"}), ""),
+    "an npz": (lambda: archive(**{"x.npy": b"\x93NUMPY"}), ""),
+    "no pickle": (lambda: zipped(None, FOUR), ""),
+    "two pickles": (lambda: zipped(X, FOUR, {"other/data.pkl": X}), ""),
+    "a pickle of nothing": (lambda: zipped(b""), ""),
+    "a pickle without an end": (lambda: zipped(X[:-1], FOUR), ""),
+    "an end without a pickle": (lambda: zipped(b"."), ""),
+    "an unknown memo": (lambda: zipped(b"h\x07."), ""),
+    "a mark too few": (lambda: zipped(b"t."), ""),
+    "an odd dict": (lambda: zipped(b"}(Nu."), ""),
+    "a lone tensor of text": (lambda: zipped(tensor(text("x"), [1], [1]) + b"."), ""),
+    "more sizes than strides": (lambda: zipped(tensor(stored(1), [1, 1], [1]) + b".", FOUR), ""),
+    "a storage of another kind": (
+        lambda: zipped(stored(1, kind=name("torch", "ComplexFloatStorage")) + b".", {"0": bytes(8)}),
+        "",
+    ),
+    "missing data": (lambda: zipped(X), ""),
+    "too little data": (lambda: zipped(X, {"0": bytes(3)}), ""),
+    "too much data": (lambda: zipped(X, {"0": bytes(8)}), "declares 1 numbers"),
+    "data of another checksum": (lambda: forged(zipped(X, FOUR), "best/data/0", crc=1), "damaged"),
+    "a pickle of another checksum": (lambda: forged(zipped(X, FOUR), "best/data.pkl", crc=1), "damaged"),
+    "data outside of the file": (lambda: forged(zipped(X, FOUR), "best/data/0", offset=2**31), ""),
+    "data in the directory": (lambda: forged(zipped(X, FOUR), "best/data/0", offset=600), ""),
+    "a link": (lambda: forged(zipped(X, FOUR), "best/data/0", attributes=0o120777 << 16), "link"),
+    "two files of one name": (lambda: twice("best/data/0"), "two files"),
+    "two pickles of one name": (lambda: twice("best/data.pkl"), "two files"),
+    "TorchScript": (scripted, "TorchScript"),
+    "constants": (lambda: zipped(X, FOUR, {"best/constants.pkl": b"N."}), "TorchScript"),
+    "big-endian (zip)": (lambda: zipped(X, FOUR, {"best/byteorder": b"big"}), "big-endian"),
+    "big-endian (legacy)": (
+        lambda: legacy(X, ("0",), number(1) + bytes(4), system=pickle.dumps({"little_endian": False}, 2)),
+        "big-endian",
+    ),
+    "an unknown byte order": (lambda: zipped(X, FOUR, {"best/byteorder": b"middle"}), ""),
+    **{
+        f"a file named {filename}": (lambda filename=filename: zipped(X, FOUR, {filename: b"x"}), "outside")
+        for filename in ("../x", "best/../../x", "/etc/x", "\\x", "..\\x", "best\\..\\x", "C:\\x", "C:/x")
+    },
+    "another magic number": (lambda: legacy(X, ("0",), number(1) + bytes(4), magic=pickle.dumps(7, 2)), ""),
+    "another version": (lambda: legacy(X, ("0",), number(1) + bytes(4), version=pickle.dumps(1002, 2)), ""),
+    "no system": (lambda: legacy(X, ("0",), number(1) + bytes(4), system=pickle.dumps({}, 2)), ""),
+    "a system that is a number": (lambda: legacy(X, ("0",), b"", system=pickle.dumps(1, 2)), ""),
+    "a key too few": (lambda: legacy(X, (), b""), ""),
+    "a key too many": (lambda: legacy(X, ("0", "1"), number(1) + bytes(4) + number(1) + bytes(4)), ""),
+    "a key that is a list": (lambda: legacy(X, last=pickle.dumps([["0"]], 2)), ""),
+    "keys that are a number": (lambda: legacy(X, last=pickle.dumps(3, 2)), ""),
+    "a storage of another size": (lambda: legacy(X, ("0",), number(2) + bytes(8)), ""),
+    "a storage of size -1": (lambda: legacy(X, ("0",), number(-1) + bytes(8)), ""),
+    "one storage of two sizes": (
+        lambda: legacy(list_(stored(1), stored(2)) + b".", ("0",), number(2) + bytes(8)),
+        "",
+    ),
+    "one storage of two types": (
+        lambda: legacy(
+            list_(stored(1), stored(1, kind=name("torch", "IntStorage"))) + b".", ("0",), number(1) + bytes(4)
+        ),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_or_no_checkpoint_is_refused(tmp_path, what):
+    make, said = BROKEN[what]
+    path = write(tmp_path, make())
+    message = refused(path)
+    assert said in message
+    assert message.isprintable()
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(HookedModelError, match="missing"):
+        torch_files.read(tmp_path / "best.pt")
+    with pytest.raises(HookedModelError, match="folder"):
+        torch_files.read(tmp_path)
+    (tmp_path / "link.pt").symlink_to(tmp_path / "gone.pt")
+    with pytest.raises(HookedModelError, match="missing"):
+        torch_files.read(tmp_path / "link.pt")
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_containers_in_themselves(tmp_path, container):
+    """A list, a dict and a module that hold themselves are as they were; nothing follows them for ever."""
+    loop: list[Any] = []
+    loop.append(loop)
+    ring: dict[str, Any] = {}
+    ring["ring"] = ring
+    module = nn.Identity()
+    module.__dict__["me"] = module
+    torch.save(
+        {"loop": loop, "ring": ring, "sae": module},
+        tmp_path / "x.pt",
+        _use_new_zipfile_serialization=container == "zip",
+    )
+    held = torch_files.read(tmp_path / "x.pt", objects=True)
+    assert held["loop"][0] is held["loop"]
+    assert held["ring"]["ring"] is held["ring"]
+    assert held["sae"].state["me"] is held["sae"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        torch.eye(2).to_sparse(),
+        torch.eye(2).to_sparse_csr(),
+        torch.ones(2, dtype=torch.complex64),
+        torch.ones(2, device="meta"),
+        Evil(math.sqrt, 2.0),
+        range(3),
+        slice(1, 2),
+        re.compile("x"),
+        np.ones(3),
+        1j,
+    ],
+    ids=lambda x: type(x).__name__,
+)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_what_is_no_plain_tensor_is_refused(tmp_path, container, value):
+    torch.save({"x": value}, tmp_path / "best.pt", _use_new_zipfile_serialization=container == "zip")
+    refused(tmp_path / "best.pt")

@@ -1,0 +1,138 @@
+# ruff: noqa: E501
+"""What the command line answers to a clumsy user: one line that names what is wrong, and status 2."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.writesae_lens.cli.command_line import run
+from writesae_lens import WriteSAE, WriteSAEConfig
+
+HOOK = "blocks.1.linear_attn.hook_write.2"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Files and folders that are wrong in one way each, by name; SAE is right."""
+    root = tmp_path_factory.mktemp("wrong")
+    torch.manual_seed(0)
+    sae = WriteSAE(WriteSAEConfig(d_k=32, d_v=48, d_sae=16, k=2))
+    metadata = sae.cfg.metadata
+    metadata.model_name, metadata.hook_name, metadata.context_size = "tiny-gdn", HOOK, 32
+    sae.save_model(root / "SAE")
+    (root / "EMPTY").mkdir()
+    (root / "FILE").write_text("x")
+    (root / "SHORT").write_text("far too short")
+    (root / "BINARY").write_bytes(b"\xff\xfe\x00")
+    (root / "NOTHING").write_text("")
+
+    def copy(name, change):
+        shutil.copytree(root / "SAE", root / name)
+        cfg = json.loads((root / name / "cfg.json").read_text())
+        change(root / name, cfg)
+        (root / name / "cfg.json").write_text(json.dumps(cfg))
+
+    copy("NO_HOOK", lambda _, cfg: cfg["metadata"].update(hook_name=None))
+    copy("NO_MODEL", lambda _, cfg: cfg["metadata"].update(model_name=None))
+    copy("WRONG_HEAD", lambda _, cfg: cfg["metadata"].update(hook_name=HOOK.replace(".2", ".9")))
+    copy("NO_TYPE", lambda _, cfg: cfg.update(architecture="magic"))
+    weights = "sae_weights.safetensors"
+    copy("HALF", lambda folder, _: (folder / weights).write_bytes((folder / weights).read_bytes()[:900]))
+
+    def lose_a_tensor(folder, _):
+        save_file({n: t for n, t in load_file(folder / weights).items() if n != "dec_key"}, folder / weights)
+
+    copy("NO_KEY", lose_a_tensor)
+    for name, lines in (("NO_COLUMN", '{"words": "hello"}\n' * 50), ("FEW_ROWS", '{"text": "hello"}\n' * 5)):
+        (root / name).mkdir()
+        (root / name / "rows.jsonl").write_text(lines)
+    return root
+
+
+TRAIN = ("train", "--model_name", "tiny-gdn", "--cells", "1:2", "--d_sae", "16", "--k", "2")
+REPLACE = ("replace", "--sae", "SAE")
+CASES = [
+    (("repl",), "No such command 'repl'. Did you mean 'replace'"),
+    (("--verbose",), "No such option: --verbose (Possible options: --version); see writesae-lens --help"),
+    (("replace",), "Missing option '--sae'; see writesae-lens replace --help"),
+    (("replace", "--sae"), "Option '--sae' requires an argument"),
+    (("replace", "--sae", "no/where"), "no/where is no SAE folder: cfg.json and sae_weights.safetensors not found"),
+    (("replace", "--sae", "EMPTY"), "EMPTY is no SAE folder"),
+    (("replace", "--sae", "FILE"), "FILE is truncated or damaged, or no PyTorch file of tensors"),
+    (("replace", "--sae", "HALF"), "could not load the SAE in"),
+    (("replace", "--sae", "NO_KEY"), "could not load the SAE in"),
+    (("replace", "--sae", "NO_TYPE"), "could not load the SAE in"),
+    (("replace", "--sae", "NO_HOOK"), "the SAE does not say which hook it belongs to"),
+    (("replace", "--sae", "NO_MODEL"), "does not say which model it belongs to: give --model"),
+    (("replace", "--sae", "WRONG_HEAD"), "no cell at layer 1, head 9; this model has layer 0: heads 0-3"),
+    (("replace", "--sae", "no-release:L9_H4"), "Release no-release not found"),
+    (("replace", "--sae", "writesae-qwen3.5-0.8b:L99"), "Valid IDs are ['L1_H4', 'L9_H4', 'L17_H4', 'L9_H4_flat']"),
+    ((*REPLACE, "--text", "no.txt"), "could not read no.txt as UTF-8 text"),
+    ((*REPLACE, "--text", "SHORT"), "the text is too short: 4 tokens, while one passage has 32; give more text"),
+    ((*REPLACE, "--text", "BINARY"), "BINARY as UTF-8 text"),
+    ((*REPLACE, "--text", "NOTHING"), "the text is too short: 0 tokens"),
+    ((*REPLACE, "--text", "EMPTY"), "Is a directory"),
+    ((*REPLACE, "--model", "tiny_gdn"), "no model 'tiny_gdn': not a folder, not a .pth file, not a hub id"),
+    ((*REPLACE, "--model", "some/model"), "some/model ships with no text: give --text FILE"),
+    ((*REPLACE, "--model", "tiny-mamba2"), "one looks like 'blocks.0.mixer.hook_write.0'"),
+    ((*REPLACE, "--device", "gpu"), "device 'gpu' cannot be used"),
+    ((*REPLACE, "--max-firings", "many"), "Invalid value for '--max-firings'"),
+    ((*REPLACE, "--max-passages", "0"), "Invalid value for '--max-passages'"),
+    ((*REPLACE, "--scale", "big"), "'big' is not one of 'coefficient', 'matched_norm'"),
+    ((*REPLACE, "--seed", "-1"), "Invalid value for '--seed'"),
+    ((*REPLACE, "--out", "FILE"), "Not a directory"),
+    ((*REPLACE, "more"), "unexpected extra argument"),
+    ((*REPLACE, "--sea", "1"), "No such option: --sea (Possible options: --sae"),
+    (("install", "--cell", "one", "--model", "tiny-gdn"), "a cell is written LAYER:HEAD, for example 1:0, got 'one'"),
+    (("compare", "--sae", "SAE", "--sae", "SAE"), "one --sae is given twice"),
+    (("models", "--model", "EMPTY"), "EMPTY is a folder without config.json"),
+    (("pull", "nothing"), "no release 'nothing': there are writesae-qwen3.5-0.8b"),
+    (("pull", "writesae-qwen3.5-0.8b", "L99"), "no L99 in writesae-qwen3.5-0.8b: there are L1_H4"),
+    (("pull", "some/repository"), "which SAE of some/repository? Give its folder"),
+    (("convert", "no.pt", "out"), "no.pt does not exist: give a checkpoint"),
+    (("push", "SAE", "not a name"), "publishing to not a name failed"),
+    (("report", "--sae", "SAE", "--results", "EMPTY"), "holds no results of experiments"),
+    (("report", "--sae", "SAE", "--results", "no/where"), "no/where holds no result of an experiment"),
+    (("report", "--sae", "SAE", "--text", "SHORT"), "the text is too short"),
+    (("reproduce", "--config", "mine"), "no configuration 'mine': there are qwen3.5-0.8b-L1H4"),
+    (("reproduce", "--config", "gla-1.3b-L12H0", "--recipe", "mine"), "--recipe is default or paper, got 'mine'"),
+    (("reproduce", "--config", "gla-1.3b-L12H0", "--model", "tiny-gdn", "--experiments", "all"), "no experiment all"),
+    (("demo", "--model", "gpt2"), "the demo runs on shipped models (tiny-gdn, tiny-mamba2, tiny-rwkv7), got 'gpt2'"),
+    (("demo", "--cell", "9:9"), "no cell at layer 9, head 9; this model has"),
+    (("demo", "--k", "5000"), "k=5000 atoms cannot be active out of d_sae=2048"),
+    (("demo", "--training-tokens", "5"), "Invalid value for '--training-tokens'"),
+    (("demo", "--out", "FILE"), "Not a directory"),
+    (("train",), "nothing to train: give --model_name and --cells"),
+    (("train", "--model_name", "tiny-gdn"), "nothing to train on: give --cells or --hook_name"),
+    ((*TRAIN[:4], "9:*"), "'9:*' names no cell: this model's recurrent layers are 0, 1, 3"),
+    ((*TRAIN[:4], "one"), "cells are written LAYER:HEAD, with * for all"),
+    ((*TRAIN[:3], "--hook_name", "blocks.1.foo"), "'blocks.1.foo' is not the hook of a cell's write or state"),
+    ((*TRAIN, "--k", "5000"), "k=5000 atoms cannot be active out of d_sae=16"),
+    ((*TRAIN, "--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
+    ((*TRAIN, "--encoder", "magic"), "argument --encoder: invalid choice: 'magic'"),
+    ((*TRAIN, "--foo", "1"), "unrecognized arguments: --foo 1; writesae-lens train --saelens-help lists the flags"),
+    ((*TRAIN, "--site", "both"), "--site is write or state, got 'both'"),
+    ((*TRAIN, "--win-rate", "3"), "the win rate is logged to W&B: give --log_to_wandb true"),
+    ((*TRAIN, "--device", "gpu"), "device 'gpu' cannot be used"),
+    ((*TRAIN, "--dataset_path", "NO_COLUMN"), "Dataset must have a 'tokens', 'input_ids', 'text', or 'problem' column"),
+    ((*TRAIN, "--dataset_path", "EMPTY"), "EMPTY doesn't contain any data files"),
+    ((*TRAIN, "--dataset_path", "no/where"), "no/where"),
+    ((*TRAIN, "--dataset_path", "FEW_ROWS"), "is the text shorter than one batch of writes?"),
+    ((*TRAIN, "--resume_from_checkpoint", "no/where"), "no/where is no checkpoint: give the folder"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("arguments", "message"), CASES, ids=[" ".join(case[0])[:60] for case in CASES])
+def test_one_line_says_what_is_wrong(arguments, message, places, tmp_path):
+    named = {path.name: path for path in places.iterdir()}
+    done = run(*(named.get(argument, argument) for argument in arguments), cwd=tmp_path)
+    assert done.returncode == 2, done
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    lines = [line for line in lines if line.startswith("writesae-lens: ")]
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+    assert "Traceback" not in done.stderr

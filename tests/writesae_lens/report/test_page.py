@@ -1,0 +1,410 @@
+"""The report: its numbers against plain loops, and the page in a real browser."""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from playwright.sync_api import sync_playwright
+
+from hooked_models import HookedRecurrent, zoo
+from tests.writesae_lens.cli.command_line import run
+from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError
+from writesae_lens.experiments import ExperimentResult, partition_atoms, replacement_test, top_contexts
+from writesae_lens.experiments.inputs import as_passages
+from writesae_lens.report.atoms import profiles, statistics_of_atoms
+from writesae_lens.report.page import QUESTIONS, make_report, saved_results, verdict
+
+LAYER, HEAD, N_ATOMS = 1, 3, 2048
+EVIL = '</script><script>document.title = "taken"</script><img src=x onerror="document.title = 1">'
+
+
+@pytest.fixture(scope="module")
+def model():
+    return HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def passages(model):
+    return as_passages(model, zoo.held_out_text()[-40_000:], 64)[-24:]
+
+
+@pytest.fixture(scope="module")
+def sae(model):
+    """Atoms that are native writes of other text."""
+    name, cell = model.write_hook_name(LAYER, HEAD), model.cell(LAYER, HEAD)
+    ids = as_passages(model, zoo.held_out_text()[:60_000], 512)[:8]
+    with torch.no_grad():
+        writes = model.run_with_cache(ids, names_filter=[name])[1][name].flatten(0, 1)[::2][:N_ATOMS]
+    left, _, right = torch.linalg.svd(writes.unflatten(-1, (cell.d_k, cell.d_v)), full_matrices=False)
+    sae = WriteSAE(WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, d_sae=N_ATOMS, k=4, encoder="tied"))
+    with torch.no_grad():
+        sae.dec_key.copy_(left[:, :, :1].mT)
+        sae.dec_value.copy_(right[:, :1])
+    metadata = sae.cfg.metadata
+    metadata.model_name, metadata.hook_name, metadata.context_size = "tiny-gdn", name, 64
+    return sae
+
+
+@pytest.fixture(scope="module")
+def results(model, sae, passages):
+    """What the page needs; one context holds markup."""
+    found = [
+        experiment(model, sae, passages, verbose=False)
+        for experiment in (replacement_test, partition_atoms, top_contexts)
+    ]
+    records = found[2].records
+    records.loc[records.atom == records.atom.iloc[0], "text_before"] = EVIL
+    return {result.name: result for result in found}
+
+
+@pytest.fixture(scope="module")
+def page(model, sae, passages, results, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    return make_report(out, model, sae, passages, list(results.values()), code="again()", verbose=False)
+
+
+@pytest.fixture(scope="module")
+def data(page):
+    held = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"))
+    return json.loads(held[1])
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        assert not os.environ.get("CI"), "CI tests the report in a browser: install chromium"
+        pytest.skip("no chromium on this machine")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+             "--no-first-run", "--disable-component-update", "--disable-quic"]  # fmt: skip
+    try:
+        playwright = sync_playwright().start()
+    except Exception:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip("playwright's driver does not start (on Debian it wants libatomic1)")
+    browser = playwright.chromium.launch(executable_path=path, args=quiet)
+    yield browser
+    browser.close()
+    playwright.stop()
+
+
+@pytest.fixture
+def tab(chromium, page, tmp_path):
+    """The page, opened; whatever it complains of or asks the network for is an error."""
+    complaints = []
+    tab = chromium.new_page(viewport={"width": 1280, "height": 900})
+    tab.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on(
+        "request",
+        lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else complaints.append(r.url),
+    )
+    tab.goto(page.as_uri())
+    yield tab
+    tab.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert (tmp_path / "page.png").stat().st_size > 20_000
+    assert complaints == []
+    assert tab.title() == "WriteSAE on tiny-gdn"
+    tab.close()
+
+
+def column(tab, name):
+    at = tab.locator("#table th").evaluate_all("cells => cells.map(c => c.dataset.key)").index(name)
+    return tab.locator("#table tbody tr").evaluate_all(f"rows => rows.map(r => r.cells[{at}].textContent)")
+
+
+def test_overview_shows_the_figures(tab, results):
+    summary = results["replacement"].summary
+    assert f"{summary['win_rate']:.1%}" in tab.locator(".verdict").inner_text()
+    shown = tab.locator("#page-overview h2").all_inner_texts()
+    assert [q for q in QUESTIONS.values() if q in shown] == [
+        QUESTIONS[n] for n in ("replacement", "partition", "contexts")
+    ]
+    images = tab.locator("#page-overview img")
+    assert images.count() == 4
+    assert all(images.evaluate_all("all => all.map(i => i.naturalWidth > 400)"))
+    assert tab.locator("#map .point").count() == results["replacement"].records.atom.nunique()
+    assert tab.locator("pre").inner_text() == "again()"
+    assert tab.locator("#page-atoms").is_hidden()
+
+
+def test_a_point_of_the_map_opens_its_atom(tab):
+    tab.locator("#map .point").last.click(force=True)
+    tab.wait_for_url(re.compile(r"#atom-\d+$"))
+    assert tab.locator("#name").inner_text().startswith(f"Atom {tab.url.rsplit('-', 1)[1]} ")
+
+
+@pytest.mark.parametrize(
+    "key", ["atom", "class", "n_firings", "median_cosine", "win_rate", "kl_delete", "nearest"]
+)
+def test_sorting_by_a_column(tab, key, data):
+    tab.click("text=Atoms (2,048)")
+    tab.click(f"#table th[data-key={key}] button")
+    place = data["columns"].index(key)
+    values = [row[place] for row in data["rows"]]
+    for _ in range(2):
+        direction = tab.locator(f"#table th[data-key={key}]").get_attribute("aria-sort")
+        down = direction == "descending"
+        known = [n for n, x in enumerate(values) if x is not None]
+        known = (
+            sorted(known, key=lambda n: values[n], reverse=down)
+            if down
+            else sorted(known, key=lambda n: values[n])
+        )
+        expected = known + [n for n, x in enumerate(values) if x is None]
+        assert column(tab, "atom") == [str(n) for n in expected[:100]]
+        tab.click(f"#table th[data-key={key}] button")
+    assert tab.locator("#table th[aria-sort]").count() == 1
+
+
+def test_searching_filtering_and_showing_more(tab, data, results):
+    tab.click("text=Atoms (2,048)")
+    assert tab.locator("#table tbody tr").count() == 100
+    tab.click("#more")
+    assert tab.locator("#table tbody tr").count() == 200
+    contexts = results["contexts"].records
+    word = " the"
+    texts = (contexts.text_before + contexts.text + contexts.text_after).str.lower()
+    holds = {int(n) for n in contexts.atom[texts.str.contains(word, regex=False)]}
+    half = len(data["tokens"][0]) // 2
+    holds |= {
+        n
+        for n, ids in enumerate(data["tokens"])
+        if any(word in data["texts"][str(i)].lower() for i in ids[:half])
+    }
+    tab.fill("#search", word.upper())
+    assert tab.locator("#count").inner_text() == f"{len(holds):,} of 2,048 atoms"
+    assert {int(n) for n in column(tab, "atom")} <= holds
+    tab.fill("#search", "17")
+    assert column(tab, "atom")[0] == "17"
+    tab.fill("#search", "no text has this")
+    assert tab.locator("#table tbody tr").count() == 0
+    assert tab.locator("#count").inner_text() == "0 of 2,048 atoms"
+    tab.fill("#search", "")
+    tab.select_option("#class", "dead")
+    dead = results["partition"].summary["n_dead"]
+    assert tab.locator("#count").inner_text() == f"{dead:,} of 2,048 atoms"
+    assert set(column(tab, "class")) == {"dead"}
+
+
+def test_the_page_of_an_atom(tab, data, results):
+    tab.click("text=Atoms (2,048)")
+    first, second = column(tab, "atom")[:2]
+    tab.locator("#table tbody tr").first.press("Enter")
+    assert tab.url.endswith(f"#atom-{first}")
+    records = results["contexts"].records
+    mine = records[records.atom == int(first)].sort_values("rank")
+    lines = tab.locator("#contexts .context")
+    assert lines.count() == len(mine)
+    assert tab.locator("#contexts mark").all_text_contents() == [
+        text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "") for text in mine.text
+    ]
+    ids = data["tokens"][int(first)]
+    assert tab.locator("#up .token").count() == tab.locator("#down .token").count() == len(ids) // 2
+    assert tab.locator("#near tbody tr").count() == 8
+    assert tab.locator("#profile .hm").count() == 1
+    assert tab.locator("#profile .bars .point").count() == data["d_k"] + data["d_v"]
+    tested = results["replacement"].records
+    n_tested = min(300, int((tested.atom == int(first)).sum()))
+    assert tab.locator("#kls .point").count() == n_tested
+    tab.click("#next")
+    assert tab.url.endswith(f"#atom-{second}")
+    tab.go_back()
+    assert tab.locator("#name").inner_text().startswith(f"Atom {first} ")
+    other = tab.locator("#near tbody a").first
+    number = other.inner_text()
+    other.click()
+    assert tab.locator("#name").inner_text().startswith(f"Atom {number} ")
+
+
+def test_markup_in_a_text_is_text(tab, results):
+    atom = int(results["contexts"].records.atom.iloc[0])
+    tab.goto(f"{tab.url.split('#')[0]}#atom-{atom}")
+    assert EVIL in tab.locator("#contexts .context").first.inner_text()
+    assert tab.locator("#contexts img").count() == 0
+
+
+def test_dead_atoms_and_wrong_addresses(tab, results):
+    records = results["partition"].records
+    never = sorted(set(records.atom[records["class"] == "dead"]) - set(results["contexts"].records.atom))[0]
+    tab.goto(f"{tab.url.split('#')[0]}#atom-{never}")
+    assert "active nowhere" in tab.locator("#contexts").inner_text()
+    assert tab.locator("#distributions").is_hidden()
+    tab.goto(f"{tab.url.split('#')[0]}#atom-99999")
+    assert tab.locator("#page-overview").is_visible()
+
+
+def test_tokens_signs_and_neighbours_are_those_of_plain_loops(model, sae, passages):
+    cell = model.cell(LAYER, HEAD)
+    found = profiles(model, sae, cell, passages, n_tokens=5, n_near=3, verbose=False)
+    name = f"blocks.{LAYER}.linear_attn.hook_read"
+    with torch.no_grad():
+        reads = (
+            model.run_with_cache(passages, names_filter=[name])[1][name][:, :, HEAD].flatten(0, 1).double()
+        )
+    native = model.original_model
+    output = native.model.layers[LAYER].linear_attn.out_proj.weight.double()
+    output = output[:, HEAD * cell.d_v : (HEAD + 1) * cell.d_v]
+    unembedding = native.get_output_embeddings().weight.double()
+    matrices = sae.W_dec.detach().double().view(-1, cell.d_k, cell.d_v)
+    flat = matrices.flatten(1) / matrices.flatten(1).norm(dim=1, keepdim=True)
+    for atom in range(0, N_ATOMS, 173):
+        left, _, right = torch.linalg.svd(matrices[atom])
+        key, value = left[:, 0], right[0]
+        share = float((reads @ key > 0).double().mean())
+        if share < 0.5:
+            key, value, share = -key, -value, 1 - share
+        if abs(share - 0.5) > 1e-3:
+            torch.testing.assert_close(found.key[atom].double(), key, atol=1e-4, rtol=0)
+            logits = unembedding @ (output @ value)
+            torch.testing.assert_close(
+                found.logits[atom, :5].double(), logits.topk(5).values, atol=1e-4, rtol=0
+            )
+            torch.testing.assert_close(
+                logits[found.tokens[atom]], found.logits[atom].double(), atol=1e-4, rtol=0
+            )
+            torch.testing.assert_close(
+                found.logits[atom, 5:].double(), logits.topk(5, largest=False).values, atol=1e-4, rtol=0
+            )
+        assert float(found.read_share[atom]) == pytest.approx(share, abs=2e-3)
+        cosines = flat @ flat[atom]
+        cosines[atom] = 0
+        best = cosines.abs().topk(3).values
+        torch.testing.assert_close(found.cosines[atom].abs().double(), best, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            cosines[found.neighbours[atom]], found.cosines[atom].double(), atol=1e-5, rtol=0
+        )
+    torch.testing.assert_close(found.rank1_share, torch.ones(N_ATOMS), atol=1e-4, rtol=0)
+
+
+def test_a_dense_dictionary_is_shown_by_its_leading_pairs(model, passages):
+    cell = model.cell(LAYER, HEAD)
+    torch.manual_seed(0)
+    sae = WriteSAE(
+        WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, d_sae=12, k=2, encoder="dense", decoder="dense")
+    )
+    found = profiles(model, sae, cell, passages[:2], n_near=20, verbose=False)
+    matrices = sae.W_dec.detach().view(-1, cell.d_k, cell.d_v)
+    sizes = torch.linalg.svdvals(matrices).square()
+    torch.testing.assert_close(found.rank1_share, sizes[:, 0] / sizes.sum(1), atol=1e-4, rtol=0)
+    assert found.neighbours.shape == (12, 11)
+
+
+def test_statistics_are_loops_over_the_records():
+    partition = pd.DataFrame(
+        {"atom": [0, 1, 2], "class": ["register", "bundle", "dead"], "n_firings": [3, 1, 0]}
+    ).assign(median_cosine=[0.9, 0.2, np.nan])
+    replacement = pd.DataFrame({"atom": [0, 0, 1], "kl_atom": [1.0, 3.0, 2.0], "kl_delete": [2.0, 2.0, 1.0]})
+    contexts = pd.DataFrame(
+        {"atom": [0, 0, 0, 2], "coefficient": [4.0, 5.0, 1.0, 7.0], "text": ["a", "b", "b", None]}
+    )
+    table = statistics_of_atoms(partition, replacement, contexts)
+    assert table.win_rate.tolist()[:2] == [0.5, 0.0]
+    assert table.kl_atom.tolist()[:2] == [2.0, 2.0]
+    assert table.coefficient.tolist()[::2] == [5.0, 7.0]
+    assert table.token.tolist()[0] == "b"
+    assert table.n_tested.tolist() == [2, 1, 0]
+    assert table.loc[[1, 2], "token"].isna().all()
+
+
+def test_the_command_runs_what_is_missing_and_takes_what_is_there(sae, results, tmp_path):
+    sae.save_model(tmp_path / "sae")
+    results["replacement"].save(tmp_path / "saved" / "one")
+    results["contexts"].save(tmp_path / "saved" / "two")
+    pd.DataFrame({"step": [0, 10], "loss": [2.0, 1.0], "l0": [4, 4]}).to_csv(
+        tmp_path / "sae" / "training.csv"
+    )
+    (tmp_path / "sae" / "runner_cfg.json").write_text('{"training_tokens": 1234, "lr": 0.004}')
+    out = tmp_path / "out"
+    done = run(
+        "report",
+        "--sae",
+        tmp_path / "sae",
+        "--results",
+        tmp_path / "saved",
+        "--max-passages",
+        4,
+        "--out",
+        out,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"report: {out}/report.html"
+    assert {p.name for p in out.iterdir()} == {"report.html", "results"}
+    assert {p.name for p in (out / "results").iterdir()} == {"partition"}
+    assert {p.name for p in (out / "results" / "partition").iterdir()} == {
+        "records.csv",
+        "summary.json",
+        "partition.png",
+    }
+    text = (out / "report.html").read_text("utf-8")
+    assert "trained on 1,234 inputs" in text
+    assert text.count('<img src="data:image/png') == 5
+
+
+def test_results_that_do_not_fit_are_refused(model, sae, passages, results, tmp_path):
+    def refused(message, *given):
+        with pytest.raises(WriteSAEError, match=message):
+            make_report(tmp_path, model, sae, passages, given, verbose=False)
+
+    good = results["replacement"]
+    elsewhere = model.write_hook_name(0, 0)
+    refused(
+        f"of {elsewhere}",
+        ExperimentResult("replacement", good.records, {**good.summary, "hook_name": elsewhere}),
+    )
+    refused(
+        "of other-model",
+        ExperimentResult("replacement", good.records, {**good.summary, "model": "other-model"}),
+    )
+    refused("of another SAE", ExperimentResult("replacement", good.records.assign(atom=9999), good.summary))
+    refused("of another SAE", ExperimentResult("partition", results["partition"].records[:7], good.summary))
+    refused("no experiment is called 'x'", ExperimentResult("x", good.records, good.summary))
+    with pytest.raises(WriteSAEError, match="holds no results of experiments"):
+        saved_results(tmp_path)
+    with pytest.raises(WriteSAEError, match=r"records\.csv and summary\.json not found"):
+        saved_results(tmp_path / "nowhere")
+    folder = good.save(tmp_path / "broken")
+    (folder / "summary.json").write_text("[]")
+    with pytest.raises(WriteSAEError, match="does not read"):
+        saved_results(folder)
+
+
+def test_what_a_verdict_says():
+    summary = {"win_rate": 0.219, "win_rate_ci_by_passage": [0.156, 0.281], "architecture": "mamba2"}
+    said = verdict(summary)
+    assert said.startswith(
+        "No: deleting the write does less harm than putting the atom in its place. The atom does"
+    )
+    assert (
+        "less harm at 21.9% of firings (95% interval over passages 15.6% to 28.1%). That is below the 88.1%"
+        in said
+    )
+    alone = {
+        "win_rate_ci_by_passage": None,
+        "win_rate_ci": [0.4, 0.6],
+        "win_rate": 0.5,
+        "architecture": "rwkv7",
+    }
+    assert verdict(alone).startswith("Undecided")
+    assert "over firings 40.0% to 60.0%" in verdict(alone)
+
+
+def test_two_results_of_one_experiment_both_show(model, sae, passages, results, tmp_path):
+    twice = [*results.values(), results["partition"]]
+    text = make_report(tmp_path, model, sae, passages, twice, verbose=False).read_text("utf-8")
+    assert text.count(f"<h2>{QUESTIONS['partition']}</h2>") == 2
+
+
+def test_counts_are_whole(tab, data, results):
+    tab.click("text=Atoms (2,048)")
+    most = results["partition"].records.n_firings.max()
+    assert column(tab, "n_firings")[0] == f"{most:,}"
+    atom = int(column(tab, "atom")[0])
+    tested = int((results["replacement"].records.atom == atom).sum())
+    assert column(tab, "n_tested")[0] == f"{tested:,}"

@@ -1,0 +1,190 @@
+"""Sign test (paper, experiment 6): does a token's logit move the way that its direction says?"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor, nn
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell
+from writesae_lens import statistics
+from writesae_lens.experiments import swaps
+from writesae_lens.experiments.inputs import (
+    LOGITS_PER_PASS,
+    check_at_least,
+    check_choice,
+    check_positive,
+    find_cell,
+    find_passages,
+    native_factors,
+    unembedding_directions,
+)
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run, generator
+from writesae_lens.saes.rank1 import Factors
+
+
+def sign_test(
+    model: HookedRecurrent,
+    sae_or_cell: SAE[Any] | Cell | tuple[int, int],
+    tokens: Int[Tensor, "passage pos"] | str,
+    direction: Literal["jacobian", "unembedding"] = "jacobian",
+    magnitude: float = 1.0,
+    n_trials: int = 2000,
+    context_size: int | None = None,
+    seed: int = 0,
+    progress_folder: str | None = None,
+    verbose: bool = True,
+) -> ExperimentResult:
+    """Write a token's direction at one position, and see whether its logit there moves as predicted.
+
+    A trial is a random position and a random token T. What is written beside the native write has the
+    native write's norm times ``magnitude``:
+
+    - ``unembedding`` (the paper's): key side that of the native write, value side W_O[head] W_U[T]; the
+      prediction is <unit key, q_t> |W_O[head] W_U[T]| times the norm: its sign is that of <key, q_t>.
+    - ``jacobian``: key side the read q_t, value side the derivative of T's logit by the head's output at the
+      native passage; the prediction is the derivative along it, which is never negative.
+
+    Args:
+        model: the model.
+        sae_or_cell: a cell, (layer, head), or an SAE on one; only the cell counts (and, for text, the size of
+            its passages).
+        tokens: passages ``[passage, pos]``, or a text.
+        direction: what is written.
+        magnitude: of what is written, in units of the native write there.
+        n_trials: spread evenly over the passages; no position of a passage comes again before all have come.
+        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
+        seed: of positions and tokens.
+        progress_folder: keeps finished passages, and resumes from them.
+        verbose: show a progress bar.
+
+    Returns:
+        a result whose ``records`` have a row a trial: passage, position, token (T), rank (of T natively,
+        from 1), predicted, linear (the true derivative along what is written), measured (logits). Its
+        ``summary`` has agreement (share of trials in which measured and predicted have one sign) with a
+        95% interval, agreement_linear, and Pearson's correlation of both with the measured shift.
+
+    Raises:
+        WriteSAEError: SAE and cell do not fit, or the text is too short.
+        HookedModelError: there is no such cell.
+    """
+    check_choice("direction", direction, "jacobian", "unembedding")
+    check_positive(magnitude=magnitude)
+    check_at_least(1, n_trials=n_trials)
+    check_at_least(0, seed=seed)
+    cell = find_cell(model, sae_or_cell)
+    passages = find_passages(model, sae_or_cell, tokens, context_size)
+    counts = np.diff(np.linspace(0, n_trials, len(passages) + 1).round().astype(int))
+    run = Run(
+        "sign", model, cell, passages, progress_folder, verbose,
+        direction=direction, magnitude=magnitude, n_trials=n_trials, seed=seed,
+    )  # fmt: skip
+
+    def trials(n: int) -> pd.DataFrame:
+        rng = generator(seed, n)
+        frame = _trials(model, cell, passages[n], int(counts[n]), direction, magnitude, rng)
+        frame.insert(0, "passage", n)
+        return frame
+
+    records = run.records(np.flatnonzero(counts).tolist(), trials, "Writing")
+    summary = _summarize(records)
+    low, high = summary["agreement_ci"]
+    headline = f"signs agree in {summary['agreement']:.1%} ({low:.1%} to {high:.1%}) of {len(records)} trials"
+    return run.result(records, summary, headline)
+
+
+def _trials(
+    model: HookedRecurrent,
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    count: int,
+    direction: str,
+    magnitude: float,
+    rng: torch.Generator,
+) -> pd.DataFrame:
+    rounds = [torch.randperm(len(tokens), generator=rng) for _ in range(-(-count // len(tokens)))]
+    at = torch.cat(rounds)[:count].to(tokens.device)
+    target = torch.randint(0, model.cfg.d_vocab, (count,), generator=rng).to(tokens.device)
+    key, value, read = (x[at].float() for x in native_factors(model, cell, tokens))
+    native = Factors(key[:, None], value[:, None])
+    slope = output_gradient(model, cell, tokens, at, target, native, read)
+    size = magnitude * native.norm()
+    if direction == "jacobian":
+        keys, values = read, slope
+        predicted = size * read.norm(dim=-1) * slope.norm(dim=-1)
+    else:
+        keys, values = key, unembedding_directions(model, cell, target)
+        unit = nn.functional.normalize(key, dim=-1)
+        predicted = size * (unit * read).sum(-1) * values.norm(dim=-1)
+    added = swaps.with_norm(Factors(keys[:, None], values[:, None]), size)
+    linear = (added.key[:, 0] * read).sum(-1) * (added.value[:, 0] * slope).sum(-1)
+    measured, rank = [], []
+    start = 0
+    with torch.no_grad():
+        for base, (patched,) in swaps.swapped_logits(model, cell, tokens, at, [swaps.summed(native, added)]):
+            row, followed = torch.arange(len(base)), target[start : start + len(base)]
+            before = base[row, followed]
+            measured.append((patched[row, followed] - before).double())
+            rank.append((base > before[:, None]).sum(-1) + 1)
+            start += len(base)
+    return pd.DataFrame(
+        {
+            "position": at.cpu().numpy(),
+            "token": target.cpu().numpy(),
+            "rank": torch.cat(rank).cpu().numpy(),
+            "predicted": predicted.detach().double().cpu().numpy(),
+            "linear": linear.detach().double().cpu().numpy(),
+            "measured": torch.cat(measured).cpu().numpy(),
+        }
+    )
+
+
+def output_gradient(
+    model: HookedRecurrent,
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    positions: Int[Tensor, " trial"],
+    targets: Int[Tensor, " trial"],
+    native: Factors,
+    read: Float[Tensor, "trial d_k"],
+) -> Float[Tensor, "trial d_v"]:
+    """Derivative of each target's logit, at its position, by what the head reads there (S_t^T q_t)."""
+    # What is written under q / |q|^2 adds to what is read just its value.
+    inverse = read / read.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    step = max(1, LOGITS_PER_PASS // 4 // model.cfg.d_vocab)  # the graph holds several such tensors
+    slopes = []
+    for start in range(0, len(positions), step):
+        here = slice(start, start + step)
+        added = torch.zeros_like(native.value[here, 0]).requires_grad_()
+        with torch.enable_grad():
+            written = swaps.summed(
+                Factors(native.key[here], native.value[here]),
+                Factors(inverse[here, None].detach(), added[:, None]),
+            )
+            _, logits = model.run_with_swapped_writes(
+                tokens, cell.layer, cell.head, positions[here], written.key, written.value
+            )
+            total = logits.gather(1, targets[here, None]).sum()
+            slopes.append(torch.autograd.grad(total, added)[0])
+    return torch.cat(slopes)
+
+
+def _summarize(records: pd.DataFrame) -> dict[str, Any]:
+    summary: dict[str, Any] = {"n_trials_done": len(records)}
+    moved = np.sign(records.measured)
+    for name, column in (("agreement", "predicted"), ("agreement_linear", "linear")):
+        agrees = np.sign(records[column]) == moved
+        summary[name] = float(agrees.mean())
+        summary[f"{name}_ci"] = list(statistics.wilson_interval(agrees))
+        suffix = name.removeprefix("agreement")
+        summary[f"pearson{suffix}"] = statistics.correlation(records[column], records.measured, "pearson")[0]
+    summary["median_abs_shift"] = float(records.measured.abs().median())
+    summary["mean_shift"] = float(records.measured.mean())
+    return summary

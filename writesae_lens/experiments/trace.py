@@ -1,0 +1,194 @@
+"""Reader trace (paper, experiment 11): which heads read what an atom wrote, and for how long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor
+
+from hooked_models import HookedRecurrent
+from hooked_models.caches import repeated
+from hooked_models.hooked_recurrent import Cell
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.inputs import (
+    activity,
+    alive_atoms,
+    atom_factors,
+    cache_of,
+    check_at_least,
+    check_positive,
+    find_passages,
+    find_site,
+    median_write_norm,
+)
+from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import Run, generator
+from writesae_lens.saes.rank1 import Factors, leading_pairs
+
+
+def reader_trace(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    tokens: Int[Tensor, "passage pos"] | str,
+    n_atoms: int = 8,
+    magnitude: float = 1.0,
+    max_horizon: int = 16,
+    context_size: int | None = None,
+    seed: int = 0,
+    progress_folder: str | None = None,
+    verbose: bool = True,
+) -> ExperimentResult:
+    """Add atoms at a position t0, and follow the change of what every head of this and later layers reads.
+
+    The change of a head at t is |o_t(added) - o_t(native)| / |o_t(native)|, where o_t = S_t^T q_t is what it
+    reads from its state, before norm and gate. The atom's own head reads the write itself; other heads of its
+    layer cannot; heads of later layers see it through what reached their own inputs. As many Gaussian
+    rank-1 writes of the same norm are the control.
+
+    Args:
+        model: the model that the SAE was trained on.
+        sae: any SAE on a cell's writes, or on its states; of atoms of higher rank the leading singular pair.
+        tokens: passages ``[passage, pos]``, or a text. In each passage t0 is one random position.
+        n_atoms: a random choice of the atoms that are dominant somewhere in the passages.
+        magnitude: Frobenius norm of what is added, in units of the cell's median native write norm.
+        max_horizon: last t - t0.
+        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
+        seed: of atoms, positions and controls.
+        progress_folder: keeps finished passages, and resumes from them.
+        verbose: show a progress bar.
+
+    Returns:
+        a result whose ``records`` have a row a passage, write, head and horizon: passage, position (t0),
+        kind ("atom", "random"), atom (of random ones their number), layer, head, horizon (t - t0), change.
+        Its ``summary`` has top_readers (layer, head, mean change by atoms; the ten heads of other
+        layers that change most), change_by_layer, change_by_horizon of later layers, own_change_by_horizon,
+        and the ratio of atoms to random writes in later layers.
+
+    Raises:
+        WriteSAEError: SAE and cell do not fit, the text or a passage is too short, or no atom fires.
+    """
+    check_at_least(1, n_atoms=n_atoms)
+    check_at_least(0, max_horizon=max_horizon, seed=seed)
+    check_positive(magnitude=magnitude)
+    site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
+    cell, length = site.cell, passages.shape[1]
+    if length <= max_horizon:
+        raise WriteSAEError(
+            f"passages of {length} tokens have no room for a horizon of {max_horizon}: give longer ones, or "
+            "a smaller max_horizon"
+        )
+    found = [activity(model, sae, site, p) for p in passages]
+    alive = alive_atoms(found, passages)
+    rng = torch.Generator().manual_seed(seed)
+    chosen = alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
+    atoms = leading_pairs(atom_factors(sae, chosen.to(passages.device), cell.d_k, cell.d_v))
+    size = magnitude * median_write_norm(found)
+    run = Run(
+        "readers", model, sae, passages, progress_folder, verbose, n_atoms=len(chosen), magnitude=magnitude,
+        max_horizon=max_horizon, seed=seed, write_norm=size,
+    )  # fmt: skip
+
+    def trace(n: int) -> pd.DataFrame:
+        own = generator(seed, n)
+        position = int(torch.randint(0, length - max_horizon, (), generator=own))
+        shapes = (len(chosen), 1, cell.d_k), (len(chosen), 1, cell.d_v)
+        other = Factors(*(torch.randn(shape, generator=own).to(passages.device) for shape in shapes))
+        writes = Factors(*(torch.cat(pair)[:, 0] for pair in zip(atoms, other.normalized(), strict=True)))
+        tokens = passages[n, : position + max_horizon + 1]
+        return _trace(model, cell, tokens, position, writes, size, chosen.numpy()).assign(passage=n)
+
+    records = run.records(range(len(passages)), trace, "Tracing")
+    records = records.reindex(
+        columns=["passage", "position", "kind", "atom", "layer", "head", "horizon", "change"]
+    )
+    summary: dict[str, Any] = {**_summarize(records, cell), "n_passages": len(passages)}
+    readers = summary["top_readers"]
+    headline = (
+        "no layer reads after this one"
+        if not readers
+        else "read most by "
+        + ", ".join(f"layer {r['layer']} head {r['head']} ({r['change']:.2%})" for r in readers[:3])
+    )
+    return run.result(records, summary, headline)
+
+
+@torch.no_grad()
+def _trace(
+    model: HookedRecurrent,
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    position: int,
+    writes: Factors,
+    size: float,
+    names: Any,
+) -> pd.DataFrame:
+    count, layers = len(writes.key), [n for n in model.mixers if n >= cell.layer]
+    hooks = {
+        n: model.write_factor_hook_names(n)[2].replace("hook_read", "hook_recurrence_out") for n in layers
+    }
+    past, coming = cache_of(model, tokens[:position]), tokens[position:]
+    _, cache = model.run_with_cache(
+        coming[None],
+        names_filter=list(hooks.values()),
+        past_key_values=repeated(past, 1),
+        use_cache=past is not None,
+    )
+    changes: dict[int, Float[Tensor, "write horizon head"]] = {}
+
+    def measure(layer: int) -> Any:
+        def hook(x: Tensor, hook: Any) -> None:
+            native = cache[hooks[layer]].float()
+            moved = (x.float() - native).norm(dim=-1)
+            changes[layer] = moved / native.norm(dim=-1).clamp(min=1e-30)
+
+        return hook
+
+    with model.hooks(fwd_hooks=[(hooks[n], measure(n)) for n in layers]):
+        at = torch.zeros(count, dtype=torch.long, device=tokens.device)
+        keys = writes.key * size
+        model.run_with_added_writes(
+            coming, cell.layer, cell.head, at, keys, writes.value, past_key_values=past
+        )
+    table = torch.stack([changes[n] for n in layers], dim=1)  # [write, layer, horizon, head]
+    grid = np.indices(table.shape).reshape(4, -1)
+    half = count // 2
+    return pd.DataFrame(
+        {
+            "position": position,
+            "kind": np.where(grid[0] < half, "atom", "random"),
+            "atom": np.where(grid[0] < half, names[grid[0] % half], grid[0] - half),
+            "layer": np.asarray(layers)[grid[1]],
+            "head": grid[3],
+            "horizon": grid[2],
+            "change": table.double().cpu().numpy().ravel(),
+        }
+    )
+
+
+def _summarize(records: pd.DataFrame, cell: Cell) -> dict[str, Any]:
+    own = records.loc[(records["layer"] == cell.layer) & (records["head"] == cell.head)]
+    later = records.loc[records["layer"] > cell.layer]
+
+    def by(frame: pd.DataFrame, column: str) -> dict[str, float]:
+        means = frame.loc[frame["kind"] == "atom"].groupby(column)["change"].mean()
+        return {str(at): float(x) for at, x in means.items()}
+
+    atoms = later.loc[later["kind"] == "atom"]
+    means = atoms.groupby(["layer", "head"])["change"].mean().sort_values(ascending=False)
+    summary: dict[str, Any] = {
+        "own_change_by_horizon": by(own, "horizon"),
+        "change_by_layer": by(later, "layer"),
+        "change_by_horizon": by(later, "horizon"),
+        "top_readers": [
+            {"layer": int(row["layer"]), "head": int(row["head"]), "change": float(row["change"])}
+            for row in means.head(10).reset_index().to_dict("records")
+        ],
+    }
+    random = later.loc[later["kind"] == "random", "change"]
+    ratio = None if not len(later) or not random.mean() > 0 else float(atoms["change"].mean() / random.mean())
+    return summary | {"ratio_to_random": ratio}

@@ -1,0 +1,1 @@
+"""Published SAEs: reading checkpoints, the Hub, releases, and publishing one's own."""

@@ -1,0 +1,334 @@
+"""WriteSAE: a sparse autoencoder whose atoms are rank-1 matrices shaped like a model's cache writes.
+
+For a matrix X of shape [d_k, d_v] (arriving flattened), with encoder factors (P_i, Q_i) and unit-norm
+decoder atoms A_i = v_i w_i^T::
+
+    z_i = P_i^T X Q_i + b_i        a = ReLU(TopK(z))        X^ = sum_i a_i A_i + B
+
+(paper, section "The dictionary"). The family around it varies the encoder (bilinear as above, tied to the
+atoms, or a dense linear map), the decoder (atoms of rank 1, of rank r, or dense) and the activation function
+(`writesae_lens.saes.activations`).
+
+Rank-1 inputs, that is native writes, are taken apart into their factors, and neither X nor its reconstruction
+is built in training; inputs of any rank (states) take the dense encoder and still decode sparsely.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.saes.sae import SAE
+from torch import Tensor, nn
+
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.published import checkpoints
+from writesae_lens.saes import activations
+from writesae_lens.saes.config import PLAIN_INPUTS, WriteSAEConfig
+from writesae_lens.saes.packed import PackedWrites
+from writesae_lens.saes.rank1 import (
+    Factors,
+    Matrices,
+    built,
+    combine,
+    factor_rank1,
+    normalized,
+    overlaps,
+    squared_norms,
+    tensors,
+)
+
+# W&B's 128 characters, less what SAELens appends ("_log_feature_sparsity").
+_NAME_LENGTH = 100
+# What only training needs to remember.
+_OF_TRAINING = {"progress"}
+
+
+class MatrixSAE(SAE[Any]):
+    """What inference and training share: parameters, encode, decode, and matrix views."""
+
+    b_enc: nn.Parameter
+    activation_fn: activations.Activation
+
+    def initialize_weights(self) -> None:
+        cfg = self.cfg
+
+        def unit(*shape: int) -> Tensor:
+            x = torch.randn(shape, dtype=self.dtype, device=self.device)
+            return x / x.norm(dim=-1, keepdim=True)
+
+        start = Factors(unit(cfg.d_sae, cfg.rank, cfg.d_k), unit(cfg.d_sae, cfg.rank, cfg.d_v))
+        for side, kind in (("dec", cfg.decoder), ("enc", cfg.encoder)):
+            if kind == "dense":
+                setattr(self, f"{side}_matrix", nn.Parameter(start.normalized().matrix()))
+            elif kind != "tied":
+                setattr(self, f"{side}_key", nn.Parameter(start.key.clone()))
+                setattr(self, f"{side}_value", nn.Parameter(start.value.clone()))
+        zeros = torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device)
+        self.b_enc = nn.Parameter(zeros)
+        self.b_dec = nn.Parameter(zeros.new_zeros(cfg.d_in))
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        return activations.for_inference(
+            self.cfg, torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
+        )
+
+    def decoder_factors(
+        self,
+    ) -> tuple[Float[Tensor, "d_sae rank d_k"], Float[Tensor, "d_sae rank d_v"]]:
+        """Key and value factors of the atoms sum_r key_r value_r^T; after training atoms have norm 1.
+
+        Raises:
+            WriteSAEError: the decoder is dense.
+        """
+        atoms = self.atoms()
+        if not isinstance(atoms, Factors):
+            raise WriteSAEError("the atoms of a dense decoder have no factors: use W_dec")
+        return atoms.key, atoms.value
+
+    def atoms(self) -> Matrices:
+        """The decoder atoms, as `decode` adds them up."""
+        return self._side("dec", self.cfg.decoder)
+
+    def _side(self, side: str, kind: str) -> Matrices:
+        if kind == "dense":
+            return getattr(self, f"{side}_matrix")
+        return Factors(getattr(self, f"{side}_key"), getattr(self, f"{side}_value"))
+
+    # The norms of the atoms are a choice of units; what is selected and what is decoded does not depend on
+    # them: scores are those of atoms of norm 1, coefficients are divided by the norms. (Not so in SAEs with
+    # rescale_acts_by_decoder_norm=False, whose scores are the coefficients themselves.)
+
+    @property
+    def _encoder(self) -> Matrices:
+        """What gives the scores."""
+        if self.cfg.encoder != "tied":
+            return self._side("enc", self.cfg.encoder)
+        return normalized(self.atoms()) if self.cfg.rescale_acts_by_decoder_norm else self.atoms()
+
+    def _units(self) -> Tensor:
+        """What scores are divided by to give coefficients."""
+        if self.cfg.rescale_acts_by_decoder_norm:
+            return self.get_W_dec_norm()
+        return self.b_enc.new_ones(self.cfg.d_sae)
+
+    @torch.no_grad()
+    def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
+        """Norms of the atoms (where zero, a small number)."""
+        return squared_norms(self.atoms()).sqrt().clamp(min=1e-8)
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:  # type: ignore[override]
+        """The atoms as flat rows. Built anew at each access: d_sae * d_k * d_v numbers."""
+        return built(self.atoms()).flatten(-2)
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]
+        """The encoder as a flat matrix. Built anew at each access."""
+        return built(self._encoder).flatten(-2).T / self._units()
+
+    @property
+    def bias_matrix(self) -> Float[Tensor, "d_k d_v"]:
+        """The decoder bias in the shape of a write."""
+        return self.b_dec.view(self.cfg.d_k, self.cfg.d_v)
+
+    def get_name(self) -> str:
+        """SAELens's name for W&B artifacts, cut to what W&B takes: letters, digits, ``-_.``, 128 in all."""
+        name = re.sub(r"[^\w.-]+", "__", super().get_name(), flags=re.ASCII)
+        if len(name) <= _NAME_LENGTH:
+            return name
+        return f"{hashlib.sha256(name.encode()).hexdigest()[:8]}_{name[9 - _NAME_LENGTH :]}"
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Coefficients of the atoms.
+
+        Args:
+            x: flattened matrices. Rank-1 rows that need no gradient take the factored path.
+        """
+        return self._encode(self.process_sae_in(x))[0]
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients and pre-activations of processed inputs."""
+        rows, norms = self._rows(x.reshape(-1, x.shape[-1])), self._units()
+        hidden = overlaps(rows, self._encoder).view(*x.shape[:-1], self.cfg.d_sae) / norms + self.b_enc
+        hidden = self.hook_sae_acts_pre(hidden)
+        return self.hook_sae_acts_post(self.activation_fn(hidden * norms) / norms), hidden
+
+    def encode_factors(
+        self, key: Float[Tensor, "row d_k"], value: Float[Tensor, "row d_v"]
+    ) -> Float[Tensor, "row d_sae"]:
+        """`encode` of key value^T, without hooks and without building it.
+
+        Raises:
+            WriteSAEError: the SAE normalises its inputs at run time, which needs the matrices.
+        """
+        if self.cfg.normalize_activations not in PLAIN_INPUTS:
+            raise WriteSAEError(
+                f"normalize_activations={self.cfg.normalize_activations!r} needs whole matrices: use encode"
+            )
+        rows = Factors(key[:, None].to(self.dtype), value[:, None].to(self.dtype))
+        norms = self._units()
+        return self.activation_fn(overlaps(rows, self._encoder) + norms * self.b_enc) / norms
+
+    def _check_width(self, x: Tensor) -> None:
+        width = self.cfg.d_k * self.cfg.d_v
+        if not isinstance(x, Tensor) or x.shape[-1:] != (width,):
+            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise WriteSAEError(
+                f"expected a tensor, flat {self.cfg.d_k} x {self.cfg.d_v} matrices, last axis {width}, got "
+                f"{found}: is this the SAE's own cell?"
+            )
+
+    def process_sae_in(self, sae_in: Tensor) -> Tensor:
+        self._check_width(sae_in)
+        # The base class subtracts a bias here, which a WriteSAE never does: that would cost a copy.
+        x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
+        return self.run_time_activation_norm_fn_in(x)
+
+    def _rows(self, x: Float[Tensor, "row d_in"]) -> Matrices:
+        """Flattened matrices as factors where they are rank 1 and need no gradient, else as they are."""
+        sides = (self.cfg.d_k, self.cfg.d_v)
+        found = [b.sides for b in x.blocks] if isinstance(x, PackedWrites) else []
+        if isinstance(x, PackedWrites) and found == [sides]:
+            rows = x.blocks[0].factors
+        elif len(found) == 1:
+            raise WriteSAEError(
+                f"this SAE is for {sides[0]} x {sides[1]} matrices, these writes are {found[0][0]} x "
+                f"{found[0][1]}"
+            )
+        else:
+            rows = None if x.requires_grad else factor_rank1(x, self.cfg.d_k, self.cfg.d_v)
+        if rows is None:
+            return x.unflatten(-1, sides).to(self.dtype)
+        return Factors(*(f.to(self.dtype) for f in rows))
+
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction sum_i a_i A_i + B, flattened."""
+        if feature_acts.shape[-1] != self.cfg.d_sae:
+            raise WriteSAEError(
+                f"expected coefficients of {self.cfg.d_sae} atoms, got shape {tuple(feature_acts.shape)}: "
+                "are they this SAE's own?"
+            )
+        flat = feature_acts.reshape(-1, feature_acts.shape[-1])
+        active = max(1, int((flat != 0).sum(-1).max())) if len(flat) else 1
+        if (torch.is_grad_enabled() and feature_acts.requires_grad) or active > self.cfg.d_sae // 8:
+            # Inactive atoms have gradients too, which a sparse product would drop; and a sum of many
+            # atoms is no longer cheaper than the flat product.
+            out = flat @ self.W_dec
+        else:
+            values, indices = _largest(flat, active)
+            out = combine(self.atoms(), indices, values).flatten(-2)
+        out = self.hook_sae_recons((out + self.b_dec).view(*feature_acts.shape[:-1], self.cfg.d_in))
+        out = self.run_time_activation_norm_fn_out(out)
+        return self.reshape_fn_out(out, self.d_head)
+
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Absorb a factor that inputs were multiplied by in training: into the atoms, as SAELens does.
+
+        Raises:
+            NotImplementedError: with rescale_acts_by_decoder_norm=False, which normalises no inputs.
+        """
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            raise NotImplementedError("an SAE with rescale_acts_by_decoder_norm=False has no scale to absorb")
+        tensors(self.atoms())[0].div_(scaling_factor)
+        self.b_dec.div_(scaling_factor)
+        self.activation_fn.fold(scaling_factor)
+        self.cfg.normalize_activations = "none"
+
+    @torch.no_grad()
+    def fold_and_get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
+        """Give all atoms norm 1 and return the norms that they had; coefficients and b_enc grow by these.
+
+        Raises:
+            NotImplementedError: atoms are selected by their coefficients, which would become others.
+        """
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            raise NotImplementedError(
+                "with rescale_acts_by_decoder_norm=False, folding the norms may change which atoms are active"
+            )
+        norms = self.get_W_dec_norm()
+        for parameter, unit in zip(tensors(self.atoms()), tensors(normalized(self.atoms()))):
+            parameter.copy_(unit)
+        self.b_enc.mul_(norms)
+        return norms
+
+
+class WriteSAE(MatrixSAE):
+    """A trained WriteSAE: SAELens's ``SAE.load_from_disk`` and ``from_pretrained`` return one."""
+
+    cfg: WriteSAEConfig
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        model_name: str | None = None,
+        layer: int | None = None,
+        head: int | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> SAE[Any]:
+        """A published checkpoint: a ``best.pt`` of any type, or a folder that holds one. No code in it runs.
+
+        Where it comes from, its SHA-256 and how its matrices lay are in ``cfg.metadata`` (``provenance``,
+        ``orientation``).
+
+        Args:
+            path: the file or folder.
+            model_name: its base model, where the path does not tell (``.../qwen0p8b/L9_H4/best.pt``).
+            layer, head: its cell, where neither the file nor the path tells.
+            device, dtype: of the SAE, by name.
+
+        Returns:
+            a `WriteSAE`; of type ``flat``, SAELens's ``TopKSAE``.
+
+        Raises:
+            WriteSAEError: it is no such checkpoint, wants code to be run, contradicts itself, its path or
+                a ``manifest.json`` above it, or has tensors that are missing, misshapen or not finite.
+        """
+        source = checkpoints.Source(model_name, layer, head)
+
+        def converted(path: str | Path, device: str | None, cfg_overrides: dict[str, Any] | None) -> Any:
+            cfg, weights = checkpoints.load(path, source)
+            return cfg | {"device": device} | (cfg_overrides or {}), weights
+
+        return SAE.load_from_disk(path, device=device, dtype=dtype, converter=converted)
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Refuse weights that are not those of the configuration, in one line.
+
+        Raises:
+            WriteSAEError: tensors are missing, misshapen, unexpected or not finite.
+        """
+        super().process_state_dict_for_loading(state_dict)
+        expected = {name: list(x.shape) for name, x in self.state_dict().items()}
+        found = {name: list(x.shape) for name, x in state_dict.items() if name not in _OF_TRAINING}
+        wrong = [
+            f"{name} of shape {found.get(name, 'missing')} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name) != shape
+        ]
+        wrong += [f"an unexpected {name[:40]!r}" for name in found if name not in expected]
+        wrong += [
+            f"{name} with NaN or infinite numbers" for name, x in state_dict.items() if not x.isfinite().all()
+        ]
+        wrong += [f"{name} of {x.dtype}" for name, x in state_dict.items() if not x.is_floating_point()]
+        if wrong:
+            raise WriteSAEError(f"the weights are not those of the configuration: {'; '.join(wrong[:4])}")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch; what only training needs is left out."""
+        weights = {name: value for name, value in state_dict.items() if name not in _OF_TRAINING}
+        return super().load_state_dict(weights, *args, **kwargs)
+
+
+def _largest(acts: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and indices of the ``count`` entries largest in magnitude of each row."""
+    indices = acts.abs().topk(count, dim=-1).indices
+    return acts.gather(-1, indices), indices
