@@ -13,17 +13,25 @@ with warnings.catch_warnings():
 
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.saelens.registration import register
-from writesae_lens.saes.config import PAPER_SCHEDULE, WriteSAEConfig, WriteSAETrainingConfig
+from writesae_lens.saes.config import (
+    PAPER_SCHEDULE,
+    RECOMMENDED_SCHEDULE,
+    WriteSAEConfig,
+    WriteSAETrainingConfig,
+    recommended_schedule,
+)
 from writesae_lens.saes.sae import WriteSAE
 from writesae_lens.saes.training_sae import WriteTrainingSAE
 
 __all__ = [
     "PAPER_SCHEDULE",
+    "RECOMMENDED_SCHEDULE",
     "WriteSAE",
     "WriteSAEConfig",
     "WriteSAEError",
     "WriteSAETrainingConfig",
     "WriteTrainingSAE",
+    "recommended_schedule",
 ]
 __version__ = "0.1.0"
 

@@ -91,7 +91,7 @@ class WriteSAEConfig(SAEConfig):
 
     d_k: int
     d_v: int
-    k: int = 32
+    k: int = 4
     rank: int = 1
     encoder: Literal["bilinear", "tied", "dense"] = "bilinear"
     decoder: Literal["factored", "dense"] = "factored"
@@ -161,7 +161,7 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
 
     d_k: int
     d_v: int
-    k: int = 32
+    k: int = 4
     rank: int = 1
     encoder: Literal["bilinear", "tied", "dense"] = "bilinear"
     decoder: Literal["factored", "dense"] = "factored"
@@ -191,6 +191,17 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
     @classmethod
     def architecture(cls) -> str:
         return ARCHITECTURE
+
+    @classmethod
+    def recommended(cls, **options: Any) -> WriteSAETrainingConfig:
+        """The recipe of the documentation's figures: 2,048 atoms, 4 active per input, and the defaults.
+
+        Its schedule belongs to the runner: ``LanguageModelSAERunnerConfig(sae=..., **RECOMMENDED_SCHEDULE)``.
+
+        Args:
+            **options: d_k and d_v, and any other field that should differ.
+        """
+        return cls(**({"d_sae": 2048} | options))
 
     @classmethod
     def paper(cls, **options: Any) -> WriteSAETrainingConfig:
@@ -269,6 +280,21 @@ PAPER_SCHEDULE: dict[str, Any] = {
     "train_batch_size_tokens": 256,
     "dead_feature_window": 100,
 }
+
+# The part of the recommended recipe that is the same at any length (`recommended_schedule` adds the decay).
+RECOMMENDED_SCHEDULE: dict[str, Any] = {
+    "lr": 4e-3,
+    "lr_warm_up_steps": 50,
+    "train_batch_size_tokens": 512,
+    "dead_feature_window": 100,
+}
+
+
+def recommended_schedule(training_tokens: int) -> dict[str, Any]:
+    """`RECOMMENDED_SCHEDULE`, with a linear decay over the last half of a training on so many writes."""
+    steps = training_tokens // RECOMMENDED_SCHEDULE["train_batch_size_tokens"]
+    return RECOMMENDED_SCHEDULE | {"lr_decay_steps": steps // 2}
+
 
 # SAELens's command line reads the annotations of configs, which the mark would hide.
 for _config in (WriteSAEConfig, WriteSAETrainingConfig):
