@@ -12,7 +12,7 @@ from transformer_lens.model_bridge.generalized_components import LinearBridge
 
 from hooked_models.caches import refuse_unknown, the_cache
 from hooked_models.mixers import BranchAware, Branches, HookedMixer
-from hooked_models.modeling.rwkv7 import Kept, masked, one_earlier
+from hooked_models.modeling.rwkv7.layers import BonusAndGate, masked, one_earlier
 from hooked_models.recurrence import Recurrence
 
 
@@ -78,13 +78,13 @@ class HookedRWKV7(HookedMixer):
 
     def inputs(
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
-    ) -> tuple[Recurrence, Kept]:
+    ) -> tuple[Recurrence, BonusAndGate]:
         previous = _predecessors(hidden, cache, self.layer_index, self._branches)
         recurrence, kept, self._v_first = self._layer.inputs(hidden, previous, self._v_first)
         return dataclasses.replace(recurrence, g=self.fire_decay(recurrence.g)), kept
 
     def finish(
-        self, outputs: Float[Tensor, "batch pos head d_v"], kept: Kept
+        self, outputs: Float[Tensor, "batch pos head d_v"], kept: BonusAndGate
     ) -> Float[Tensor, "batch pos d_model"]:
         return self._layer.finish(outputs, kept)
 

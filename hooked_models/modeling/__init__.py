@@ -1,1 +1,1 @@
-"""Models that transformers does not have, in pure PyTorch."""
+"""Models that transformers does not have."""
