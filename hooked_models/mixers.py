@@ -26,10 +26,9 @@ from hooked_models.recurrence import (
     LOG_ZERO,
     Recurrence,
     Trajectory,
-    respond,
-    respond_states,
     scan,
 )
+from hooked_models.responses import respond, respond_states
 
 
 class _HeadSplit(BaseTensorConversion):

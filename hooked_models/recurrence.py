@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +41,7 @@ LOG_ZERO = -1e4
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _full_precision(function: _F) -> _F:
+def full_precision(function: _F) -> _F:
     """Run ``function`` outside autocast, so that "float32 at least" holds under mixed precision."""
 
     @functools.wraps(function)
@@ -119,7 +119,7 @@ class Recurrence:
         wide = self.map(lambda x: x.to(dtype))
         a, b = wide.with_erase_vector().a, wide.b
         reads = reads.to(dtype)
-        pulled = _per_channel(wide.g).exp() * reads
+        pulled = per_channel(wide.g).exp() * reads
         return pulled if a is None or b is None else pulled + b * (a * reads).sum(-1, keepdim=True)
 
 
@@ -143,7 +143,7 @@ def scan(
     return trajectory.read(recurrence.q), trajectory.final_state
 
 
-@_full_precision
+@full_precision
 def scan_sequential(
     recurrence: Recurrence, initial_state: Float[Tensor, "batch head d_k d_v"] | None = None
 ) -> tuple[Float[Tensor, "batch pos head d_v"], Float[Tensor, "batch head d_k d_v"]]:
@@ -171,17 +171,17 @@ def scan_sequential(
 
 
 class Trajectory:
-    """The states of a recurrence over all positions, held in chunk form: any of them can be read.
+    """The states of a recurrence at all positions, in chunk form: any of them can be read, or built.
 
     Args:
         recurrence: the layer's inputs.
         initial_state: the state before the first token (None: zero), ``[batch, head, d_k, d_v]``.
-        inflow: what each chunk adds to its final state besides its writes (see `respond`),
+        inflow: what enters each chunk's final state besides its writes (see `responses`),
             ``[batch, head, chunk, d_k, d_v]``.
         chunk_size: tokens per chunk.
     """
 
-    @_full_precision
+    @full_precision
     def __init__(
         self,
         recurrence: Recurrence,
@@ -190,62 +190,75 @@ class Trajectory:
         chunk_size: int = CHUNK_SIZE,
     ) -> None:
         batch, self.length, heads, d_k = recurrence.k.shape
-        d_v = recurrence.v.shape[-1]
         self.dtype = recurrence.dtype
         self.chunk_size = max(1, min(chunk_size, self.length))
         self.n_chunks = -(-self.length // self.chunk_size)
 
-        self.log_decay = _running_sum(self._chunked(_per_channel(recurrence.g), keep_dtype=True))
-        scalar = self.log_decay.shape[-1] == 1
-        self._kept = self._decay_matrix() if scalar else None
-        self._mild = None if scalar else self._mild_decay()
-        last = self.log_decay[..., -1:, :]
-        to_end = (last - self.log_decay).to(self.dtype).exp()
-        decay = last.to(self.dtype).exp().mT
-        k, v = self._chunked(recurrence.k), self._chunked(recurrence.v)
-        k_to_end = (to_end * k).mT
+        # 1. Chunks. G_t is the running sum of g inside each; exp(G_C - G_s) is left of a vector at its end.
+        self.log_decay = _running_sum(self._chunked(per_channel(recurrence.g), keep_dtype=True))
+        self._prepare_products()
+        last = self.log_decay[..., -1:, :]  # [B, H, N, 1, K or 1]
+        to_end = (last - self.log_decay).to(self.dtype).exp()  # [B, H, N, C, K or 1]
+        k, v = self._chunked(recurrence.k), self._chunked(recurrence.v)  # [B, H, N, C, K], [B, H, N, C, V]
+        k_to_end = (to_end * k).mT  # [B, H, N, K, C]
 
+        # 2. S_t = exp(G_t) S_0 + sum_{s<=t} exp(G_t - G_s) left_s right_s^T: the write k_s v_s^T, and the
+        #    erase a_s w_s^T with w_s = from_writes_s + from_start_s S_0.
+        self.sources: list[tuple[Tensor, Tensor]] = []  # (left, right), each [B, H, N, C, K or V]
+        left, carry, erase = k, k_to_end, None
+        if recurrence.a is not None and recurrence.b is not None:
+            a, b = self._chunked(per_channel(recurrence.a)), self._chunked(recurrence.b)
+            a_is_multiple = recurrence.a.ndim == 3
+            from_writes, from_start = self._solve_erase(a, b, k, v, a_is_multiple)
+            if a_is_multiple:  # of k: (a k) w^T + k v^T = k (a w + v)^T, one source
+                erase = torch.addcmul(v, a, from_writes), a * from_start
+            else:
+                erase, left, carry = (from_writes, from_start), a, (to_end * a).mT
+        flow = inflow
+        if erase is None or left is not k:
+            self.sources.append((k, v))
+            flow = k_to_end @ v if inflow is None else k_to_end @ v + inflow
+
+        # 3. From chunk to chunk: S_C = exp(G_C) S_0 + what entered in between.
+        decay = last.to(self.dtype).exp().mT  # [B, H, N, K or 1, 1]
         if initial_state is None:
-            state = k.new_zeros(batch, heads, d_k, d_v)
+            state = k.new_zeros(batch, heads, d_k, v.shape[-1])
         else:
             state = initial_state.to(self.dtype)
-        inflows = [0] * self.n_chunks if inflow is None else inflow.unbind(2)
         starts, rights = [], []
-        # S_t = exp(G_t) S_0 + sum_s exp(G_t - G_s) left_s right_s^T: reads and states need only these.
-        if recurrence.a is None or recurrence.b is None:
-            flow = k_to_end @ v
-            for n in range(self.n_chunks):
-                starts.append(state)
-                state = decay[:, :, n] * state + flow[:, :, n] + inflows[n]
-            self.sources = [(k, v)]
-        else:
-            a_is_multiple = recurrence.a.ndim == 3
-            a = self._chunked(_per_channel(recurrence.a))
-            b = self._chunked(recurrence.b)
-            # (1 - L_ba) w = exp(G_{t-1}) b S_0 + L_bk v: one solve gives both terms of w.
-            on_writes = self._products(b, k, before=True)
-            interaction = on_writes * a.mT if a_is_multiple else self._products(b, a, before=True)
-            known = torch.cat([self._from_start(b, before=True), on_writes @ v], dim=-1)
-            solved = torch.linalg.solve_triangular(-interaction, known, upper=False, unitriangular=True)
-            from_state, from_writes = solved.split([d_k, d_v], dim=-1)
-            if a_is_multiple:  # a w^T + k v^T = k (a w + v)^T
-                from_state, from_writes = a * from_state, torch.addcmul(v, a, from_writes)
-                carry, flow = k_to_end, None
-            else:
-                carry, flow = (to_end * a).mT, k_to_end @ v
-            for n in range(self.n_chunks):
-                starts.append(state)
-                rights.append(from_writes[:, :, n] + from_state[:, :, n] @ state)
-                state = decay[:, :, n] * state + carry[:, :, n] @ rights[n] + inflows[n]
-                if flow is not None:
-                    state = state + flow[:, :, n]
-            right = torch.stack(rights, dim=2) if rights else v
-            self.sources = [(k, right)] if a_is_multiple else [(k, v), (a, right)]
+        for n in range(self.n_chunks):
+            starts.append(state)
+            state = decay[:, :, n] * state
+            if erase is not None:
+                rights.append(erase[0][:, :, n] + erase[1][:, :, n] @ starts[n])
+                state = state + carry[:, :, n] @ rights[n]
+            if flow is not None:
+                state = state + flow[:, :, n]
+        if erase is not None:
+            self.sources.append((left, torch.stack(rights, dim=2) if rights else v))
         self.final_state: Float[Tensor, "batch head d_k d_v"] = state
         # [B, H, N, K, V]: the state that each chunk starts from.
-        self.starts = torch.stack(starts, dim=2) if starts else state.new_zeros(batch, heads, 0, d_k, d_v)
+        self.starts = torch.stack(starts, dim=2) if starts else state[:, :, None][:, :, :0]
 
-    @_full_precision
+    def _solve_erase(
+        self, a: Tensor, b: Tensor, k: Tensor, v: Tensor, a_is_multiple: bool
+    ) -> tuple[Tensor, Tensor]:
+        """w_t = S_{t-1}^T b_t of each chunk, as from_writes_t + from_start_t S_0.
+
+        w_t = exp(G_{t-1}) b_t S_0 + sum_{s<t} (b_t exp(G_{t-1} - G_s) k_s) v_s + (b_t exp(..) a_s) w_s is a
+        unit-triangular system; one solve gives both terms.
+
+        Returns:
+            from_writes ``[B, H, N, C, V]`` and from_start ``[B, H, N, C, K]``.
+        """
+        on_writes = self._products(b, k, before=True)  # [B, H, N, C, C]
+        on_erases = on_writes * a.mT if a_is_multiple else self._products(b, a, before=True)
+        right = torch.cat([self._from_start(b, before=True), on_writes @ v], dim=-1)
+        solved = torch.linalg.solve_triangular(-on_erases, right, upper=False, unitriangular=True)
+        from_start, from_writes = solved.split([k.shape[-1], v.shape[-1]], dim=-1)
+        return from_writes, from_start
+
+    @full_precision
     def read(
         self, reads: Float[Tensor, "batch pos head d_k"], before: bool = False
     ) -> Float[Tensor, "batch pos head d_v"]:
@@ -256,50 +269,33 @@ class Trajectory:
             before: read the state before the position's own transition and write.
         """
         r = self._chunked(reads)
-        out = self._from_start(r, before) @ self.starts
+        out = self._from_start(r, before) @ self.starts  # [B, H, N, C, V]
         for left, right in self.sources:
             out = out + self._products(r, left, before) @ right
         batch, heads = out.shape[:2]
         flat = out.reshape(batch, heads, self.n_chunks * self.chunk_size, out.shape[-1])
         return flat[:, :, : self.length].transpose(1, 2)
 
-    @_full_precision
-    def states(
-        self, positions: Sequence[int] | Tensor | None = None
-    ) -> Float[Tensor, "batch position head d_k d_v"]:
-        """The states after some positions (None: all), without storing any others.
-
-        Raises:
-            IndexError: a position lies outside 0 .. length - 1.
-        """
-        wanted = list(range(self.length)) if positions is None else [int(p) for p in positions]
-        if any(not 0 <= p < self.length for p in wanted):
-            raise IndexError(f"positions must lie in 0 .. {self.length - 1}, got {wanted}")
-        left = torch.cat([x for x, _ in self.sources], dim=-2)
+    @full_precision
+    def states(self) -> Float[Tensor, "batch pos head d_k d_v"]:
+        """S_t after every position."""
+        if not self.n_chunks:
+            return self.starts.transpose(1, 2)
+        left = torch.cat([x for x, _ in self.sources], dim=-2)  # [B, H, N, sources * C, K]
         right = torch.cat([y for _, y in self.sources], dim=-2)
-        found: dict[int, Tensor] = {}
-        for n in sorted({p // self.chunk_size for p in wanted}):
-            here = sorted({p for p in wanted if p // self.chunk_size == n})
-            rows = torch.tensor([p % self.chunk_size for p in here], device=left.device)
-            at = self.log_decay[:, :, n, rows]
-            # [B, H, P, 2C, K|1]: how much of each source is left at each wanted position.
-            since = at[..., None, :] - self.log_decay[:, :, n, None]
-            since = since.masked_fill(
-                (torch.arange(self.chunk_size, device=rows.device) > rows[:, None])[..., None],
-                float("-inf"),
-            )
-            kept = since.to(self.dtype).exp().repeat(1, 1, 1, len(self.sources), 1)
-            factors = (kept * left[:, :, n, None]).transpose(-1, -2)
-            summed = factors.flatten(2, 3) @ right[:, :, n]
-            summed = summed.reshape(*factors.shape[:4], -1)
-            start = at.to(self.dtype).exp()[..., None] * self.starts[:, :, n, None]
-            for i, p in enumerate(here):
-                found[p] = start[:, :, i] + summed[:, :, i]
-            if here == wanted:  # one chunk, in order: no need to take it apart
-                return (start + summed).transpose(1, 2)
-        if not wanted:
-            return self.starts.new_zeros(self.starts.shape)[:, :, :0].transpose(1, 2)
-        return torch.stack([found[p] for p in wanted], dim=1)
+        future = torch.ones(self.chunk_size, self.chunk_size, dtype=torch.bool, device=left.device).triu(1)
+        chunks = []
+        for n in range(self.n_chunks):
+            rows = min(self.chunk_size, self.length - n * self.chunk_size)
+            now = self.log_decay[:, :, n, :rows]
+            since = now[..., None, :] - self.log_decay[:, :, n, None]  # [B, H, rows, C, K or 1]: G_t - G_s
+            since = since.masked_fill(future[:rows, :, None], float("-inf"))
+            weight = since.to(self.dtype).exp().repeat(1, 1, 1, len(self.sources), 1)
+            lefts = (weight * left[:, :, n, None]).transpose(-1, -2)  # [B, H, rows, K, sources * C]
+            summed = (lefts.flatten(2, 3) @ right[:, :, n]).reshape(*lefts.shape[:4], -1)
+            start = now.to(self.dtype).exp()[..., None] * self.starts[:, :, n, None]
+            chunks.append(start + summed)
+        return torch.cat(chunks, dim=2).transpose(1, 2)
 
     def _chunked(self, x: Tensor, keep_dtype: bool = False) -> Tensor:
         """[B, T, H, D] -> [B, H, N, C, D], padded with zeros, which change no state."""
@@ -316,24 +312,31 @@ class Trajectory:
 
     def _from_start(self, x: Tensor, before: bool) -> Tensor:
         """exp(G_t) x_t, or exp(G_{t-1}) x_t: how vectors see the state that the chunk starts from."""
-        at = self._before() if before else self.log_decay
-        return at.to(self.dtype).exp() * x
+        log_decay = self._before() if before else self.log_decay
+        return log_decay.to(self.dtype).exp() * x
+
+    def _prepare_products(self) -> None:
+        """Choose how `_products` brings in exp(G_t - G_s), and compute what all its calls share."""
+        self._between: Tensor | None = None
+        self._mild: tuple[Tensor, Tensor, Tensor] | None = None
+        if self.log_decay.shape[-1] == 1:
+            self._between = self._decay_matrix()
+        elif self.length:
+            self._mild = self._about_the_middle()
 
     def _decay_matrix(self) -> Tensor:
-        """exp(G_t - G_s) for s <= t, else 0; for a scalar decay."""
+        """exp(G_t - G_s) for s <= t, else 0, where all channels share their decay: [B, H, N, C, C]."""
         since = (self.log_decay - self.log_decay.mT).to(self.dtype)
         future = torch.ones(since.shape[-2:], dtype=torch.bool, device=since.device).triu(1)
         return since.masked_fill_(future, float("-inf")).exp_()
 
-    def _mild_decay(self) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _about_the_middle(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """exp(G_t - R), exp(G_{t-1} - R) and exp(R - G_s) about the chunk's middle R, if none overflows."""
-        if not self.length:
-            return None
         first, last = self.log_decay[..., :1, :], self.log_decay[..., -1:, :]
         if not bool((first - last < MILD).all()):
             return None
         middle = ((first + last) / 2).detach()
-        # What comes before the chunk's first token reads nothing inside it; any bounded number will do.
+        # Nothing inside the chunk comes before its first token, so any bounded number will do there.
         before = torch.cat([first, self.log_decay[..., :-1, :]], dim=-2)
         exponents = self.log_decay - middle, before - middle, middle - self.log_decay
         onwards, onwards_before, back = (x.to(self.dtype).exp() for x in exponents)
@@ -341,19 +344,25 @@ class Trajectory:
 
     def _products(self, x: Tensor, y: Tensor, before: bool) -> Tensor:
         """sum_d x_t[d] exp(G_t[d] - G_s[d]) y_s[d] for s <= t, or with G_{t-1} for s < t; else 0."""
-        if self._kept is not None:
-            kept = self._kept
+        if self._between is not None:
+            between = self._between
             if before:  # exp(G_{t-1} - G_s) is the row above
-                kept = torch.nn.functional.pad(kept[..., :-1, :], (0, 0, 1, 0))
-            return (x @ y.mT) * kept
+                between = torch.nn.functional.pad(between[..., :-1, :], (0, 0, 1, 0))
+            return (x @ y.mT) * between
         # Per channel the exponent cannot leave the sum over d, but it splits at a reference point.
         if self._mild is not None:
             onwards, onwards_before, back = self._mild
             products = ((onwards_before if before else onwards) * x) @ (back * y).mT
             return products.tril(-1 if before else 0)
-        # Under strong decay blocks below the diagonal have their own reference point between t and s, so
-        # that both factors stay below 1, and those on the diagonal have none.
-        at, size = self._before() if before else self.log_decay, self.chunk_size
+        return self._products_under_strong_decay(x, y, before)
+
+    def _products_under_strong_decay(self, x: Tensor, y: Tensor, before: bool) -> Tensor:
+        """As `_products`, in blocks of `SUB_CHUNK_SIZE` tokens.
+
+        A block below the diagonal has its own reference point, between t and s, so that both factors stay
+        below 1; one on the diagonal takes each exponent by itself.
+        """
+        own, size = self._before() if before else self.log_decay, self.chunk_size
         allowed = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1 if before else 0)
         rows = []
         for start in range(0, size, SUB_CHUNK_SIZE):
@@ -363,10 +372,10 @@ class Trajectory:
             if start:
                 reference = self.log_decay[..., start - 1 : start, :]
                 past_y = (reference - self.log_decay[..., :start, :]).to(self.dtype).exp()
-                here_x = (at[..., now, :] - reference).to(self.dtype).exp()
+                here_x = (own[..., now, :] - reference).to(self.dtype).exp()
                 past = past_y * y[..., :start, :]
                 blocks.append((here_x * x[..., now, :]) @ past.mT)
-            since = at[..., now, None, :] - self.log_decay[..., None, now, :]
+            since = own[..., now, None, :] - self.log_decay[..., None, now, :]
             since = since.masked_fill(~allowed[now, now, None], float("-inf")).to(self.dtype).exp()
             blocks.append(torch.einsum("...td,...sd,...tsd->...ts", x[..., now, :], y[..., now, :], since))
             blocks.append(x.new_zeros(*x.shape[:-2], stop - start, size - stop))
@@ -374,94 +383,7 @@ class Trajectory:
         return torch.cat(rows, dim=-2)
 
 
-def respond(
-    recurrence: Recurrence,
-    difference: Float[Tensor, "batch pos head d_k d_v"],
-    state_is_set: Bool[Tensor, "batch pos head"] | None = None,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Float[Tensor, "batch pos head d_v"], Float[Tensor, "batch head d_k d_v"]]:
-    """How outputs and final state change when the writes, or states, of some tokens change.
-
-    The state is linear in the writes, so a change obeys D_t = T_t D_{t-1} + ``difference``_t. Where a
-    state is *set*, what came before no longer matters: there T_t counts as 0 and the
-    difference is that of the states.
-
-    Args:
-        recurrence: the native inputs; k and v are not used.
-        difference: new minus native write, or state where it is set, any rank.
-        state_is_set: positions whose state is set rather than written to (None: nowhere).
-        chunk_size: tokens per chunk.
-
-    Returns:
-        the change of the outputs ``[batch, pos, head, d_v]`` and of the final state.
-    """
-    inside, between = _respond(recurrence, difference, state_is_set, chunk_size, reads=True)
-    return inside + between.read(recurrence.q), between.final_state
-
-
-def respond_states(
-    recurrence: Recurrence, difference: Float[Tensor, "batch pos head d_k d_v"]
-) -> Float[Tensor, "batch pos head d_k d_v"]:
-    """How every state changes when the writes change by ``difference``; see `respond`."""
-    inside, between = _respond(recurrence, difference, None, CHUNK_SIZE, reads=False)
-    return inside + between.states()
-
-
-@_full_precision
-def _respond(
-    recurrence: Recurrence,
-    difference: Tensor,
-    state_is_set: Tensor | None,
-    chunk_size: int,
-    reads: bool,
-) -> tuple[Tensor, Trajectory]:
-    """The response inside each chunk (as reads, or as states) and what the chunks hand on."""
-    dtype = torch.promote_types(recurrence.dtype, difference.dtype)
-    recurrence = recurrence.map(lambda x: x.to(dtype))
-    g, a, b = _per_channel(recurrence.g), recurrence.with_erase_vector().a, recurrence.b
-    if state_is_set is not None:
-        g = g.masked_fill(state_is_set[..., None], LOG_ZERO)
-        a = recurrence.with_erase_vector().without_erase(state_is_set).a
-    batch, length, heads, d_k, d_v = difference.shape
-    size = max(1, min(chunk_size, length))
-    pad = -length % size
-    difference = difference.to(dtype)
-    if pad:
-        difference = torch.nn.functional.pad(difference, (0, 0, 0, 0, 0, 0, 0, pad))
-
-    def tokens(x: Tensor) -> Tensor:  # [B, T, H, D] -> [B, N, C, H, D]
-        padded = torch.nn.functional.pad(x.to(dtype), (0, 0, 0, 0, 0, pad))
-        return padded.unflatten(1, (-1, size))
-
-    # Inside the chunks: all chunks step together from zero.
-    steps = difference.unflatten(1, (-1, size))
-    q, decay = tokens(recurrence.q), tokens(g).exp()
-    left, right = (None, None) if a is None or b is None else (tokens(a), tokens(b))
-    local = steps[:, :, 0]
-    collected = []
-    for c in range(size):
-        if c:
-            carried = decay[:, :, c, ..., None] * local
-            if left is not None and right is not None:
-                erased = right[:, :, c, :, None] @ local
-                carried = carried + left[:, :, c, ..., None] * erased
-            local = carried + steps[:, :, c]
-        collected.append((q[:, :, c, :, None] @ local).squeeze(-2) if reads else local)
-    inside = torch.stack(collected, dim=2).flatten(1, 2)[:, :length]
-
-    # Between the chunks: the ordinary carry, fed with what each chunk ends with.
-    silent = Recurrence(
-        q=recurrence.q,
-        g=g.squeeze(-1) if g.shape[-1] == 1 else g,
-        k=difference.new_zeros(batch, length, heads, d_k),
-        v=difference.new_zeros(batch, length, heads, d_v),
-        a=a,
-        b=b,
-    )
-    return inside, Trajectory(silent, inflow=local.transpose(1, 2), chunk_size=size)
-
-
-def _per_channel(g: Tensor) -> Tensor:
+def per_channel(g: Tensor) -> Tensor:
     """[B, T, H] or [B, T, H, K] -> [B, T, H, 1] or [B, T, H, K]."""
     return g[..., None] if g.ndim == 3 else g
 

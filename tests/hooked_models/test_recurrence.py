@@ -15,11 +15,10 @@ from hooked_models.recurrence import (
     MILD,
     Recurrence,
     Trajectory,
-    respond,
-    respond_states,
     scan,
     scan_sequential,
 )
+from hooked_models.responses import respond, respond_states
 from tests.hooked_models.oracles import Run, loop
 
 FIELDS = ("q", "g", "k", "v", "a", "b")
@@ -447,30 +446,10 @@ def test_gradients_survive_a_decay_of_zero():
 # States and reads anywhere.
 
 
-@given(problems(), st.data())
-def test_states_at_chosen_positions(problem: Problem, data: st.DataObject):
-    length = problem.recurrence.k.shape[1]
-    positions = data.draw(st.lists(st.integers(0, length - 1), max_size=8))
+@given(problems())
+def test_states_equal_the_loop(problem: Problem):
     trajectory = Trajectory(problem.recurrence, problem.initial, chunk_size=problem.chunk_size)
-    truth = problem.loop().states
-    assert_close(trajectory.states(), truth, problem.tolerance)
-    scale = float(truth.abs().max())
-    for chosen in (positions, torch.tensor(positions, dtype=torch.long)):
-        assert_close(trajectory.states(chosen), truth[:, positions], problem.tolerance, scale)
-
-
-def test_states_at_repeated_and_unordered_positions():
-    problem = make(length=70, erase="removal", per_channel=True, chunk_size=16)
-    positions = [69, 0, 33, 33, 1, 32, 69]
-    trajectory = Trajectory(problem.recurrence, problem.initial, chunk_size=16)
-    assert_close(trajectory.states(positions), problem.loop().states[:, positions], 1e-9)
-
-
-@pytest.mark.parametrize("position", [-1, 65, 1000])
-def test_states_outside_the_sequence_are_refused(position: int):
-    problem = make(length=65)
-    with pytest.raises(IndexError, match=r"0 \.\. 64"):
-        Trajectory(problem.recurrence).states([3, position])
+    assert_close(trajectory.states(), problem.loop().states, problem.tolerance)
 
 
 @given(problems())
@@ -574,7 +553,7 @@ def engine(recurrence: Recurrence, initial: Tensor | None, what: str) -> tuple[T
         return (recurrence.pull_back(recurrence.q),)
     trajectory = Trajectory(recurrence, initial)
     if what == "trajectory":
-        return trajectory.states([60, 3]), trajectory.read(recurrence.q, before=True)
+        return trajectory.states(), trajectory.read(recurrence.q, before=True)
     halved = trajectory.states() / -2
     return (*respond(recurrence, halved), respond_states(recurrence, halved))
 
@@ -588,7 +567,7 @@ def expected_of_engine(recurrence: Recurrence, initial: Tensor, what: str) -> tu
         return native.outputs, native.final_state
     earlier = torch.cat([initial.double()[:, None], native.states[:, :-1]], 1)
     if what == "trajectory":
-        return native.states[:, [60, 3]], torch.einsum("bthkv,bthk->bthv", earlier, exact["q"])
+        return native.states, torch.einsum("bthkv,bthk->bthv", earlier, exact["q"])
     if what == "pull_back":  # from the transition itself: T^T q, one column of T at a time
         g = exact["g"]
         decay = (g if g.ndim == 4 else g[..., None].expand_as(exact["k"])).exp()
