@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from hooked_models import HookedModelError, HookedRecurrent, zoo
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAETrainingConfig, baselines, experiments
-from writesae_lens.experiments.inputs import as_passages
+from writesae_lens.experiments.passages import as_passages
 from writesae_lens.published import sharing
 from writesae_lens.reproduce.run import estimate, reproduce
 

@@ -6,7 +6,7 @@ variant is ``WriteSAETrainingConfig(encoder="dense")``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -16,14 +16,10 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import sides_of
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import (
-    check_at_least,
-    check_choice,
-    check_model,
-    check_sae,
-    find_passages,
-    native_writes,
-)
+from writesae_lens.experiments.options import Count, Natural, check
+from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passes import native_writes
+from writesae_lens.experiments.subjects import check_model, check_sae
 from writesae_lens.saes.activations import for_training
 from writesae_lens.saes.config import WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.saes.sae import WriteSAE
@@ -46,7 +42,7 @@ def flat_svd(sae: SAE[Any], d_k: int | None = None, d_v: int | None = None) -> W
         WriteSAEError: it is no such SAE, or its sides are not known.
     """
     check_sae(sae)
-    check_at_least(1, optional=True, d_k=d_k, d_v=d_v)
+    check(Count | None, d_k=d_k, d_v=d_v)
     cfg: Any = sae.cfg
     ours = isinstance(cfg, WriteSAEConfig) and (cfg.encoder, cfg.decoder, cfg.activation)
     if ours != ("dense", "dense", "topk") and cfg.architecture() != "topk":
@@ -105,7 +101,7 @@ def principal_component(
         seed: of the choice.
     """
     check_model(model)
-    check_at_least(0, seed=seed)
+    check(Natural, seed=seed)
     cell = model.cell(layer, head)
     passages = find_passages(model, cell, tokens, context_size)
     writes = [native_writes(model, cell, passage) for passage in passages]
@@ -135,8 +131,8 @@ def matched_d_sae(cfg: WriteSAETrainingConfig, encoder: str, decoder: str) -> in
     Raises:
         WriteSAEError: there is no such encoder or decoder.
     """
-    check_choice("encoder", encoder, "bilinear", "tied", "dense")
-    check_choice("decoder", decoder, "factored", "dense")
+    check(Literal["bilinear", "tied", "dense"], encoder=encoder)
+    check(Literal["factored", "dense"], decoder=decoder)
     # Of the activation: thresholds, gates.
     learnt = sum(p.numel() for p in for_training(cfg, torch.zeros(1)).parameters())
 

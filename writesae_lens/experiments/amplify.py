@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 
@@ -16,34 +17,39 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import Prefix, batches
-from writesae_lens.experiments.inputs import (
-    activity,
-    atom_factors,
-    busiest_atom,
-    check_all_positive,
-    check_at_least,
-    check_atom,
-    check_not_negative,
-    find_passages,
-    find_site,
-)
+from writesae_lens.experiments.firings import activity, atom_factors, check_atom, choose_atom
+from writesae_lens.experiments.options import Count, Natural, NotNegative, Positive
+from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, seed_of
+from writesae_lens.experiments.subjects import find_site
+from writesae_lens.figures import ATOM, RANDOM, new_figure
 
 STATISTICS = ("newlines_per_400", "distinct_tokens", "repeated_4grams", "characters_per_token")
 
 
+@experiment(
+    "amplify",
+    paper=9,
+    question="How does a continuation change when an atom is written at every token?",
+    row="a continuation",
+    table=("by_condition.native.newlines_per_400", "by_condition.10x.newlines_per_400"),
+    max_passages=16,
+    context_size=64,
+    former_names=("amplification",),
+)
 def amplify(
     model: HookedRecurrent,
     sae: SAE[Any],
     prompts: Int[Tensor, "passage pos"] | str,
     atom: int | None = None,
-    factors: tuple[float, ...] = (2.0, 5.0, 10.0),
-    n_tokens: int = 200,
-    temperature: float = 1.0,
-    context_size: int | None = None,
-    seed: int = 0,
+    factors: tuple[Positive, ...] = (2.0, 5.0, 10.0),
+    n_tokens: Count = 200,
+    temperature: NotNegative = 1.0,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -78,12 +84,8 @@ def amplify(
         WriteSAEError: SAE and cell do not fit, the model has no tokenizer, prompts have fewer than two
             tokens, or the atom does not exist or is active nowhere.
     """
-    check_all_positive(factors=factors)
     if len({f"{factor:g}" for factor in factors}) < len(factors):
         raise WriteSAEError(f"factors must differ in six digits, got {factors}")
-    check_at_least(1, n_tokens=n_tokens)
-    check_at_least(0, seed=seed)
-    check_not_negative(temperature=temperature)
     site, passages = find_site(model, sae), find_passages(model, sae, prompts, context_size)
     if model.tokenizer is None:
         raise WriteSAEError("the model has no tokenizer, and so no text to count in")
@@ -91,18 +93,14 @@ def amplify(
     if passages.shape[1] < 2:
         raise WriteSAEError("prompts of one token are too short: give 2 tokens or more")
     found = [activity(model, sae, site, p) for p in passages]
-    chosen = busiest_atom(found, passages) if atom is None else int(atom)
+    chosen = choose_atom(atom, found, passages)
     acts = torch.cat([x.acts.float() for x in found])
-    if not bool((acts[:, chosen] > 0).any()):
-        raise WriteSAEError(f"atom {chosen} is active at no position of these {len(passages)} prompts")
     mean = float(acts[acts[:, chosen] > 0, chosen].mean())
     others = [int(x) for x in (acts > 0).any(0).nonzero() if int(x) != chosen]
     rng = torch.Generator().manual_seed(seed)
     control = others[int(torch.randint(0, len(others), (), generator=rng))] if others else None
-    run = Run(
-        "amplification", model, sae, passages, progress_folder, verbose, atom=chosen, control_atom=control,
-        mean_coefficient=mean, factors=list(factors), n_tokens=n_tokens, temperature=temperature, seed=seed,
-    )  # fmt: skip
+    about = {"atom": chosen, "control_atom": control, "mean_coefficient": mean}
+    run = Run("amplify", model, sae, passages, locals(), **about)
     cell, device = site.cell, passages.device
 
     def matrix(number: int) -> Tensor:
@@ -176,3 +174,25 @@ def _summarize(records: pd.DataFrame, conditions: list[str]) -> dict[str, dict[s
                 found[name][f"{statistic}_cohens_d"] = statistics.cohens_d(*pair)
                 found[name][f"{statistic}_p"] = statistics.mann_whitney(*pair)
     return found
+
+
+@figure("amplify")
+def plot_amplify(result: ExperimentResult) -> Figure:
+    """Each text statistic by condition, a point a text."""
+    records, summary = result.records, result.summary
+    by = summary["by_condition"]
+    names = {
+        "newlines_per_400": "newlines in 400 tokens",
+        "distinct_tokens": "share of different tokens",
+        "repeated_4grams": "share of repeated 4-grams",
+        "characters_per_token": "characters a token",
+    }
+    figure, axes = new_figure(13.0, 3.6, len(names))
+    jitter = np.random.default_rng(0).uniform(-0.15, 0.15, len(records))
+    place = records.condition.map({name: i for i, name in enumerate(by)}).to_numpy() + jitter
+    for axis, (column, title) in zip(axes, names.items(), strict=True):
+        axis.scatter(place, records[column], s=10, alpha=0.5, lw=0, color=RANDOM)
+        axis.plot(range(len(by)), [group[column] for group in by.values()], "o-", color=ATOM)
+        axis.set_xticks(range(len(by)), list(by), fontsize=8)
+        axis.set_title(title, fontsize=10, loc="left")
+    return figure

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 
@@ -16,36 +18,44 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
-from writesae_lens.experiments.inputs import (
+from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.firings import (
     Firings,
-    as_list,
     atom_factors,
     check_any_fires,
-    check_at_least,
-    check_choice,
     find_firings,
-    find_passages,
-    find_site,
     native_cosines,
 )
+from writesae_lens.experiments.options import Count, Natural, as_list
+from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.replace import thin
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.subjects import find_site
+from writesae_lens.figures import ATOM, DELETE, INK, KL_FLOOR, RANDOM, new_figure
 
-DELETE, NONE = "delete", -1
+CONTROL, NO_ATOM = "delete", -1
+Random = Literal["gaussian", "atom", "orthogonal", "native_marginals"]
 
 
+@experiment(
+    "compare",
+    paper=10,
+    question="How do several dictionaries and random controls do on the same firings?",
+    row="a firing and stand-in",
+    former_names=("comparison",),
+)
 def compare(
     model: HookedRecurrent,
     saes: Mapping[str, SAE[Any]],
     tokens: Int[Tensor, "passage pos"] | str,
-    random: Sequence[str] = swaps.RANDOM,
+    random: Sequence[Random] = swaps.RANDOM,
     scale: Literal["coefficient", "matched_norm"] = "coefficient",
     kl: Literal["patched_base", "base_patched"] = "patched_base",
-    max_firings: int | None = None,
-    skip_positions: int = 0,
-    context_size: int | None = None,
-    seed: int = 0,
+    max_firings: Count | None = None,
+    skip_positions: Natural = 0,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -79,20 +89,14 @@ def compare(
         WriteSAEError: no SAEs, SAEs on different cells or that do not fit, one named like a control, or no
             position at which all fire.
     """
-    check_choice("scale", scale, "coefficient", "matched_norm")
-    check_choice("kl", kl, "patched_base", "base_patched")
     random = tuple(dict.fromkeys(as_list("random", random)))
-    for kind in random:
-        check_choice("random", kind, *swaps.RANDOM)
-    check_at_least(1, optional=True, max_firings=max_firings)
-    check_at_least(0, skip_positions=skip_positions, seed=seed)
     if not isinstance(saes, Mapping):
         raise WriteSAEError(
             f"saes must be a dict of names and SAEs, got a {type(saes).__name__}: {{name: sae}}"
         )
     if not saes:
         raise WriteSAEError("there are no SAEs to compare: give one at least")
-    twice = set(saes) & {*swaps.RANDOM, DELETE}
+    twice = set(saes) & {*swaps.RANDOM, CONTROL}
     if twice:
         raise WriteSAEError(f"{', '.join(sorted(twice))} are names of controls: call the SAEs otherwise")
     first = next(iter(saes.values()))
@@ -113,11 +117,7 @@ def compare(
     ):
         raise WriteSAEError("the SAEs fire, but at no position all of them: compare fewer at a time")
     check_any_fires(sum(len(next(iter(f.values())).position) for f in shared), sum(map(len, kept)), passages)
-    run = Run(
-        "comparison", model, list(saes.values()), passages, progress_folder, verbose, names=list(saes),
-        random=list(random), scale=scale, kl=kl, max_firings=max_firings, skip_positions=skip_positions,
-        seed=seed,
-    )  # fmt: skip
+    run = Run("compare", model, list(saes.values()), passages, locals(), names=list(saes))
 
     def test(n: int) -> pd.DataFrame:
         how = random, scale, kl, generator(seed, n)
@@ -139,7 +139,7 @@ def _shared(firings: Mapping[str, Firings]) -> dict[str, Firings]:
     common = next(iter(firings.values())).position
     for f in firings.values():
         common = common[torch.isin(common, f.position)]
-    return {name: Firings(*(x[torch.isin(f.position, common)] for x in f)) for name, f in firings.items()}
+    return {name: f.subset(torch.isin(f.position, common)) for name, f in firings.items()}
 
 
 @torch.no_grad()
@@ -155,10 +155,10 @@ def _test(
     kl: str,
     rng: torch.Generator,
 ) -> pd.DataFrame:
-    firings = {name: Firings(*(x[kept] for x in f)) for name, f in every.items()}
+    firings = {name: f.subset(kept) for name, f in every.items()}
     first = next(iter(firings.values()))
     native, conditions, about = swaps.native(first), {}, {}
-    nothing = torch.full_like(first.atom, NONE), torch.full_like(first.coefficient, float("nan"))
+    nothing = torch.full_like(first.atom, NO_ATOM), torch.full_like(first.coefficient, float("nan"))
     for name, sae in saes.items():
         f = firings[name]
         atoms = atom_factors(sae, f.atom, cell.d_k, cell.d_v)
@@ -169,11 +169,8 @@ def _test(
     for kind in random:
         drawn = swaps.random_like(kind, *next(iter(zip(saes.values(), every.values()))), kept, cell, rng)
         conditions[kind], about[kind] = swaps.with_norm(drawn, norm), nothing
-    conditions[DELETE], about[DELETE] = swaps.zeros_like(native), nothing
-    found = swaps.swapped_logits(model, cell, tokens, first.position, list(conditions.values()))
-    kls = torch.cat(
-        [torch.stack([swaps.divergence(p, base, kl) for p in patched]) for base, patched in found], dim=1
-    )
+    conditions[CONTROL], about[CONTROL] = swaps.zeros_like(native), nothing
+    kls = swaps.divergences(model, cell, tokens, first.position, list(conditions.values()), kl)
     frames = [
         pd.DataFrame(
             {
@@ -195,12 +192,12 @@ def _test(
 def _table(
     records: pd.DataFrame, saes: list[str], random: list[str], coverage: dict[str, float]
 ) -> list[dict[str, Any]]:
-    groups = {name: records.loc[records["name"] == name] for name in (*saes, *random, DELETE)}
-    first, delete = groups[saes[0]]["kl"].to_numpy(), groups[DELETE]["kl"].median()
+    groups = {name: records.loc[records["name"] == name] for name in (*saes, *random, CONTROL)}
+    first, delete = groups[saes[0]]["kl"].to_numpy(), groups[CONTROL]["kl"].median()
     table = []
     for name, part in groups.items():
         wins = (part["kl"] < part["kl_delete"]).to_numpy()
-        is_delete = name == DELETE
+        is_delete = name == CONTROL
         table.append(
             {
                 "name": name,
@@ -214,3 +211,32 @@ def _table(
             }
         )
     return table
+
+
+@figure("compare")
+def plot_compare(result: ExperimentResult) -> Figure:
+    """Win rate with its interval, and the distribution of KL, of every stand-in."""
+    records, table = result.records, result.summary["table"]
+    figure, (rates, spread) = new_figure(11.0, 0.9 + 0.42 * len(table), 2)
+    saes = set(result.summary["names"])
+    names = [row["name"] for row in table][::-1]
+    for place, row in enumerate(reversed(table)):
+        color = ATOM if row["name"] in saes else DELETE if row["name"] == "delete" else RANDOM
+        if row["win_rate"] is not None:
+            rates.plot(row["win_rate_ci"], [place, place], color=color, lw=2)
+            rates.plot([row["win_rate"]], [place], "o", color=color)
+            rates.text(1.02, place, f"{row['win_rate']:.1%}", va="center", fontsize=9)
+        logs = np.log10(records.loc[records["name"] == row["name"], "kl"].clip(lower=KL_FLOOR))
+        box = spread.boxplot([logs], positions=[place], orientation="horizontal", showfliers=False,
+                             widths=0.55, patch_artist=True)  # fmt: skip
+        box["boxes"][0].set(facecolor=color, alpha=0.4)
+        box["medians"][0].set(color=INK)
+    rates.axvline(0.5, color=INK, lw=0.8, ls="--")
+    rates.set(xlim=(0, 1))
+    rates.set_xlabel("win rate against deletion")
+    rates.set_title(f"{result.summary['n_firings']:,} shared firings", fontsize=11, loc="left")
+    spread.set_xlabel("log10 KL to the native distribution (nats)")
+    spread.set_title("How far from native", fontsize=11, loc="left")
+    for axis in (rates, spread):
+        axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    return figure

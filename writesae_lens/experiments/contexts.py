@@ -4,37 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Site
-from writesae_lens.experiments.inputs import (
-    Firings,
-    activity,
-    atom_factors,
-    check_any_fires,
-    check_at_least,
-    find_passages,
-    find_site,
-    native_cosines,
-)
+from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.firings import Firings, activity, atom_factors, check_any_fires, native_cosines
+from writesae_lens.experiments.options import Count, Natural
+from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
+from writesae_lens.experiments.subjects import find_site
+from writesae_lens.figures import ATOM, new_figure
 
 
+@experiment(
+    "contexts",
+    paper=11,
+    question="In which contexts is each atom most active?",
+    row="an atom and position",
+    table=("n_atoms_active", "token_purity"),
+    max_passages=64,
+)
 def top_contexts(
     model: HookedRecurrent,
     sae: SAE[Any],
     tokens: Int[Tensor, "passage pos"] | str,
-    n_contexts: int = 8,
-    before: int = 16,
-    after: int = 4,
-    context_size: int | None = None,
-    seed: int = 0,
+    n_contexts: Count = 8,
+    before: Natural = 16,
+    after: Natural = 4,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -61,13 +67,8 @@ def top_contexts(
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, or no atom is active.
     """
-    check_at_least(1, n_contexts=n_contexts)
-    check_at_least(0, before=before, after=after, seed=seed)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    run = Run(
-        "contexts", model, sae, passages, progress_folder, verbose,
-        n_contexts=n_contexts, before=before, after=after,
-    )  # fmt: skip
+    run = Run("contexts", model, sae, passages, locals())
 
     def read(n: int) -> pd.DataFrame:
         return _strongest(model, sae, site, passages[n], n_contexts).assign(passage=n)
@@ -148,3 +149,19 @@ def _summarize(records: pd.DataFrame, d_sae: int) -> dict[str, Any]:
         "n_atoms_never_active": d_sae - alive,
         "token_purity": float(purity.mean()) if len(purity) else None,
     }
+
+
+@figure("contexts")
+def plot_contexts(result: ExperimentResult) -> Figure:
+    """How pure in tokens the atoms' strongest contexts are, and how strong they are."""
+    records = result.records
+    figure, (purity, strength) = new_figure(9.0, 3.8, 2)
+    shares = records.groupby("atom").token.agg(lambda t: t.value_counts().iloc[0] / len(t))
+    purity.hist(shares[records.groupby("atom").size() > 1], bins=list(np.linspace(0, 1, 21)), color=ATOM)
+    purity.set(xlabel="share of the most common token", ylabel="atoms", xlim=(0, 1))
+    purity.set_title("Top contexts of an atom on one token", fontsize=11, loc="left")
+    first = records[records["rank"] == 1]
+    strength.scatter(first.cosine, first.coefficient, s=6, alpha=0.4, lw=0, color=ATOM, rasterized=True)
+    strength.set(xlabel="cosine to the native write there", ylabel="largest coefficient", yscale="log")
+    strength.set_title("Each atom's strongest position", fontsize=11, loc="left")
+    return figure

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens.experiments.inputs import LOGITS_PER_PASS
+from writesae_lens.experiments.passes import LOGITS_PER_PASS
 
 Added = Float[Tensor, "row pos d_k d_v"]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -15,38 +16,46 @@ from tqdm.auto import tqdm
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
-from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
-from writesae_lens.experiments.inputs import (
+from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.firings import (
     Activity,
     Firings,
     activity,
     atom_factors,
-    busiest_atom,
-    check_all_positive,
-    check_at_least,
     check_atom,
-    find_passages,
-    find_site,
-    token_id,
+    choose_atom,
 )
+from writesae_lens.experiments.options import Count, Natural, Positive
+from writesae_lens.experiments.passages import find_passages, token_id
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.subjects import find_site
+from writesae_lens.figures import ATOM, DELETE, INK, RANDOM, new_figure
 
 DOSES = (0.25, 0.5, 1.0, 2.0)
 CONDITIONS = ("firing", "elsewhere", "random")
 
 
+@experiment(
+    "erase",
+    paper=5,
+    question="What does the token that an atom promotes lose when the atom is taken out of the writes?",
+    row="a position, condition and dose",
+    table=("median_delta_logp_firing", "median_delta_logp_elsewhere", "median_delta_logp_random"),
+    max_passages=64,
+    former_names=("erasure",),
+)
 def erase_atom(
     model: HookedRecurrent,
     sae: SAE[Any],
     tokens: Int[Tensor, "passage pos"] | str,
     atom: int | None = None,
     token: int | str | None = None,
-    doses: tuple[float, ...] = DOSES,
-    max_firings: int | None = 500,
-    context_size: int | None = None,
-    seed: int = 0,
+    doses: tuple[Positive, ...] = DOSES,
+    max_firings: Count | None = 500,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -86,9 +95,6 @@ def erase_atom(
         WriteSAEError: SAE and cell do not fit, the atom does not exist or is active nowhere, or ``token`` is
             not a single token.
     """
-    check_all_positive(doses=doses)
-    check_at_least(0, seed=seed)
-    check_at_least(1, optional=True, max_firings=max_firings)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     check_atom(sae, atom)
     watched = None if token is None else token_id(model, token)
@@ -96,9 +102,7 @@ def erase_atom(
         activity(model, sae, site, passage)
         for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)
     ]
-    chosen = busiest_atom(found, passages) if atom is None else int(atom)
-    if not any(bool((x.acts[:, chosen] > 0).any()) for x in found):
-        raise WriteSAEError(f"atom {chosen} is active at no position of these {len(passages)} passages")
+    chosen = choose_atom(atom, found, passages)
     firings, elsewhere = _positions(found, chosen, max_firings, seed)
     every = torch.cat([torch.full_like(f.position, n) for n, f in enumerate(firings)])
     # Every other firing chooses the token, the rest are tested; the lone firing does both.
@@ -107,21 +111,18 @@ def erase_atom(
         if watched is None and len(every) > 1
         else every >= 0
     )
-    tested = [Firings(*(x[tests[every == n]] for x in f)) for n, f in enumerate(firings)]
+    tested = [f.subset(tests[every == n]) for n, f in enumerate(firings)]
     if watched is None:
         chooses = ~tests if len(every) > 1 else tests
         fall = 0
         for n, f in enumerate(firings):
-            part = Firings(*(x[chooses[every == n]] for x in f))
+            part = f.subset(chooses[every == n])
             if len(part.position):
                 fall = fall + _fall(model, sae, site.cell, passages[n], part)
         assert isinstance(fall, Tensor)
         watched = int(fall.argmax())
-    run = Run(
-        "erasure", model, sae, passages, progress_folder, verbose,
-        atom=chosen, preferred_token=watched, doses=list(doses), max_firings=max_firings,
-        token_given=token is not None, seed=seed,
-    )  # fmt: skip
+    about = {"atom": chosen, "preferred_token": watched, "token_given": token is not None}
+    run = Run("erase", model, sae, passages, locals(), **about)
 
     def erase(n: int) -> pd.DataFrame:
         rng, parts = generator(seed, n), []
@@ -254,3 +255,33 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
         found["median_delta_logp_by_dose"] = {f"{d:g}": float(x) for d, x in by_dose.items()}
         summary |= {f"{name}_{condition}": value for name, value in found.items()}
     return summary
+
+
+@figure("erase")
+def plot_erase(result: ExperimentResult) -> Figure:
+    """Change of the watched token's log-probability by condition, and its median by dose."""
+    records, summary = result.records, result.summary
+    figure, (spread, doses) = new_figure(10.0, 4.0, 2)
+    colors = {"firing": ATOM, "elsewhere": DELETE, "random": RANDOM}
+    names = [name for name in colors if summary[f"n_{name}"]]
+    at = records[records.dose == summary["dose"]]
+    groups = [at.loc[at.condition == name, "delta_logp"] for name in names]
+    boxes = spread.boxplot(groups, tick_labels=names, showfliers=False, patch_artist=True, widths=0.5)
+    for box, name in zip(boxes["boxes"], names, strict=True):
+        box.set(facecolor=colors[name], alpha=0.4)
+    for line in boxes["medians"]:
+        line.set(color=INK)
+    spread.axhline(0, color=INK, lw=0.8, ls="--")
+    token = summary["preferred_token_text"] or summary["preferred_token"]
+    spread.set_ylabel(f"change of log p of {token!r} (nats)")
+    interval = statistics.between(summary["delta_logp_ci_firing"], "+.3f")
+    title = f"Atom {summary['atom']} erased: {summary['median_delta_logp_firing']:+.3f}"
+    spread.set_title(f"{title}{interval}", fontsize=11, loc="left")
+    for name in names:
+        medians = summary[f"median_delta_logp_by_dose_{name}"]
+        doses.plot([float(d) for d in medians], list(medians.values()), "o-", color=colors[name], label=name)
+    doses.axhline(0, color=INK, lw=0.8, ls="--")
+    doses.set_xlabel("dose (multiples of what the atom writes)")
+    doses.set_title("Median change by dose", fontsize=11, loc="left")
+    doses.legend(frameon=False, fontsize=9)
+    return figure

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 
@@ -15,39 +16,41 @@ from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import (
-    LOGITS_PER_PASS,
-    activity,
-    alive_atoms,
-    atom_factors,
-    cache_of,
-    check_all_positive,
-    check_at_least,
-    check_choice,
-    find_passages,
-    find_site,
-    median_write_norm,
-    unembedding_directions,
-)
+from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
+from writesae_lens.experiments.options import Count, Natural, Positive
+from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passes import LOGITS_PER_PASS, cache_of, unembedding_directions
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
+from writesae_lens.experiments.subjects import find_site
+from writesae_lens.figures import ATOM, DELETE, INK, new_figure
 from writesae_lens.saes.rank1 import Factors, leading_pairs
 
 EPSILONS = (0.1, 0.3, 1.0, 3.0)
 
 
+@experiment(
+    "formula",
+    paper=4,
+    question="Does the logit formula predict how an added atom shifts later logits?",
+    row="a prediction: one passage, atom, size, token and horizon",
+    table=("median_r2", "median_r2_by_eps.0.1", "median_r2_by_eps.1"),
+    max_passages=16,
+    context_size=64,
+)
 def logit_formula_test(
     model: HookedRecurrent,
     sae: SAE[Any],
     tokens: Int[Tensor, "passage pos"] | str,
     form: Literal["exact", "gate_product"] = "exact",
-    epsilons: tuple[float, ...] = EPSILONS,
+    epsilons: tuple[Positive, ...] = EPSILONS,
     eps_unit: Literal["write_norm", "absolute"] = "write_norm",
-    n_atoms: int = 50,
-    n_tokens: int = 5,
-    max_horizon: int = 16,
-    context_size: int | None = None,
-    seed: int = 0,
+    n_atoms: Count = 50,
+    n_tokens: Count = 5,
+    max_horizon: Natural = 16,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -84,11 +87,6 @@ def logit_formula_test(
     Raises:
         WriteSAEError: SAE and cell do not fit, the text or a passage is too short, or no atom fires.
     """
-    check_choice("form", form, "exact", "gate_product")
-    check_choice("eps_unit", eps_unit, "write_norm", "absolute")
-    check_all_positive(epsilons=epsilons)
-    check_at_least(1, n_atoms=n_atoms, n_tokens=n_tokens)
-    check_at_least(0, max_horizon=max_horizon, seed=seed)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     if passages.shape[1] <= max_horizon:
         raise WriteSAEError(
@@ -97,17 +95,12 @@ def logit_formula_test(
         )
     n_tokens = min(n_tokens, model.cfg.d_vocab)
     found = [activity(model, sae, site, passage) for passage in passages]
-    alive = alive_atoms(found, passages)
     rng = torch.Generator().manual_seed(seed)
-    chosen = alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
+    chosen = draw_atoms(found, passages, n_atoms, rng)
     positions = torch.randint(0, passages.shape[1] - max_horizon, (len(passages),), generator=rng).tolist()
     atoms = leading_pairs(atom_factors(sae, chosen.to(passages.device), site.cell.d_k, site.cell.d_v))
     unit = median_write_norm(found) if eps_unit == "write_norm" else 1.0
-    run = Run(
-        "formula", model, sae, passages, progress_folder, verbose, form=form, epsilons=list(epsilons),
-        eps_unit=eps_unit, n_tokens=n_tokens, max_horizon=max_horizon, seed=seed, n_atoms=len(chosen),
-        unit=unit,
-    )  # fmt: skip
+    run = Run("formula", model, sae, passages, locals(), n_atoms=len(chosen), unit=unit)
     sizes = torch.tensor(epsilons, dtype=torch.float64) * unit
 
     def predict(n: int) -> pd.DataFrame:
@@ -244,3 +237,43 @@ def _summarize(records: pd.DataFrame) -> dict[str, Any]:
             f"{at:g}": median(x) for at, x in unfitted.groupby(level="epsilon")
         }
     return summary
+
+
+@figure("formula")
+def plot_formula(result: ExperimentResult) -> Figure:
+    """The paper's figure of the audit: predicted against measured shifts, and R2 by size and by horizon."""
+    records, summary = result.records, result.summary
+    figure, (scatter, sizes, horizons) = new_figure(13.0, 4.2, 3)
+    epsilons = sorted(records.epsilon.unique())
+    shades = [ATOM, "#67a9cf", "#ef8a62", DELETE]
+    for number, epsilon in reversed(list(enumerate(epsilons))):
+        part = records[records.epsilon == epsilon]
+        part = part.sample(min(len(part), 2000), random_state=0)
+        label, color = f"{epsilon:g}", shades[number % len(shades)]
+        scatter.scatter(part.predicted, part.measured, s=5, alpha=0.4, lw=0, color=color, label=label,
+                        rasterized=True)  # fmt: skip
+    ends = np.quantile(records.measured, [0.0, 1.0])
+    scatter.plot(ends, ends, color=INK, lw=1, ls="--")
+    linear = max(float(records.measured.abs().quantile(0.5)), 1e-12)
+    scatter.set_xscale("symlog", linthresh=linear)
+    scatter.set_yscale("symlog", linthresh=linear)
+    scatter.tick_params(axis="x", labelrotation=45)
+    scatter.set_xlabel("predicted shift of the logit")
+    scatter.set_ylabel("measured shift of the logit")
+    r2 = summary["median_r2"]
+    title = "nothing moves" if r2 is None else f"median R² {r2:.4f}"
+    scatter.set_title(f"{summary['form']}: {title}", fontsize=11, loc="left")
+    scatter.legend(
+        frameon=False, fontsize=9, markerscale=3, title=f"size ({summary['eps_unit'].replace('_', ' ')}s)"
+    )
+    for axis, level, title in (
+        (sizes, "eps", "by size of what is added"),
+        (horizons, "horizon", "by horizon t − t0"),
+    ):
+        medians = {float(at): x for at, x in summary[f"median_r2_by_{level}"].items() if x is not None}
+        axis.plot(list(medians), [max(x, -1) for x in medians.values()], "o-", color=ATOM, lw=1.5)
+        axis.set(ylim=(min([0.0, *(max(x, -1) for x in medians.values())]) - 0.02, 1.02))
+        axis.axhline(1, color=INK, lw=0.8, ls="--")
+        axis.set_title(f"Median R² {title}", fontsize=11, loc="left")
+    sizes.set_xscale("log")
+    return figure

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor, nn
 
@@ -17,21 +18,15 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import Prefix, batches
-from writesae_lens.experiments.inputs import (
-    as_list,
-    check_all_positive,
-    check_at_least,
-    check_choice,
-    check_not_negative,
-    find_cell,
-    find_passages,
-    native_writes,
-    token_id,
-    unembedding_directions,
-)
+from writesae_lens.experiments.options import Count, Natural, NotNegative, Positive, as_list
+from writesae_lens.experiments.passages import find_passages, token_id
+from writesae_lens.experiments.passes import native_writes, unembedding_directions
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator, seed_of
+from writesae_lens.experiments.subjects import find_cell
+from writesae_lens.figures import ATOM, DELETE, RANDOM, new_figure
 
 # Of Adam, on factors of norm 1.
 _STEP = 0.1
@@ -44,19 +39,28 @@ STRATA = {
 }
 
 
+@experiment(
+    "install",
+    paper=7,
+    question="Can a token be installed by writing it into the memory?",
+    row="an edit: one prompt, target and magnitude",
+    table=("target_in_continuation", "native_target_in_continuation", "mean_lift", "mean_control_lift"),
+    max_passages=16,
+    context_size=64,
+)
 def install_tokens(
     model: HookedRecurrent,
     sae_or_cell: SAE[Any] | Cell | tuple[int, int],
     prompts: Int[Tensor, "passage pos"] | str,
     targets: Sequence[int | str] | int | str | None = None,
-    magnitude: float | Sequence[float] = 3.0,
-    positions: int = 3,
+    magnitude: Positive | Sequence[Positive] = 3.0,
+    positions: Count = 3,
     direction: Literal["jacobian", "unembedding"] = "jacobian",
-    n_refinements: int = 20,
-    n_tokens: int = 20,
-    temperature: float = 0.0,
-    context_size: int | None = None,
-    seed: int = 0,
+    n_refinements: Natural = 20,
+    n_tokens: Count = 20,
+    temperature: NotNegative = 0.0,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -109,11 +113,6 @@ def install_tokens(
     """
     magnitudes = tuple(np.ravel(magnitude).tolist())
     targets = [targets] if isinstance(targets, (int, str)) else targets
-    check_choice("direction", direction, "jacobian", "unembedding")
-    check_all_positive(magnitude=magnitudes)
-    check_at_least(1, positions=positions, n_tokens=n_tokens)
-    check_at_least(0, seed=seed, n_refinements=n_refinements)
-    check_not_negative(temperature=temperature)
     cell = find_cell(model, sae_or_cell)
     passages = find_passages(model, sae_or_cell, prompts, context_size)
     if passages.shape[1] <= positions:
@@ -124,11 +123,7 @@ def install_tokens(
     wanted = None if targets is None else [token_id(model, t) for t in as_list("targets", targets)]
     if wanted == []:
         raise WriteSAEError("there are no targets: give some, or None to draw them")
-    run = Run(
-        "install", model, cell, passages, progress_folder, verbose, targets=wanted,
-        magnitude=list(magnitudes), positions=positions, direction=direction, n_refinements=n_refinements,
-        n_tokens=n_tokens, temperature=temperature, seed=seed,
-    )  # fmt: skip
+    run = Run("install", model, cell, passages, locals(), targets=wanted, magnitude=list(magnitudes))
 
     n_rows = (len(STRATA) if wanted is None else len(wanted)) * len(magnitudes)
     groups = batches(len(passages), n_rows * (positions + n_tokens) * model.cfg.d_vocab)
@@ -328,3 +323,27 @@ def _rates(records: pd.DataFrame) -> dict[str, Any]:
         "mean_lift": float(records.lift.mean()),
         "mean_control_lift": float(records.control_lift.mean()),
     }
+
+
+@figure("install")
+def plot_install(result: ExperimentResult) -> Figure:
+    """Target in the continuation by stratum and by magnitude, installed, native and with a random write."""
+    summary = result.summary
+    figure, axes = new_figure(10.0, 4.0, 2)
+    bars = (("target", ATOM, summary["direction"]), ("control_target", RANDOM, "random write"),
+            ("native_target", DELETE, "native"))  # fmt: skip
+    for axis, column in zip(axes, ("stratum", "magnitude"), strict=True):
+        groups = summary[f"by_{column}"]
+        for shift, (name, color, label) in zip((-0.27, 0, 0.27), bars, strict=True):
+            heights = [group[f"{name}_in_continuation"] for group in groups.values()]
+            axis.bar(np.arange(len(groups)) + shift, heights, width=0.25, color=color, label=label)
+        names = [name.replace("_", " ") if column == "stratum" else f"{float(name):g} x" for name in groups]
+        axis.set_xticks(range(len(groups)), names)
+        axis.set(ylim=(0, 1.05), xlim=(-0.6, max(len(names), 3) - 0.4))  # one group is no wall of color
+        axis.set_title(f"By {column}", fontsize=11, loc="left")
+    axes[0].set_ylabel(f"target in the next {summary['n_tokens']} tokens")
+    axes[1].legend(frameon=False, fontsize=9)
+    low, high = summary["target_in_continuation_ci"]
+    said = f"Target said in {summary['target_in_continuation']:.1%} of {summary['n_installs']:,} installs"
+    figure.suptitle(f"{said} ({low:.1%} to {high:.1%})", fontsize=11, x=0.02, ha="left")
+    return figure

@@ -7,41 +7,47 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Int
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sae_lens import SAE
+from scipy import stats
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import (
-    as_list,
-    atom_factors,
-    check_any_fires,
-    check_at_least,
-    find_firings,
-    find_passages,
-    find_site,
-    is_number,
-    native_cosines,
-)
+from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.firings import atom_factors, check_any_fires, find_firings, native_cosines
+from writesae_lens.experiments.options import Count, Natural
+from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
+from writesae_lens.experiments.subjects import find_site
+from writesae_lens.figures import ATOM, DELETE, INK, new_figure
 
+CLASS_COLORS = {"register": ATOM, "bundle": DELETE}
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
+@experiment(
+    "partition",
+    paper=3,
+    question="Which atoms look like native writes (registers), and which less so (bundles)?",
+    row="an atom of the dictionary",
+    table=("n_register", "n_bundle", "n_dead", "delta_bic", "register_median_cosine"),
+    max_passages=64,
+)
 def partition_atoms(
     model: HookedRecurrent,
     sae: SAE[Any],
     tokens: Int[Tensor, "passage pos"] | str,
-    min_firings: int = 1,
+    min_firings: Count = 1,
     thresholds: tuple[float, ...] = THRESHOLDS,
-    orders: tuple[int, ...] = (1, 2, 3, 4),
-    n_seeds: int = 10,
-    skip_positions: int = 0,
-    context_size: int | None = None,
-    seed: int = 0,
+    orders: tuple[Count, ...] = (1, 2, 3, 4),
+    n_seeds: Count = 10,
+    skip_positions: Natural = 0,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -83,14 +89,8 @@ def partition_atoms(
         WriteSAEError: SAE and cell do not fit, the text is too short, no atom fires, or none
             ``min_firings`` times.
     """
-    check_at_least(1, min_firings=min_firings, n_seeds=n_seeds)
-    for order in as_list("orders", orders):
-        check_at_least(1, orders=order)
-    if not all(is_number(x) for x in as_list("thresholds", thresholds)):
-        raise WriteSAEError(f"thresholds must be numbers, got {thresholds}")
-    check_at_least(0, skip_positions=skip_positions, seed=seed)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    run = Run("partition", model, sae, passages, progress_folder, verbose)
+    run = Run("partition", model, sae, passages, locals(), parts_depend_on_options=False)
 
     def align(n: int) -> pd.DataFrame:
         found = find_firings(model, sae, site, passages[n])
@@ -113,10 +113,6 @@ def partition_atoms(
         "n_firings": len(kept),
         "n_passages": len(passages),
         **_summarize(records, cosines, split, thresholds, orders, n_seeds, seed),
-        "min_firings": min_firings,
-        "n_seeds": n_seeds,
-        "skip_positions": skip_positions,
-        "seed": seed,
     }
     delta = summary["delta_bic"]
     headline = (
@@ -176,3 +172,55 @@ def _summarize(
         name: list(getattr(split, name)) for name in ("weights", "means", "deviations")
     }
     return summary
+
+
+@figure("partition")
+def plot_partition(result: ExperimentResult) -> Figure:
+    """Median cosines by class under the mixture's densities; registers by threshold; BIC by order."""
+    records, summary = result.records, result.summary
+    figure, (histogram, sweep, orders) = new_figure(13.0, 4.0, 3)
+    alive = records[records["class"].isin(list(CLASS_COLORS))]
+    low, high = alive.median_cosine.min(), alive.median_cosine.max()
+    margin = 0.05 * (high - low) + 0.01
+    bins = np.linspace(low - margin, high + margin, 41)
+    histogram.hist(
+        [alive.loc[alive["class"] == name, "median_cosine"] for name in CLASS_COLORS],
+        bins=list(bins), stacked=True, color=list(CLASS_COLORS.values()), alpha=0.55,
+        label=[f"{name} ({summary[f'n_{name}']:,})" for name in CLASS_COLORS],
+    )  # fmt: skip
+    mixture, threshold = summary["mixture"], summary["threshold"]
+    if mixture:
+        grid = np.linspace(bins[0], bins[-1], 400)
+        unit = len(alive) * (bins[1] - bins[0])
+        components = zip(*(mixture[name] for name in ("weights", "means", "deviations")), strict=True)
+        curves = [unit * w * stats.norm.pdf(grid, m, d) for w, m, d in components]
+        for curve, color in zip(curves, (DELETE, ATOM), strict=True):
+            histogram.plot(grid, curve, color=color, lw=1.8)
+        histogram.plot(grid, sum(curves), color=INK, lw=1, ls=":", label="mixture")
+    if threshold is not None:
+        for axis in (histogram, sweep):
+            axis.axvline(threshold, color=INK, lw=1, ls="--", label=f"posterior 1/2 at {threshold:.2f}")
+    histogram.set_xlim(bins[0], bins[-1])
+    histogram.set_xlabel("median cosine of the atom to the native write")
+    histogram.set_ylabel("atoms")
+    title = (
+        f"{summary['n_register']:,} registers, {summary['n_bundle']:,} bundles, {summary['n_dead']:,} dead"
+    )
+    histogram.set_title(title, fontsize=11, loc="left")
+    histogram.legend(frameon=False, fontsize=9, loc="upper left")
+
+    counts = summary["n_register_by_threshold"]
+    sweep.plot([float(t) for t in counts], list(counts.values()), "o-", color=ATOM, lw=1.5)
+    sweep.set(ylim=(0, None))
+    sweep.set_xlabel("cosine threshold in the mixture's place")
+    sweep.set_ylabel("registers")
+    sweep.set_title("Registers by threshold", fontsize=11, loc="left")
+
+    bic = summary["bic_by_order"]
+    orders.plot(list(bic), list(bic.values()), "o-", color=ATOM, lw=1.5)
+    orders.set_xlabel("components of the mixture")
+    orders.set_ylabel("BIC (lower is better)")
+    delta = summary["delta_bic"]
+    said = "no mixture could be fitted" if delta is None else f"two against one {delta:+,.1f}"
+    orders.set_title(f"BIC by order: {said}", fontsize=11, loc="left")
+    return figure

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pandas as pd
 from jaxtyping import Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import check_at_least
-from writesae_lens.experiments.partition import class_names
+from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment, figure
+from writesae_lens.experiments.options import Count, Natural
+from writesae_lens.experiments.partition import CLASS_COLORS, class_names
 from writesae_lens.experiments.replace import replacement_test
 from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.experiments.run import MEASURED_ON
+from writesae_lens.figures import INK, RANDOM, new_figure
 
 
+@experiment(
+    "population",
+    paper=2,
+    question="How often does each atom win the replacement test, and which atoms win more often?",
+    row="an atom",
+    table=("mean_win_rate", "n_atoms"),
+    max_passages=64,
+    passes_on="replace",
+)
 def population_test(
     model: HookedRecurrent,
     sae: SAE[Any],
     tokens: Int[Tensor, "passage pos"] | str,
-    max_firings_per_atom: int | None = 30,
-    min_firings: int = 5,
-    seed: int = 0,
+    max_firings_per_atom: Count | None = 30,
+    min_firings: Count = 5,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
     **options: Any,
@@ -60,8 +72,6 @@ def population_test(
     Raises:
         WriteSAEError: as `replacement_test`, or no atom has ``min_firings`` tested firings.
     """
-    check_at_least(1, min_firings=min_firings)
-    check_at_least(1, optional=True, max_firings_per_atom=max_firings_per_atom)
     if max_firings_per_atom is not None and min_firings > max_firings_per_atom:
         raise WriteSAEError(
             f"min_firings={min_firings} is above max_firings_per_atom={max_firings_per_atom}, so no atom "
@@ -90,18 +100,13 @@ def population_test(
         )
     split = statistics.split_in_two(records.median_cosine, seed)
     records["class"] = None if split is None else class_names(split)
-    known = inspect.signature(replacement_test).parameters.keys() | {
-        "architecture",
-        "hook_name",
-        "sae_fingerprints",
-    }
     summary = {
         **_summarize(records, seed),
         "n_atoms_too_rare": len(by_atom) - len(records),
         "n_atoms_never_dominant": tested.summary["n_atoms_never_dominant"],
+        **{name: tested.summary[name] for name in (*MEASURED_ON, *EXPERIMENTS["replace"].own_options)},
         "experiment": "population",
         "min_firings": min_firings,
-        **{name: value for name, value in tested.summary.items() if name in known},
     }
     interval = statistics.between(summary["mean_win_rate_ci"], ".1%")
     headline = f"mean win rate {summary['mean_win_rate']:.1%}{interval}, {len(records)} atoms"
@@ -130,3 +135,30 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     summary["win_rate_by_cosine_quintile"] = statistics.mean_by_part(rate, cosine, 5)
     summary["cosine_by_quintile"] = statistics.mean_by_part(cosine, cosine, 5)
     return summary
+
+
+@figure("population")
+def plot_population(result: ExperimentResult) -> Figure:
+    """Each atom's win rate against its median cosine, by class, with the means of fifths of the atoms."""
+    records, summary = result.records, result.summary
+    figure, (axis,) = new_figure(6.4, 4.4, 1)
+    classes = records["class"].fillna("not divided")
+    for name in sorted(classes.unique(), reverse=True):
+        part = records[classes == name]
+        axis.scatter(
+            part.median_cosine, part.win_rate, s=4 + 1.2 * part.n_firings.clip(upper=60), alpha=0.5, lw=0,
+            color=CLASS_COLORS.get(name, RANDOM), rasterized=True,
+            label=f"{name}: {len(part):,} atoms, mean {part.win_rate.mean():.1%}",
+        )  # fmt: skip
+    fifths = [summary["cosine_by_quintile"], summary["win_rate_by_cosine_quintile"]]
+    points = [pair for pair in zip(*fifths, strict=True) if None not in pair]
+    axis.plot(*zip(*points, strict=True), "o-", color=INK, lw=1.5, ms=4, label="fifths of the atoms")
+    axis.axhline(0.5, color=INK, lw=0.8, ls="--")
+    axis.set(ylim=(-0.03, 1.03))
+    axis.set_xlabel("median cosine of the atom to the native write")
+    axis.set_ylabel("win rate of the atom")
+    interval = statistics.between(summary["mean_win_rate_ci"], ".1%")
+    title = f"The mean atom wins at {summary['mean_win_rate']:.1%} of its firings"
+    axis.set_title(f"{title}\n95% interval{interval or ': none, for one atom'}", fontsize=11, loc="left")
+    axis.legend(frameon=False, fontsize=9, loc="lower left")
+    return figure

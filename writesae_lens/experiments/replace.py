@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
+from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,23 +18,32 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
-from writesae_lens.experiments.inputs import (
+from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.firings import (
     Firings,
     atom_factors,
     check_any_fires,
-    check_at_least,
-    check_choice,
     find_firings,
-    find_passages,
-    find_site,
     native_cosines,
 )
+from writesae_lens.experiments.options import Count, Natural
+from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.subjects import find_site
+from writesae_lens.figures import ATOM, DELETE, INK, KL_FLOOR, RANDOM, new_figure
 
 CONDITIONS = ("atom", "delete", "random")
 
 
+@experiment(
+    "replace",
+    paper=1,
+    question="Can its atoms take the place of native writes?",
+    row="a firing",
+    table=("win_rate", "strict_chain_rate", "median_kl_atom", "median_kl_delete", "median_cosine"),
+    former_names=("replacement",),
+)
 def replacement_test(
     model: HookedRecurrent,
     sae: SAE[Any],
@@ -41,11 +52,11 @@ def replacement_test(
     random: Literal["gaussian", "atom", "orthogonal", "native_marginals"] = "gaussian",
     kl: Literal["patched_base", "base_patched"] = "patched_base",
     replaces: Literal["write", "update"] = "write",
-    max_firings: int | None = None,
-    max_firings_per_atom: int | None = None,
-    skip_positions: int = 0,
-    context_size: int | None = None,
-    seed: int = 0,
+    max_firings: Count | None = None,
+    max_firings_per_atom: Count | None = None,
+    skip_positions: Natural = 0,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -85,12 +96,6 @@ def replacement_test(
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, or no atom fires.
     """
-    check_choice("scale", scale, "coefficient", "matched_norm")
-    check_choice("random", random, *swaps.RANDOM)
-    check_choice("kl", kl, "patched_base", "base_patched")
-    check_choice("replaces", replaces, "write", "update")
-    check_at_least(1, optional=True, max_firings=max_firings, max_firings_per_atom=max_firings_per_atom)
-    check_at_least(0, skip_positions=skip_positions, seed=seed)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     firings = [
         find_firings(model, sae, site, passage)
@@ -98,11 +103,7 @@ def replacement_test(
     ]
     kept = thin(firings, skip_positions, max_firings, max_firings_per_atom, seed)
     check_any_fires(sum(len(f.position) for f in firings), sum(map(len, kept)), passages)
-    run = Run(
-        "replacement", model, sae, passages, progress_folder, verbose, scale=scale, random=random, kl=kl,
-        replaces=replaces, max_firings=max_firings, max_firings_per_atom=max_firings_per_atom,
-        skip_positions=skip_positions, seed=seed,
-    )  # fmt: skip
+    run = Run("replace", model, sae, passages, locals())
 
     def test(n: int) -> pd.DataFrame:
         how = (scale, random, kl, replaces)
@@ -155,14 +156,13 @@ def _test_passage(
     replaces: str,
     rng: torch.Generator,
 ) -> pd.DataFrame:
-    firings = Firings(*(x[kept] for x in every))
+    firings = every.subset(kept)
     atoms, native = atom_factors(sae, firings.atom, cell.d_k, cell.d_v), swaps.native(firings)
     norm = atoms.norm().clamp(min=1e-30)
     size = firings.coefficient if scale == "coefficient" else native.norm() / norm
     other = swaps.with_norm(swaps.random_like(random, sae, every, kept, cell, rng), size * norm)
     conditions = [swaps.scaled(atoms, size), swaps.zeros_like(atoms), other]
-    found = swaps.swapped_logits(model, cell, tokens, firings.position, conditions, erase=replaces == "write")
-    kls = [torch.stack([swaps.divergence(p, base, kl) for p in patched]) for base, patched in found]
+    kls = swaps.divergences(model, cell, tokens, firings.position, conditions, kl, erase=replaces == "write")
     columns: dict[str, Any] = {
         "passage": number,
         "position": firings.position.cpu().numpy(),
@@ -172,8 +172,7 @@ def _test_passage(
         "write_norm": native.norm().cpu().numpy().astype(float),
         "cosine": native_cosines(firings, atoms).cpu().numpy().astype(float),
     }
-    table = torch.cat(kls, dim=1).cpu().numpy()
-    columns |= {f"kl_{name}": table[i] for i, name in enumerate(CONDITIONS)}
+    columns |= {f"kl_{name}": kls[i].cpu().numpy() for i, name in enumerate(CONDITIONS)}
     return pd.DataFrame(columns)
 
 
@@ -204,3 +203,77 @@ def _summarize(records: pd.DataFrame, d_sae: int, seed: int) -> dict[str, Any]:
     summary["median_cosine"] = float(records.cosine.median())
     summary["median_write_norm"] = float(records.write_norm.median())
     return summary
+
+
+@figure("replace")
+def plot_replacement(result: ExperimentResult) -> Figure:
+    """The paper's figure 3: KL of atom against deletion with y = x, and the density of their log ratio."""
+    records, summary = result.records, result.summary
+    atom, delete, other = (
+        records[f"kl_{n}"].to_numpy().clip(min=KL_FLOOR) for n in ("atom", "delete", "random")
+    )
+    figure, (scatter, density) = new_figure(10.0, 4.4, 2)
+    wins = atom < delete
+    for mask, color, label in ((wins, ATOM, "atom nearer"), (~wins, DELETE, "deletion nearer")):
+        scatter.scatter(
+            delete[mask], atom[mask], s=7, alpha=0.45, lw=0, color=color, rasterized=True,
+            label=f"{label} ({mask.mean():.1%})",
+        )  # fmt: skip
+    both = np.concatenate([atom, delete])
+    ends = [both.min() / 2, both.max() * 2]
+    scatter.plot(ends, ends, color=INK, lw=1, ls="--")
+    scatter.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    scatter.set_xlabel("KL, write deleted (nats)")
+    scatter.set_ylabel("KL, atom in its place (nats)")
+    low, high = summary["win_rate_ci"]
+    title = f"The atom wins at {summary['win_rate']:.1%} of {summary['n_firings']:,} firings"
+    scatter.set_title(f"{title}\n95% interval {low:.1%} to {high:.1%}", fontsize=11, loc="left")
+    scatter.legend(frameon=False, fontsize=9, loc="upper left")
+
+    for values, color, label in (
+        (np.log10(atom / delete), ATOM, "atom / delete"),
+        (np.log10(other / delete), RANDOM, "random / delete"),
+    ):
+        low, high = np.quantile(values, [0.002, 0.998])
+        grid = np.linspace(low - 0.3, high + 0.3, 300)
+        if np.ptp(values) > 0:
+            curve = stats.gaussian_kde(values)(grid)
+            density.plot(grid, curve, color=color, lw=2)
+            density.fill_between(grid, curve, alpha=0.18, color=color, lw=0)
+        density.axvline(np.median(values), color=color, lw=1, ls=":")
+        density.plot([], [], color=color, lw=2, label=f"{label}, median x{10 ** np.median(values):.2f}")
+    density.axvline(0, color=INK, lw=1, ls="--")
+    density.set(ylim=(0, None), yticks=[])
+    density.spines["left"].set_visible(False)
+    density.set_xlabel("log10 of the ratio of KLs (left of 0: nearer to native than deletion)")
+    density.set_title("How much nearer", fontsize=11, loc="left")
+    low, high = density.get_ylim()
+    density.set_ylim(low, high * 1.22)  # room for the legend above the curves
+    density.legend(frameon=False, fontsize=9, loc="upper left")
+    return figure
+
+
+@figure("replace", stem="replace_by_effect")
+def plot_replacement_by_effect(result: ExperimentResult) -> Figure:
+    """Where the atom fails: win rate by quartile of the deletion's effect, and by cosine to the write."""
+    records, summary = result.records, result.summary
+    wins = (records.kl_atom < records.kl_delete).to_numpy()
+    figure, (effect, cosine) = new_figure(10.0, 3.6, 2)
+    rates = [rate or 0 for rate in summary["win_rate_by_effect_quartile"]]
+    effect.bar(range(4), rates, color=ATOM, width=0.7)
+    for i, rate in enumerate(rates):
+        effect.text(i, rate + 0.015, f"{rate:.0%}", ha="center", fontsize=9, color=INK)
+    effect.set_xticks(range(4), ["smallest", "2nd", "3rd", "largest"])
+    effect.set_xlabel("quarter of the firings by the deletion's KL")
+    effect.set_title("Win rate by what the write matters", fontsize=11, loc="left")
+
+    order = np.argsort(records.cosine.to_numpy())
+    bins = [b for b in np.array_split(order, min(10, len(order))) if len(b)]
+    centers = [records.cosine.to_numpy()[b].mean() for b in bins]
+    cosine.plot(centers, [wins[b].mean() for b in bins], "o-", color=ATOM, lw=1.5)
+    cosine.set_xlabel("cosine of the atom to the native write (tenths of the firings)")
+    cosine.set_title("Win rate by alignment", fontsize=11, loc="left")
+    for axis in (effect, cosine):
+        axis.set_ylim(0, 1.05)
+        axis.axhline(0.5, color=INK, lw=0.8, ls="--")
+    return figure

@@ -1,4 +1,4 @@
-"""What every experiment returns, and how a long one resumes."""
+"""The result of an experiment, its files, and the finished parts that a long experiment resumes from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import csv
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hooked_models.errors import one_line
-from writesae_lens import figures
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.catalogue import EXPERIMENTS, find_experiment
 
 RECORDS, SUMMARY, SETTINGS = "records.csv", "summary.json", "settings.json"
 
 
 @dataclass
 class ExperimentResult:
-    """Rows, figures of merit and plots of one experiment.
+    """Records, figures of merit and plots of one experiment.
 
     Args:
-        name: the experiment.
+        name: of the experiment in the catalogue.
         records: one row per trial.
-        summary: plain numbers, lists and strings; what a paper's table would hold.
+        summary: figures of merit and settings by name: numbers, texts, and lists and dicts of these.
     """
 
     name: str
@@ -37,13 +37,13 @@ class ExperimentResult:
     summary: dict[str, Any]
 
     @property
-    def figures(self) -> dict[str, Callable[[ExperimentResult], Figure]]:
+    def figures(self) -> Mapping[str, Callable[[ExperimentResult], Figure]]:
         """File stem to the function that draws it from this result; the first is the main one."""
-        return figures.FIGURES.get(self.name, {})
+        return EXPERIMENTS[self.name].figures if self.name in EXPERIMENTS else {}
 
     @property
     def headline(self) -> str:
-        """The figure that matters, in a line."""
+        """The main figure of merit in a line of text."""
         return self.summary.get("headline", "")
 
     def __repr__(self) -> str:
@@ -57,11 +57,7 @@ class ExperimentResult:
         Raises:
             WriteSAEError: there is no experiment of this name.
         """
-        if not self.figures:
-            raise WriteSAEError(
-                f"no experiment is called {self.name!r}: there are {', '.join(figures.FIGURES)}"
-            )
-        return next(iter(self.figures.values()))(self)
+        return next(iter(find_experiment(self.name).figures.values()))(self)
 
     def save(self, folder: str | Path) -> Path:
         """Write records.csv, summary.json and a PNG per figure; returns the folder.
@@ -80,10 +76,10 @@ class ExperimentResult:
 
     @classmethod
     def load(cls, folder: str | Path) -> ExperimentResult:
-        """Read back what `save` wrote.
+        """Read back what `save` wrote; an experiment's former name becomes its present one.
 
         Raises:
-            WriteSAEError: the folder holds no result, or one that does not read.
+            WriteSAEError: the folder holds no result, a damaged one, or one of an unknown experiment.
         """
         folder = Path(folder)
         missing = [name for name in (RECORDS, SUMMARY) if not (folder / name).is_file()]
@@ -94,18 +90,18 @@ class ExperimentResult:
             )
         try:
             summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-            records, name = read_table(folder / RECORDS), summary["experiment"]
+            records, name = read_table(folder / RECORDS), find_experiment(summary["experiment"]).name
         except (ValueError, KeyError, TypeError) as error:
             raise WriteSAEError(f"the result in {folder} does not read: {one_line(error)}") from error
-        return cls(name, records, summary)
+        return cls(name, records, summary | {"experiment": name})
 
 
-# Columns that are text whatever they hold.
+# Columns that are text even where every entry is a number.
 _TEXTS = ("text", "text_before", "text_after", "name", "condition")
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """What `write_table` wrote, every float as it was; only empty cells are missing values."""
+    """Read a table that `write_table` wrote: floats are exact, and only empty cells are missing values."""
     return pd.read_csv(
         path,
         float_precision="round_trip",
@@ -116,18 +112,18 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """A CSV, all texts in quotes, for they may hold line breaks of any kind."""
+    """Write a CSV with all texts in quotes, for they may hold line breaks of any kind."""
     write_whole(path, lambda beside: frame.to_csv(beside, index=False, quoting=csv.QUOTE_NONNUMERIC))
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file beside ``path``, then move it there."""
+    """Let ``write`` fill a file beside ``path``, then rename it, so that no half-written file is left."""
     beside = path.with_name(path.name + ".part")
     try:
         write(beside)
         os.replace(beside, path)
     except OSError as error:
-        if error.filename is None:  # a full disk does not say which
+        if error.filename is None:  # the error of a full disk does not name the file
             error.filename = str(path)
         raise
     finally:
@@ -138,8 +134,11 @@ class Progress:
     """Finished parts of an experiment in a folder, so that an interrupted run goes on where it stopped.
 
     Args:
-        folder: where to keep them, or None to keep nothing.
-        settings: what the parts depend on; a folder made with other settings is refused.
+        folder: where to keep the parts, or None to keep nothing.
+        settings: the settings that the parts depend on.
+
+    Raises:
+        WriteSAEError: the folder holds parts made with other settings, or files that are not an experiment's.
     """
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:

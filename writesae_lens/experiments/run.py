@@ -1,10 +1,11 @@
-"""An experiment under way: its settings, and its parts, kept as they are finished."""
+"""A running experiment: the settings that its result records, and the parts that it keeps to resume from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,24 +18,31 @@ from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens.experiments.inputs import fingerprint, fingerprint_run
+from writesae_lens.experiments.catalogue import EXPERIMENTS
 from writesae_lens.experiments.result import ExperimentResult, Progress
+
+MEASURED_ON = ("experiment", "model", "architecture", "erases", "hook_name", "sae_fingerprints")
+"""Entries of every result's summary that name what it was measured on."""
 
 
 class Run:
-    """What the experiments share on their way out: a loop over parts that resumes, and the result's settings.
+    """The common frame of the experiments: a loop over parts that can resume, and the result's settings.
+
+    Every option of the experiment (`writesae_lens.experiments.options`) is recorded in the result's summary
+    with the value that it has in ``arguments``.
 
     Args:
-        name: the experiment.
+        name: of the experiment in the catalogue.
         model: the model.
-        subject: the SAE, SAEs or cell that it is about.
+        subject: the SAE, SAEs or cell that the experiment is about.
         tokens: passages or prompts.
-        folder: keeps finished parts, and resumes from them.
-        verbose: show progress bars.
-        settings: whatever else the records depend on; they end up in the result's summary.
+        arguments: values of the experiment's arguments by name: ``locals()`` where the run is made, so that
+            option counts with the value that the experiment has settled on.
+        parts_depend_on_options: False where finished parts are right whatever the options are.
+        **settings: whatever else to record, or to record under an option's name in place of its value.
 
     Raises:
-        WriteSAEError: the folder holds parts made with other settings.
+        WriteSAEError: the folder ``progress_folder`` holds parts made with other settings.
     """
 
     def __init__(
@@ -43,47 +51,52 @@ class Run:
         model: HookedRecurrent,
         subject: SAE[Any] | Cell | Sequence[SAE[Any]],
         tokens: Int[Tensor, "passage pos"],
-        folder: str | Path | None,
-        verbose: bool,
+        arguments: Mapping[str, Any],
+        parts_depend_on_options: bool = True,
         **settings: Any,
     ) -> None:
         if isinstance(subject, Cell):
-            saes, hooks = [], model.write_hook_name(subject.layer, subject.head)
+            saes, hooks = [], [model.write_hook_name(subject.layer, subject.head)]
         else:
             saes = [subject] if isinstance(subject, SAE) else list(subject)
-            found = [sae.cfg.metadata.hook_name for sae in saes]
-            hooks = found[0] if len(found) == 1 else found
-        self.name, self.verbose = name, verbose
-        self.settings = {
-            "experiment": name,
-            "model": model.cfg.model_name,
-            "architecture": model.cells[0].architecture,
-            "hook_name": hooks,
-            "sae_fingerprints": [fingerprint(*sae.state_dict().values()) for sae in saes],
-            **settings,
-        }
+            hooks = [sae.cfg.metadata.hook_name for sae in saes]
+        cell = model.site(hooks[0]).cell
+        self.name, self.verbose = name, arguments["verbose"]
+        options = {option: _plain(arguments[option]) for option in EXPERIMENTS[name].own_options} | settings
+        values = (
+            name,
+            model.cfg.model_name,
+            cell.architecture,
+            model.mixers[cell.layer].erases,
+            hooks[0] if len(hooks) == 1 else hooks,
+            [fingerprint(*sae.state_dict().values()) for sae in saes],
+        )
+        measured_on: dict[str, Any] = dict(zip(MEASURED_ON, values, strict=True))
+        self.settings = measured_on | options
+        folder = arguments["progress_folder"]
         inputs = None if folder is None else fingerprint_run(model, saes, tokens)
         made_by = {"inputs": inputs, "version": version("writesae-lens")}
-        self._progress = Progress(folder, self.settings | made_by)
+        self._progress = Progress(
+            folder, measured_on | (options if parts_depend_on_options else {}) | made_by
+        )
 
     def records(
         self, numbers: Sequence[int], compute: Callable[[int], pd.DataFrame], what: str, unit: str = "passage"
     ) -> pd.DataFrame:
-        """The parts' rows, one after another; those that are kept in the folder are not computed again."""
+        """The rows of all parts, in order; parts that the folder has are not computed again."""
         parts = []
         for number in tqdm(numbers, desc=what, unit=unit, disable=not self.verbose):
             parts.append(self._progress.part(number, lambda n=number: compute(n)))
         return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
 
-    def result(
-        self,
-        records: pd.DataFrame,
-        summary: dict[str, Any],
-        headline: str,
-    ) -> ExperimentResult:
+    def result(self, records: pd.DataFrame, summary: dict[str, Any], headline: str) -> ExperimentResult:
         """The result, with the settings in its summary."""
-        about = {"headline": headline, **summary, **self.settings}
-        return ExperimentResult(self.name, records, about)
+        return ExperimentResult(self.name, records, {"headline": headline, **summary, **self.settings})
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: tuples are lists."""
+    return [_plain(x) for x in value] if isinstance(value, (tuple, list)) else value
 
 
 def seed_of(seed: int, *numbers: int) -> int:
@@ -92,5 +105,29 @@ def seed_of(seed: int, *numbers: int) -> int:
 
 
 def generator(seed: int, *numbers: int) -> torch.Generator:
-    """A part's own source of random numbers (for one use, if there are several)."""
+    """A random number generator for each part (and use), seeded by `seed_of`."""
     return torch.Generator().manual_seed(seed_of(seed, *numbers))
+
+
+@torch.no_grad()
+def fingerprint_run(
+    model: HookedRecurrent, saes: Sequence[SAE[Any]], passages: Int[Tensor, "passage pos"]
+) -> str:
+    """A hash of the inputs of a run beside its settings: passages, the model's output, the SAEs' options."""
+    logits = model(passages[:1], return_type="logits")[0, -1]
+    options = [
+        {k: v for k, v in sae.cfg.to_dict().items() if k not in ("device", "dtype", "metadata")}
+        for sae in saes
+    ]
+    as_bytes = torch.frombuffer(bytearray(json.dumps(options, default=str).encode()), dtype=torch.uint8)
+    return fingerprint(passages, logits, as_bytes)
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """A short hash of the contents of tensors."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        x = x.detach().cpu().contiguous()
+        digest.update(str((x.dtype, tuple(x.shape))).encode())
+        digest.update(x.view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+    return digest.hexdigest()[:16]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 
@@ -16,32 +17,35 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
-from writesae_lens.experiments.inputs import (
-    Firings,
-    activity,
-    alive_atoms,
-    atom_factors,
-    check_at_least,
-    check_positive,
-    find_passages,
-    find_site,
-    native_writes,
-)
+from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.firings import Firings, activity, atom_factors, draw_atoms
+from writesae_lens.experiments.options import Bound, Count, Natural, Positive
+from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passes import native_writes
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.subjects import find_site
+from writesae_lens.figures import ATOM, INK, RANDOM, new_figure
 from writesae_lens.saes.rank1 import Factors
 
 
+@experiment(
+    "selectivity",
+    paper=11,
+    question="Does an atom move the same tokens everywhere, and other tokens than other atoms do?",
+    row="a write: one position and matrix",
+    table=("own_overlap_atom", "other_overlap_atom"),
+)
 def selectivity(
     model: HookedRecurrent,
     sae: SAE[Any],
     tokens: Int[Tensor, "passage pos"] | str,
-    n_atoms: int = 32,
-    n_positions: int = 4,
-    top_k: int = 20,
-    magnitude: float = 1.0,
-    context_size: int | None = None,
-    seed: int = 0,
+    n_atoms: Annotated[int, Bound(2)] = 32,
+    n_positions: Count = 4,
+    top_k: Count = 20,
+    magnitude: Positive = 1.0,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -77,25 +81,17 @@ def selectivity(
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, or no atom fires.
     """
-    check_at_least(2, n_atoms=n_atoms)
-    check_at_least(1, n_positions=n_positions, top_k=top_k)
-    check_at_least(0, seed=seed)
-    check_positive(magnitude=magnitude)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     top_k = min(top_k, model.cfg.d_vocab)
-    alive = alive_atoms([activity(model, sae, site, p) for p in passages], passages)
     rng = torch.Generator().manual_seed(seed)
-    chosen = alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
+    chosen = draw_atoms([activity(model, sae, site, p) for p in passages], passages, n_atoms, rng)
     device = passages.device
     atoms = atom_factors(sae, chosen.to(device), site.cell.d_k, site.cell.d_v)
     others = Factors(
         torch.randn(len(chosen), 1, site.cell.d_k, generator=rng).to(device),
         torch.randn(len(chosen), 1, site.cell.d_v, generator=rng).to(device),
     )
-    run = Run(
-        "selectivity", model, sae, passages, progress_folder, verbose, n_atoms=len(chosen),
-        n_positions=n_positions, top_k=top_k, magnitude=magnitude, seed=seed,
-    )  # fmt: skip
+    run = Run("selectivity", model, sae, passages, locals(), n_atoms=len(chosen))
 
     def push(n: int) -> pd.DataFrame:
         at = torch.randperm(passages.shape[1], generator=generator(seed, n))[:n_positions].sort().values
@@ -179,3 +175,23 @@ def _overlaps(part: pd.DataFrame, by: list[str], top_k: int) -> pd.DataFrame:
         for a, b in combinations(group.top, 2)
     ]
     return pd.DataFrame(rows, columns=["group", "overlap"])
+
+
+@figure("selectivity")
+def plot_selectivity(result: ExperimentResult) -> Figure:
+    """Overlap of the moved tokens: the same matrix elsewhere, others at the same place, chance."""
+    summary = result.summary
+    figure, (axis,) = new_figure(5.6, 4.0, 1)
+    for shift, kind, color in ((-0.18, "atom", ATOM), (0.18, "random", RANDOM)):
+        heights = [summary[f"{name}_overlap_{kind}"] or 0 for name in ("own", "other")]
+        label = "atoms" if kind == "atom" else "random rank-1"
+        axis.bar(np.arange(2) + shift, heights, width=0.34, color=color, label=label)
+        for i, height in enumerate(heights):
+            axis.text(i + shift, height + 0.01, f"{height:.2f}", ha="center", fontsize=9)
+    axis.axhline(summary["chance_overlap"], color=INK, lw=0.8, ls="--", label="chance")
+    axis.set_xticks([0, 1], ["same matrix,\nother position", "other matrix,\nsame position"])
+    axis.set_ylabel(f"shared part of the {summary['top_k']} tokens moved most")
+    axis.margins(y=0.3)
+    axis.set_title("Are the tokens that an atom moves its own?", fontsize=11, loc="left")
+    axis.legend(frameon=False, fontsize=9)
+    return figure

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor, nn
 
@@ -15,30 +16,33 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
-from writesae_lens.experiments.inputs import (
-    LOGITS_PER_PASS,
-    check_at_least,
-    check_choice,
-    check_positive,
-    find_cell,
-    find_passages,
-    native_factors,
-    unembedding_directions,
-)
+from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.options import Count, Natural, Positive
+from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passes import LOGITS_PER_PASS, native_factors, unembedding_directions
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.subjects import find_cell
+from writesae_lens.figures import ATOM, DELETE, INK, new_figure
 from writesae_lens.saes.rank1 import Factors
 
 
+@experiment(
+    "sign",
+    paper=6,
+    question="Does a token's logit move as predicted when a direction for it is written?",
+    row="a trial: one position and token",
+    table=("agreement", "pearson"),
+)
 def sign_test(
     model: HookedRecurrent,
     sae_or_cell: SAE[Any] | Cell | tuple[int, int],
     tokens: Int[Tensor, "passage pos"] | str,
     direction: Literal["jacobian", "unembedding"] = "jacobian",
-    magnitude: float = 1.0,
-    n_trials: int = 2000,
-    context_size: int | None = None,
-    seed: int = 0,
+    magnitude: Positive = 1.0,
+    n_trials: Count = 2000,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -75,17 +79,10 @@ def sign_test(
         WriteSAEError: SAE and cell do not fit, or the text is too short.
         HookedModelError: there is no such cell.
     """
-    check_choice("direction", direction, "jacobian", "unembedding")
-    check_positive(magnitude=magnitude)
-    check_at_least(1, n_trials=n_trials)
-    check_at_least(0, seed=seed)
     cell = find_cell(model, sae_or_cell)
     passages = find_passages(model, sae_or_cell, tokens, context_size)
     counts = np.diff(np.linspace(0, n_trials, len(passages) + 1).round().astype(int))
-    run = Run(
-        "sign", model, cell, passages, progress_folder, verbose,
-        direction=direction, magnitude=magnitude, n_trials=n_trials, seed=seed,
-    )  # fmt: skip
+    run = Run("sign", model, cell, passages, locals())
 
     def trials(n: int) -> pd.DataFrame:
         rng = generator(seed, n)
@@ -112,7 +109,7 @@ def _trials(
     rounds = [torch.randperm(len(tokens), generator=rng) for _ in range(-(-count // len(tokens)))]
     at = torch.cat(rounds)[:count].to(tokens.device)
     target = torch.randint(0, model.cfg.d_vocab, (count,), generator=rng).to(tokens.device)
-    key, value, read = (x[at].float() for x in native_factors(model, cell, tokens))
+    key, value, read = (x[at].float() for x in native_factors(model, cell, tokens)[:3])
     native = Factors(key[:, None], value[:, None])
     slope = output_gradient(model, cell, tokens, at, target, native, read)
     size = magnitude * native.norm()
@@ -188,3 +185,30 @@ def _summarize(records: pd.DataFrame) -> dict[str, Any]:
     summary["median_abs_shift"] = float(records.measured.abs().median())
     summary["mean_shift"] = float(records.measured.mean())
     return summary
+
+
+@figure("sign")
+def plot_sign(result: ExperimentResult) -> Figure:
+    """Measured against predicted shifts, for the prediction of the direction and for the true derivative."""
+    records, summary = result.records, result.summary
+    panels = [("linear", "agreement_linear", "derivative")]
+    if summary["direction"] != "jacobian":  # whose predictions are the derivative's
+        panels.insert(0, ("predicted", "agreement", summary["direction"]))
+    figure, axes = new_figure(4.5 * len(panels), 4.2, len(panels))
+    limit = max(float(records.measured.abs().quantile(0.5)), 1e-12)
+    for axis, (column, rate, title) in zip(axes, panels, strict=True):
+        agrees = np.sign(records[column]) == np.sign(records.measured)
+        for mask, color, label in ((agrees, ATOM, "signs agree"), (~agrees, DELETE, "signs differ")):
+            part = records[mask]
+            axis.scatter(part[column], part.measured, s=6, alpha=0.4, lw=0, color=color, label=label,
+                         rasterized=True)  # fmt: skip
+        axis.axhline(0, color=INK, lw=0.8)
+        axis.axvline(0, color=INK, lw=0.8)
+        axis.set_xscale("symlog", linthresh=max(float(np.median(records[column].abs())), 1e-12))
+        axis.set_yscale("symlog", linthresh=limit)
+        axis.set_xlabel("predicted shift of the logit")
+        axis.tick_params(axis="x", labelrotation=45)
+        axis.set_title(f"{title}: signs agree in {summary[rate]:.1%}", fontsize=11, loc="left")
+    axes[0].set_ylabel("measured shift of the logit")
+    axes[0].legend(frameon=False, fontsize=9, markerscale=3)
+    return figure

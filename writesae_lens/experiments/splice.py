@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 
@@ -17,19 +18,30 @@ from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Site
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import as_list, check_at_least, find_passages, find_site
+from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.options import Count, Natural, as_list
+from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
+from writesae_lens.experiments.subjects import find_site
+from writesae_lens.figures import ATOM, DELETE, INK, new_figure
 
 CONDITIONS = ("native", "spliced", "deleted")
 
 
+@experiment(
+    "splice",
+    paper=8,
+    question="How much worse does the model predict when heads remember reconstructions?",
+    row="a passage",
+    table=("increase_percent", "increase_percent_deleted"),
+)
 def splice_test(
     model: HookedRecurrent,
     saes: SAE[Any] | Sequence[SAE[Any]],
     tokens: Int[Tensor, "passage pos"] | str,
-    context_size: int | None = None,
-    seed: int = 0,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -67,14 +79,13 @@ def splice_test(
     several = [saes] if isinstance(saes, SAE) else as_list("saes", saes)
     if not several:
         raise WriteSAEError("there are no SAEs to splice in: give one at least")
-    check_at_least(0, seed=seed)
     sites = [find_site(model, sae) for sae in several]
     if len({site.cell for site in sites}) < len(sites):
         raise WriteSAEError("two SAEs are on one cell: each head can be given one reconstruction")
     passages = find_passages(model, several[0], tokens, context_size)
     if passages.shape[1] < 4:
         raise WriteSAEError(f"passages of {passages.shape[1]} tokens have no halves: give 4 tokens or more")
-    run = Run("splice", model, several, passages, progress_folder, verbose, seed=seed)
+    run = Run("splice", model, several, passages, locals())
 
     def splice(n: int) -> pd.DataFrame:
         frame = _splice(model, several, sites, passages[n])
@@ -157,3 +168,21 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
         "recovered": float(1 - (spliced - native) / (deleted - native)) if deleted > native else None,
         "error": float(records.error.mean()),
     }
+
+
+@figure("splice")
+def plot_splice(result: ExperimentResult) -> Figure:
+    """Each passage's loss after the splice and after the deletion, against its native loss."""
+    records, summary = result.records, result.summary
+    figure, (axis,) = new_figure(5.4, 4.6, 1)
+    for name, color in (("deleted", DELETE), ("spliced", ATOM)):
+        rise = summary["increase_percent" + ("_deleted" if name == "deleted" else "")]
+        axis.scatter(records.nll_native, records[f"nll_{name}"] - records.nll_native, s=14, alpha=0.7, lw=0,
+                     color=color, label=f"{name}: perplexity {rise:+.2f}%")  # fmt: skip
+    axis.axhline(0, color=INK, lw=0.8, ls="--")
+    axis.set_xlabel("native loss of the second half (nats a token)")
+    axis.set_ylabel("rise of the loss (nats a token)")
+    heads = f"{summary['n_heads']} head{'s' * (summary['n_heads'] > 1)}"
+    axis.set_title(f"The first half's memory replaced in {heads}", fontsize=11, loc="left")
+    axis.legend(frameon=False, fontsize=9)
+    return figure

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import LOGITS_PER_PASS, Firings, atom_factors
+from writesae_lens.experiments.firings import Firings, atom_factors
+from writesae_lens.experiments.passes import LOGITS_PER_PASS
 from writesae_lens.saes.rank1 import Factors
 
 RANDOM = ("gaussian", "atom", "orthogonal", "native_marginals")
@@ -69,7 +70,7 @@ def random_like(
         every: the passage's firings.
         kept: those of them that are asked for.
     """
-    firings = Firings(*(x[kept] for x in every))
+    firings = every.subset(kept)
     count, device = len(firings.atom), firings.atom.device
     if kind == "atom":
         shift = torch.randint(1, max(2, sae.cfg.d_sae), (count,), generator=rng).to(device)
@@ -123,6 +124,22 @@ def swapped_logits(
         if not bool(base[at].isfinite().all() and patched.isfinite().all()):
             raise WriteSAEError("logits that are not finite: the model overflows; try another dtype")
         yield base[at], patched.unflatten(0, (len(swaps), -1))
+
+
+def divergences(
+    model: HookedRecurrent,
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    positions: Int[Tensor, " firing"],
+    swaps: Sequence[Factors],
+    kl: str = "patched_base",
+    erase: bool = True,
+) -> Float[Tensor, "condition firing"]:
+    """KL of each condition at each firing, in nats; the arguments are those of `swapped_logits`."""
+    logits = swapped_logits(model, cell, tokens, positions, swaps, erase)
+    return torch.cat(
+        [torch.stack([divergence(p, base, kl) for p in patched]) for base, patched in logits], dim=1
+    )
 
 
 def divergence(

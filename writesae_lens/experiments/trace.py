@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 
@@ -15,31 +16,37 @@ from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.inputs import (
-    activity,
-    alive_atoms,
-    atom_factors,
-    cache_of,
-    check_at_least,
-    check_positive,
-    find_passages,
-    find_site,
-    median_write_norm,
-)
+from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
+from writesae_lens.experiments.options import Count, Natural, Positive
+from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passes import cache_of
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.subjects import find_site
+from writesae_lens.figures import ATOM, DELETE, new_figure
 from writesae_lens.saes.rank1 import Factors, leading_pairs
 
 
+@experiment(
+    "trace",
+    paper=11,
+    question="Which heads read an atom's write, and for how long?",
+    row="a passage, write, head and horizon",
+    table=("ratio_to_random",),
+    max_passages=16,
+    context_size=64,
+    former_names=("readers",),
+)
 def reader_trace(
     model: HookedRecurrent,
     sae: SAE[Any],
     tokens: Int[Tensor, "passage pos"] | str,
-    n_atoms: int = 8,
-    magnitude: float = 1.0,
-    max_horizon: int = 16,
-    context_size: int | None = None,
-    seed: int = 0,
+    n_atoms: Count = 8,
+    magnitude: Positive = 1.0,
+    max_horizon: Natural = 16,
+    context_size: Count | None = None,
+    seed: Natural = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
@@ -72,9 +79,6 @@ def reader_trace(
     Raises:
         WriteSAEError: SAE and cell do not fit, the text or a passage is too short, or no atom fires.
     """
-    check_at_least(1, n_atoms=n_atoms)
-    check_at_least(0, max_horizon=max_horizon, seed=seed)
-    check_positive(magnitude=magnitude)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     cell, length = site.cell, passages.shape[1]
     if length <= max_horizon:
@@ -83,15 +87,10 @@ def reader_trace(
             "a smaller max_horizon"
         )
     found = [activity(model, sae, site, p) for p in passages]
-    alive = alive_atoms(found, passages)
-    rng = torch.Generator().manual_seed(seed)
-    chosen = alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
+    chosen = draw_atoms(found, passages, n_atoms, torch.Generator().manual_seed(seed))
     atoms = leading_pairs(atom_factors(sae, chosen.to(passages.device), cell.d_k, cell.d_v))
     size = magnitude * median_write_norm(found)
-    run = Run(
-        "readers", model, sae, passages, progress_folder, verbose, n_atoms=len(chosen), magnitude=magnitude,
-        max_horizon=max_horizon, seed=seed, write_norm=size,
-    )  # fmt: skip
+    run = Run("trace", model, sae, passages, locals(), n_atoms=len(chosen), write_norm=size)
 
     def trace(n: int) -> pd.DataFrame:
         own = generator(seed, n)
@@ -192,3 +191,28 @@ def _summarize(records: pd.DataFrame, cell: Cell) -> dict[str, Any]:
     random = later.loc[later["kind"] == "random", "change"]
     ratio = None if not len(later) or not random.mean() > 0 else float(atoms["change"].mean() / random.mean())
     return summary | {"ratio_to_random": ratio}
+
+
+@figure("trace")
+def plot_trace(result: ExperimentResult) -> Figure:
+    """Change of what each head reads, by layer and head, and by horizon for the own head and later layers."""
+    records, summary = result.records, result.summary
+    figure, (heads, horizons) = new_figure(10.0, 3.8, 2)
+    atoms = records[records.kind == "atom"]
+    table = atoms.pivot_table(index="layer", columns="head", values="change", aggfunc="mean")
+    image = heads.imshow(table.to_numpy(), cmap="Blues", aspect="auto", vmin=0)
+    heads.set_xticks(range(table.shape[1]), list(table.columns))
+    heads.set_yticks(range(table.shape[0]), list(table.index))
+    heads.set(xlabel="head", ylabel="layer")
+    heads.set_title("Change of what a head reads, mean over horizons", fontsize=11, loc="left")
+    figure.colorbar(image, ax=heads, shrink=0.8)
+    for name, color, label in (
+        ("own_change_by_horizon", ATOM, "the atom's own head"),
+        ("change_by_horizon", DELETE, "later layers, mean of heads"),
+    ):
+        found = summary[name]
+        horizons.plot([int(h) for h in found], list(found.values()), "o-", ms=3, color=color, label=label)
+    horizons.set(xlabel="tokens since the write", ylim=(0, None))
+    horizons.set_title("For how long", fontsize=11, loc="left")
+    horizons.legend(frameon=False, fontsize=9)
+    return figure

@@ -12,7 +12,7 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from hooked_models import HookedRecurrent, zoo
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError
 from writesae_lens.experiments import compare, replacement_test, swaps
-from writesae_lens.experiments.inputs import Firings
+from writesae_lens.experiments.firings import Firings
 
 LAYER, HEAD = 1, 2
 CONTROLS = ("gaussian", "atom", "orthogonal", "native_marginals")

@@ -1,0 +1,146 @@
+"""The catalogue of experiments: one declaration beside each experiment's function.
+
+A module of this folder declares its experiment by a decorator, and nothing else names it::
+
+    @experiment("erase", paper=5, question="...", row="a position, condition and dose")
+    def erase_atom(model, sae, tokens, doses: tuple[Positive, ...] = DOSES, ...) -> ExperimentResult:
+        ...
+
+    @figure("erase")
+    def plot_erase(result: ExperimentResult) -> Figure:
+        ...
+
+The command line, the report, `writesae_lens.reproduce`, the documentation and the tests iterate over
+`EXPERIMENTS`. The name is that of the module, the command, the result and its files.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.options import Option, check, options_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from writesae_lens.experiments.result import ExperimentResult
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+Draw = Callable[["ExperimentResult"], "Figure"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A declared experiment.
+
+    Args:
+        name: of its module, command, result and files.
+        function: the public call; it checks its options by their annotations.
+        question: the question that it answers; the report's heading and the command's line in ``--help``.
+        row: the trial that a row of its records describes.
+        table: figures of merit that `writesae_lens.reproduce` tabulates, as paths into the summary.
+        paper: number of the experiment in the paper (None: not in it); the catalogue's order.
+        max_passages, context_size: default number and length of the passages that the command reads (None:
+            as the SAE was trained).
+        passes_on: the experiment whose options it takes as keyword arguments beside its own.
+        former_names: names under which results were saved before.
+        own_options: its options by name, from the function's signature.
+        figures: file stem to the function that draws it from a result (`figure`); the first is the main one.
+    """
+
+    name: str
+    function: Callable[..., ExperimentResult]
+    question: str
+    row: str
+    table: tuple[str, ...] = ()
+    paper: int | None = None
+    max_passages: int = 32
+    context_size: int | None = None
+    passes_on: str | None = None
+    former_names: tuple[str, ...] = ()
+    own_options: Mapping[str, Option] = field(default_factory=dict)
+    figures: dict[str, Draw] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Every option by name: its own, then those that it passes on."""
+        if self.passes_on is None:
+            return dict(self.own_options)
+        return dict(self.own_options) | {
+            name: option
+            for name, option in EXPERIMENTS[self.passes_on].options.items()
+            if name not in self.own_options and name != "max_firings"
+        }
+
+
+EXPERIMENTS: dict[str, Experiment] = {}
+"""Every declared experiment by name, in the order of the paper."""
+
+
+def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
+    """Declare a function as the experiment ``name``; the other arguments are those of `Experiment`.
+
+    The declared function checks its options before it does anything, each by its annotation
+    (`writesae_lens.experiments.options`).
+
+    Raises:
+        WriteSAEError: there is another experiment of that name.
+    """
+
+    def declare(function: _F) -> _F:
+        signature = inspect.signature(function, eval_str=True)
+        own = options_of(function)
+        annotations = {
+            n: p.annotation for n, p in signature.parameters.items() if n in own or n == "context_size"
+        }
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            for argument, annotation in annotations.items():
+                check(annotation, **{argument: given.arguments[argument]})
+            return function(*given.args, **given.kwargs)
+
+        if name in EXPERIMENTS:
+            raise WriteSAEError(
+                f"there is an experiment {name!r} already: declare this one under another name"
+            )
+        EXPERIMENTS[name] = Experiment(name, checked, own_options=own, **declaration)
+        in_order = sorted(EXPERIMENTS.values(), key=lambda e: (e.paper is None, e.paper, e.name))
+        EXPERIMENTS.update({e.name: EXPERIMENTS.pop(e.name) for e in in_order})
+        return checked  # type: ignore[return-value]
+
+    return declare
+
+
+def figure(name: str, stem: str | None = None) -> Callable[[_F], _F]:
+    """Declare a function that draws a figure from a result of the experiment ``name``.
+
+    Args:
+        name: of the experiment, declared above it.
+        stem: of the figure's file (None: the experiment's name).
+    """
+
+    def declare(draw: _F) -> _F:
+        EXPERIMENTS[name].figures[stem or name] = draw
+        return draw
+
+    return declare
+
+
+def find_experiment(name: str) -> Experiment:
+    """The experiment of a name, or of a former name.
+
+    Raises:
+        WriteSAEError: there is none; the message lists those that there are.
+    """
+    for entry in EXPERIMENTS.values():
+        if name == entry.name or name in entry.former_names:
+            return entry
+    raise WriteSAEError(f"no experiment is called {name!r}: there are {', '.join(EXPERIMENTS)}")

@@ -1,0 +1,103 @@
+"""The subject of an experiment: a model, an SAE, and the cell of the model that the SAE belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sae_lens import SAE
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell, Site, sides_of
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.options import shown
+
+
+def check_model(model: Any) -> None:
+    """Refuse anything but a `HookedRecurrent`.
+
+    Raises:
+        WriteSAEError: ``model`` is something else.
+    """
+    if not isinstance(model, HookedRecurrent):
+        raise WriteSAEError(
+            f"the first argument must be a HookedRecurrent, got {shown(model)}: "
+            "HookedRecurrent.boot_transformers(name) loads one"
+        )
+
+
+def check_sae(sae: Any) -> None:
+    """Refuse anything but one of SAELens's SAEs, and an SAE whose weights are not numbers.
+
+    Raises:
+        WriteSAEError: ``sae`` is something else, or has NaN in its weights.
+    """
+    if not isinstance(sae, SAE):
+        raise WriteSAEError(
+            f"an SAE is wanted, got {shown(sae)}: SAE.load_from_disk or SAE.from_pretrained gives one"
+        )
+    broken = [name for name, x in sae.named_parameters() if bool(x.isnan().any())]
+    if broken:
+        raise WriteSAEError(
+            f"the SAE has NaN in {', '.join(broken)}: its training went wrong, train it again"
+        )
+
+
+def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
+    """The cell that the SAE was trained on, and whether on its writes or states, from the SAE's metadata.
+
+    Raises:
+        WriteSAEError: there is no model or no SAE, the SAE names no hook or has NaN in its weights, its
+            sizes are not the cell's, it is on another device, or it expects inputs that are scaled at run
+            time.
+        HookedModelError: the model has no such cell.
+    """
+    check_model(model)
+    check_sae(sae)
+    name = sae.cfg.metadata.hook_name
+    if name is None:
+        raise WriteSAEError(
+            "the SAE does not say which hook it belongs to: set sae.cfg.metadata.hook_name, for "
+            "example to model.write_hook_name(layer, head)"
+        )
+    site = model.site(name)
+    cell = site.cell
+    shape = sides_of(sae) or (cell.d_k, cell.d_v)
+    if shape != (cell.d_k, cell.d_v) or sae.cfg.d_in != cell.d_k * cell.d_v:
+        raise WriteSAEError(
+            f"the SAE is made for {shape[0]} x {shape[1]} matrices (d_in {sae.cfg.d_in}), but layer "
+            f"{cell.layer} head {cell.head} of the model writes {cell.d_k} x {cell.d_v}: give the model that "
+            "it was trained on, as HookedRecurrent.for_sae(sae) loads it"
+        )
+    sae_device = next(sae.parameters()).device
+    model_device = next(model.original_model.parameters()).device
+    if sae_device != model_device:
+        raise WriteSAEError(
+            f"the SAE is on {sae_device}, the model on {model_device}: move the SAE, "
+            f"sae.to({str(model_device)!r})"
+        )
+    if sae.cfg.normalize_activations != "none":
+        raise WriteSAEError(
+            f"the SAE scales its inputs (normalize_activations={sae.cfg.normalize_activations!r}), so its "
+            "coefficients are not in units of writes: fold the scale in first"
+        )
+    return site
+
+
+def find_cell(model: HookedRecurrent, sae_or_cell: SAE[Any] | Cell | tuple[int, int]) -> Cell:
+    """The cell of an SAE, or the cell that is given, as a `Cell` or as (layer, head).
+
+    Raises:
+        WriteSAEError: there is no model, the SAE does not fit it, or the cell is another model's.
+        HookedModelError: the model has no such cell.
+    """
+    check_model(model)
+    if isinstance(sae_or_cell, SAE):
+        return find_site(model, sae_or_cell).cell
+    if isinstance(sae_or_cell, Cell):
+        cell = model.cell(sae_or_cell.layer, sae_or_cell.head)
+        if cell != sae_or_cell:
+            raise WriteSAEError(f"{sae_or_cell} is another model's: here it is {cell}")
+        return cell
+    if not isinstance(sae_or_cell, (tuple, list)) or len(sae_or_cell) != 2:
+        raise WriteSAEError(f"an SAE, a cell or (layer, head) is wanted, got {shown(sae_or_cell)}")
+    return model.cell(*sae_or_cell)
