@@ -10,7 +10,7 @@ from sae_lens import SAE, LanguageModelSAERunnerConfig, LoggingConfig
 from hooked_models import HookedRecurrent, zoo
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import ExperimentResult, replacement_test
-from writesae_lens.experiments.inputs import as_passages
+from writesae_lens.experiments.passages import as_passages
 from writesae_lens.experiments.result import write_whole
 from writesae_lens.report.page import make_report
 from writesae_lens.saelens.history import record_training
