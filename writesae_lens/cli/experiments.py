@@ -1,253 +1,166 @@
-"""The experiments as commands: options and help come from the functions' own signatures and docstrings.
-
-The command line imports this module when one of them is called, for it imports them all.
-"""
+"""Bodies of the experiments' commands: options, help and bounds come from each experiment's declaration."""
 
 from __future__ import annotations
 
-import enum
 import inspect
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 
-from hooked_models.hooked_recurrent import Cell
-from writesae_lens import experiments
+from writesae_lens.cli.subjects import Subject, load
 from writesae_lens.errors import WriteSAEError, interruptible
-from writesae_lens.experiments.inputs import find_passages
-from writesae_lens.experiments.result import ExperimentResult, Progress
-
-# Arguments of the functions that options of all commands stand for.
-_SHARED = {
-    "model",
-    "sae",
-    "sae_or_cell",
-    "saes",
-    "tokens",
-    "prompts",
-    "context_size",
-    "progress_folder",
-    "seed",
-}
-_SHARED |= {"verbose", "options"}
+from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment
+from writesae_lens.experiments.options import Option
+from writesae_lens.experiments.result import Progress
+from writesae_lens_cli import SAE_REFERENCE, Device, Seed
 
 
-class Command(NamedTuple):
-    """An experiment on the command line."""
-
-    function: Callable[..., ExperimentResult]
-    max_passages: int = 32
-    context_size: int | None = None
-
-
-COMMANDS = {
-    "replace": Command(experiments.replacement_test),
-    "population": Command(experiments.population_test, max_passages=64),
-    "partition": Command(experiments.partition_atoms, max_passages=64),
-    "formula": Command(experiments.logit_formula_test, max_passages=16, context_size=64),
-    "erase": Command(experiments.erase_atom, max_passages=64),
-    "sign": Command(experiments.sign_test),
-    "install": Command(experiments.install_tokens, max_passages=16, context_size=64),
-    "splice": Command(experiments.splice_test),
-    "amplify": Command(experiments.amplify, max_passages=16, context_size=64),
-    "selectivity": Command(experiments.selectivity),
-    "trace": Command(experiments.reader_trace, max_passages=16, context_size=64),
-    "contexts": Command(experiments.top_contexts, max_passages=64),
-    "compare": Command(experiments.compare),
-}
-
-
-class Subject(NamedTuple):
-    """What a command is about, as the user names it."""
-
-    saes: list[str]
-    cell: str | None
-    model: str | None
-    text: Path | None
-    context_size: int | None
-    max_passages: int
-    device: str
-
-
-Load = Callable[[Subject], tuple[Any, list[Any], Cell | None, Any]]
-
-
-def make(name: str, load: Load) -> typer.Typer:
-    """An experiment as a command line of its own.
-
-    Args:
-        name: of the command.
-        load: model, SAEs (or the cell) and text of a subject.
-    """
-    command = COMMANDS[name]
-    own = _own_parameters(command.function)
-    takes = inspect.signature(command.function).parameters
+def command_of(name: str) -> Any:
+    """The command of a declared experiment, as typer (click) runs it."""
+    experiment = EXPERIMENTS[name]
+    options = _shared_options(experiment) + [
+        _own_option(option) for option in experiment.options.values() if option.name != "seed"
+    ]
 
     def run(**given: Any) -> None:
-        out: Path = given.pop("out")
-        seed, saes = given.pop("seed"), given.pop("sae")
-        named = [saes] if isinstance(saes, str) else list(saes or [])
-        if len(set(named)) < len(named):
-            raise WriteSAEError("one --sae is given twice: each must be another")
-        where = given.pop("cell", None)
-        if bool(named) == bool(where):
-            both = "one of --sae and --cell" if "sae_or_cell" in takes else "--sae"
-            raise WriteSAEError(f"which cell? Give {both}")
-        if where and given["model"] is None:
-            raise WriteSAEError("--cell names no model: give --model")
-        subject = Subject(
-            named, where, *(given.pop(n) for n in ("model", "text", "context_size", "max_passages", "device"))
-        )
-        model, loaded, cell, content = load(subject)
-        passages = passages_of(model, loaded[0] if loaded else cell, content, subject)
-        if "saes" not in takes:
-            about: Any = loaded[0] if loaded else cell
-        else:
-            about = dict(zip(named, loaded, strict=True)) if name == "compare" else loaded
-        options = {key: _plain(value) for key, value in given.items() if value != []}  # []: not given
-        unfinished = out / "progress"
-        with interruptible(f"the same command goes on where it stopped (what is done is in {unfinished})"):
-            result = command.function(
-                model, about, passages, seed=seed, progress_folder=str(unfinished), **options
-            )
-        result.save(out)
-        Progress.clear(unfinished)
-        typer.echo(f"saved: {out}")
-        typer.echo(result.headline)
+        _run(experiment, given)
 
-    run.__signature__ = inspect.Signature([*_shared_parameters(name, command, takes), *own])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in own}
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(name, help=_description(command.function))(run)
-    return app
+    app.command(name, help=_description(experiment))(run)
+    return typer.main.get_command(app)
 
 
-def passages_of(model: Any, about: Any, text: str, subject: Subject) -> Any:
-    """The last passages of a text, as the user wants them and the SAE was trained."""
-    return find_passages(model, about, text, subject.context_size)[-subject.max_passages :]
-
-
-def _shared_parameters(name: str, command: Command, takes: Any) -> list[inspect.Parameter]:
-    def option(key: str, kind: Any, default: Any, help: str, **how: Any) -> inspect.Parameter:
-        flag = typer.Option(help=help, show_default=how.pop("show_default", True), **how)
-        return inspect.Parameter(
-            key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, flag]
+def _run(experiment: Experiment, given: dict[str, Any]) -> None:
+    """Load what the options name, run the experiment, save its result, print its headline."""
+    references, cell = given.pop("sae"), given.pop("cell", None)
+    references = [references] if isinstance(references, str) else references or []
+    if len(set(references)) < len(references):
+        raise WriteSAEError("one --sae is given twice: each must be another")
+    if bool(references) == bool(cell):
+        accepted = "one of --sae and --cell" if _subject_of(experiment).name == "sae_or_cell" else "--sae"
+        raise WriteSAEError(f"which cell? Give {accepted}")
+    if cell and given["model"] is None:
+        raise WriteSAEError("--cell names no model: give --model")
+    named = [given.pop(name) for name in ("model", "text", "context_size", "max_passages", "device")]
+    loaded = load(Subject(references, cell, *named))
+    subject: Any = loaded.saes[0] if loaded.saes else loaded.cell
+    if _subject_of(experiment).name == "saes":
+        subject = loaded.saes
+        if get_origin(_subject_of(experiment).annotation) is Mapping:
+            subject = dict(zip(references, loaded.saes, strict=True))
+    out: Path = given.pop("out")
+    progress = out / "progress"
+    # typer gives an empty list for an option that is not given.
+    options = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x != []}
+    with interruptible(f"the same command goes on where it stopped (finished parts are in {progress})"):
+        result = experiment.function(
+            loaded.model, subject, loaded.passages, progress_folder=str(progress), **options
         )
+    result.save(out)
+    Progress.clear(progress)
+    typer.echo(f"saved: {out}")
+    typer.echo(result.headline)
 
-    sae_help = "An SAE: a folder that SAELens wrote, a best.pt, or RELEASE:ID from the Hub (see models)"
-    hidden = {"show_default": False}
-    if "saes" in takes:
-        several = option(
-            "sae", list[str], inspect.Parameter.empty, f"{sae_help}; give it again for each one."
-        )
-        shared = [several]
-    elif "sae_or_cell" in takes:
-        shared = [
-            option("sae", str | None, None, f"{sae_help}; only its cell counts.", **hidden),
-            option("cell", str | None, None, "LAYER:HEAD, in place of --sae.", **hidden),
-        ]
-    else:
-        shared = [option("sae", str, inspect.Parameter.empty, f"{sae_help}.")]
+
+def _subject_of(experiment: Experiment) -> inspect.Parameter:
+    """The second argument of an experiment: ``sae``, ``saes`` or ``sae_or_cell``."""
+    return list(inspect.signature(experiment.function, eval_str=True).parameters.values())[1]
+
+
+def _shared_options(experiment: Experiment) -> list[inspect.Parameter]:
+    """Options of every experiment: its subject, the text, where the result goes."""
+    required = inspect.Parameter.empty
+    subject = {
+        "sae": [_option("sae", str, required, SAE_REFERENCE)],
+        "saes": [_option("sae", list[str], required, f"{SAE_REFERENCE} Give the option once for each SAE.")],
+        "sae_or_cell": [
+            _option("sae", str | None, None, f"{SAE_REFERENCE} The experiment is run on its cell."),
+            _option("cell", str | None, None, "The cell, LAYER:HEAD, in place of --sae."),
+        ],
+    }[_subject_of(experiment).name]
     return [
-        *shared,
-        option("text", Path | None, None, "UTF-8 text; default: the model's held-out text.", **hidden),
-        option("model", str | None, None, "Default: the model that the SAE names.", **hidden),
-        option("out", Path, Path(f"writesae-{name}"), "Folder for records, summary and figures."),
-        option(
+        *subject,
+        _option("text", Path | None, None, "UTF-8 text to read; default: the model's held-out text."),
+        _option("model", str | None, None, "Default: the model that the SAE names."),
+        _option(
+            "out", Path, Path(f"writesae-{experiment.name}"), "Folder for records, summary and figures."
+        ),
+        _option(
             "max_passages",
             int,
-            command.max_passages,
-            "Passages to read, at most: the text's last ones.",
+            experiment.max_passages,
+            "Passages to read, at most: the last ones of the text.",
             min=1,
         ),
-        option(
+        _option(
             "context_size",
             int | None,
-            command.context_size,
-            "Tokens of a passage; else the SAE's own, or 256.",
+            experiment.context_size,
+            "Tokens of a passage; default: as the SAE was trained, else 256.",
             min=1,
         ),
-        option("device", str, "cpu", "cpu, cuda, ..."),
-        option("seed", int, 0, "Seed of everything random.", min=0, max=2**32 - 1),
+        _option("device", Device, "cpu"),
+        _option("seed", Seed, 0),
     ]
 
 
-def _own_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Options for the arguments that are the experiment's own."""
-    signature, helps = inspect.signature(function, eval_str=True), _argument_help(function)
-    parameters = dict(signature.parameters)
-    if "options" in parameters:  # passed on to the replacement test
-        inner = inspect.signature(experiments.replacement_test, eval_str=True).parameters
-        parameters |= {n: p for n, p in inner.items() if n not in parameters and n not in ("max_firings",)}
-        helps = _argument_help(experiments.replacement_test) | helps
-    found = []
-    for name, parameter in parameters.items():
-        if name in _SHARED or parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            continue
-        kind, default, how = _option_of(parameter.annotation, parameter.default)
-        info = typer.Option(help=helps.get(name), **how)
-        found.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
-            )
-        )
-    return found
+def _option(name: str, annotation: Any, default: Any, help: str | None = None, **how: Any) -> inspect.Parameter:
+    if help is not None:
+        shown = default not in (None, ()) and default is not inspect.Parameter.empty
+        annotation = Annotated[annotation, typer.Option(help=help, show_default=shown, **how)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _option_of(annotation: Any, default: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """A type that typer knows, a default, and more about the option."""
+def _own_option(option: Option) -> inspect.Parameter:
+    """An experiment's own argument as an option of its command."""
+    annotation, how = _typer_type(option.annotation)
+    default = option.default
+    if get_origin(annotation) is list:
+        default = list(default) if isinstance(default, (tuple, list)) else [] if default is None else [default]
+    # typer has no open bounds: the experiment itself refuses the bound of "above 0".
+    if option.bound is not None and not option.bound.exclusive:
+        how["min"] = option.bound.minimum
+    return _option(option.name, annotation, default, _for_terminal(option.help), **how)
+
+
+def _typer_type(annotation: Any) -> tuple[Any, dict[str, Any]]:
+    """The type that typer has for an option's, and what else it must be told."""
     arguments = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        words: Any = enum.Enum("Words", {word: word for word in arguments}, type=str)
-        return words, words(default), {}
-    if get_origin(annotation) in (Union, types.UnionType):
-        inner = [a for a in arguments if a is not type(None)]
-        several = [a for a in inner if get_origin(a) in (tuple, Sequence)]
-        if several:
-            return _option_of(several[0], default)
-        kinds = [a for a in inner if a in (int, float, str)]
-        # A token may be an id or a text: what is all digits is an id.
-        how = {"parser": _token, "metavar": "ID|TEXT"} if set(kinds) == {int, str} else {}
-        return (kinds[0] if not how else str) | None, default, how | {"show_default": False}
     if get_origin(annotation) in (tuple, Sequence):
-        kind, _, how = _option_of(arguments[0], None)
-        kind = next((a for a in get_args(kind) if a is not type(None)), kind)
-        values = default if isinstance(default, (tuple, list)) else () if default is None else (default,)
-        return list[kind], list(values), how | {"show_default": bool(values)}
-    return annotation, default, {}
-
-
-def _plain(value: Any) -> Any:
-    """What the function takes for what typer gives."""
-    if isinstance(value, list):
-        return tuple(_plain(x) for x in value)
-    return value.value if isinstance(value, enum.Enum) else value
+        element, how = _typer_type(arguments[0])
+        return list[element], how
+    if get_origin(annotation) in (Union, types.UnionType):
+        alternatives = [a for a in arguments if a is not types.NoneType]
+        several = [a for a in alternatives if get_origin(a) in (tuple, Sequence)]
+        if several:  # a number or several: an option that can be given more than once
+            return _typer_type(several[0])
+        if set(alternatives) == {int, str}:  # a token's id or its text
+            how = {"parser": _token, "metavar": "ID|TEXT"}
+            return str | None if types.NoneType in arguments else str, how
+    return annotation, {}
 
 
 def _token(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def _description(function: Callable[..., Any]) -> str:
-    """What comes before Args in a docstring, its lines joined, for a terminal."""
-    text = (inspect.getdoc(function) or "").split("\n\nArgs:", 1)[0].replace("`", "").replace("[", r"\[")
-    return re.sub(r"\n(?!\n|- |    )(?<!\n\n)[ ]*", " ", text)
+def _description(experiment: Experiment) -> str:
+    """The part of a docstring before ``Args``, its lines joined, for a terminal."""
+    text = (inspect.getdoc(experiment.function) or "").split("\n\nArgs:", 1)[0]
+    return re.sub(r"\n(?!\n|- |    )(?<!\n\n)[ ]*", " ", _escaped(text))
 
 
-def _argument_help(function: Callable[..., Any]) -> dict[str, str]:
-    """The Args section of a docstring, by argument."""
-    text = (inspect.getdoc(function) or "").split("\n\nArgs:\n", 1)[-1].split("\n\nReturns:")[0]
-    found = {}
-    for block in re.split(r"\n(?=    \w)", "\n" + text):
-        names, colon, help = block.strip().partition(":")
-        if colon:
-            line = " ".join(help.split()).replace("``", "")
-            found |= {
-                name.strip(): (line[:1].upper() + line[1:]).replace("[", r"\[").replace("(None:", "(default:")
-                for name in names.split(",")
-            }
-    return found
+def _for_terminal(help: str) -> str:
+    text = _escaped(help).replace("(None:", "(default:")
+    return text[:1].upper() + text[1:]
+
+
+def _escaped(text: str) -> str:
+    """Text of a docstring without its backticks, and with brackets that the terminal shows."""
+    return text.replace("`", "").replace("[", r"\[")
