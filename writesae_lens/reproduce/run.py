@@ -22,11 +22,12 @@ from sae_lens import (
 from hooked_models import HookedGatedDeltaNet, HookedRecurrent, zoo
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import baselines
-from writesae_lens.cli.experiments import COMMANDS
+from writesae_lens.experiments.catalogue import EXPERIMENTS as COMMANDS
 from writesae_lens.demo import DEFAULT_CELLS
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import ExperimentResult
-from writesae_lens.experiments.inputs import as_list, as_passages, check_at_least, check_choice
+from writesae_lens.experiments.options import Count, Natural, as_list, check
+from writesae_lens.experiments.passages import as_passages
 from writesae_lens.experiments.result import Progress, write_whole
 from writesae_lens.published import releases
 from writesae_lens.saelens.history import record_training
@@ -219,9 +220,9 @@ def reproduce(
         HookedModelError: the model cannot be loaded.
     """
     paper, out = config(name), Path(out)
-    check_choice("recipe", recipe, "default", "paper")
-    check_at_least(0, seed=seed)
-    check_at_least(1, optional=True, training_tokens=training_tokens)
+    check(Recipe, recipe=recipe)
+    check(Natural, seed=seed)
+    check(Count | None, training_tokens=training_tokens)
     unknown = set(as_list("experiments", experiments)) - set(COMMANDS)
     if unknown:
         raise WriteSAEError(f"no experiment {', '.join(sorted(unknown))}: there are {', '.join(COMMANDS)}")
@@ -329,8 +330,8 @@ def estimate(
     experiments run, on one H100 at a third of its peak for the dtype; elsewhere it scales with the machine.
     """
     paper = config(name)
-    check_choice("dtype", dtype, "float32", "bfloat16", "float16")
-    check_at_least(1, optional=True, training_tokens=training_tokens)
+    check(Literal["float32", "bfloat16", "float16"], dtype=dtype)
+    check(Count | None, training_tokens=training_tokens)
     base = releases.BASE_MODELS[paper.base]
     d_k, d_v, n_parameters, width = base.d_k, base.d_v, paper.n_parameters, 4 if dtype == "float32" else 2
     source, flops, machine = base.name, FLOPS[width], f"an H100 in {dtype}"
