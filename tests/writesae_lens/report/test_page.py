@@ -15,7 +15,7 @@ from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError
 from writesae_lens.experiments import ExperimentResult, partition_atoms, replacement_test, top_contexts
-from writesae_lens.experiments.inputs import as_passages
+from writesae_lens.experiments.passages import as_passages
 from writesae_lens.report.atoms import profiles, statistics_of_atoms
 from writesae_lens.report.page import QUESTIONS, make_report, saved_results, verdict
 
