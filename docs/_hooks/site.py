@@ -33,7 +33,7 @@ HELP = """
 import json
 from typer.main import get_command
 from typer.testing import CliRunner
-from writesae_lens.cli.app import app
+from writesae_lens_cli import app
 
 names = list(get_command(app).commands)
 run = CliRunner().invoke

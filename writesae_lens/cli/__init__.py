@@ -1,1 +1,5 @@
-"""The command line ``writesae-lens``."""
+"""Bodies of the commands of ``writesae-lens``, which are declared in the module `writesae_lens_cli`."""
+
+from writesae_lens_cli import app, main
+
+__all__ = ["app", "main"]

@@ -88,9 +88,7 @@ def _shared_options(experiment: Experiment) -> list[inspect.Parameter]:
         *subject,
         _option("text", Path | None, None, "UTF-8 text to read; default: the model's held-out text."),
         _option("model", str | None, None, "Default: the model that the SAE names."),
-        _option(
-            "out", Path, Path(f"writesae-{experiment.name}"), "Folder for records, summary and figures."
-        ),
+        _option("out", Path, Path(f"writesae-{experiment.name}"), "Folder for records, summary and figures."),
         _option(
             "max_passages",
             int,
@@ -110,7 +108,9 @@ def _shared_options(experiment: Experiment) -> list[inspect.Parameter]:
     ]
 
 
-def _option(name: str, annotation: Any, default: Any, help: str | None = None, **how: Any) -> inspect.Parameter:
+def _option(
+    name: str, annotation: Any, default: Any, help: str | None = None, **how: Any
+) -> inspect.Parameter:
     if help is not None:
         shown = default not in (None, ()) and default is not inspect.Parameter.empty
         annotation = Annotated[annotation, typer.Option(help=help, show_default=shown, **how)]
@@ -122,7 +122,9 @@ def _own_option(option: Option) -> inspect.Parameter:
     annotation, how = _typer_type(option.annotation)
     default = option.default
     if get_origin(annotation) is list:
-        default = list(default) if isinstance(default, (tuple, list)) else [] if default is None else [default]
+        default = (
+            list(default) if isinstance(default, (tuple, list)) else [] if default is None else [default]
+        )
     # typer has no open bounds: the experiment itself refuses the bound of "above 0".
     if option.bound is not None and not option.bound.exclusive:
         how["min"] = option.bound.minimum

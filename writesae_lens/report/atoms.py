@@ -1,11 +1,9 @@
-"""What there is to know of every atom of a dictionary, for people to browse."""
+"""Profiles of the atoms: directions, tokens and neighbours, from the decoder and the reads of a text."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
@@ -18,20 +16,20 @@ from writesae_lens.experiments.passes import LOGITS_PER_PASS, native_factors
 from writesae_lens.saes.rank1 import Matrices, leading_pairs, normalized, overlaps
 from writesae_lens.saes.sae import MatrixSAE
 
-# Rows of similarities between atoms that are held at once.
-_BLOCK = 1024
+# Atoms whose cosines to all others are computed at once: bounds memory.
+_ATOMS_PER_BLOCK = 1024
 
 
 class Profiles(NamedTuple):
-    """What the decoder alone says of the atoms.
+    """Properties of all atoms, in the order of the dictionary.
 
     Attributes:
-        key, value: the leading singular pair of each atom, unit vectors; their product's sign is the atom's,
-            and each pair is turned so that most reads of the text see the key side positively.
+        key, value: the leading singular pair of each atom, unit vectors whose product has the atom's sign. Of
+            the two signs that a pair can have, it has the one with q . key > 0 for most reads q of the text.
         read_share: share of the reads q with q . key > 0, at least one half.
-        rank1_share: share of an atom's squared norm that the pair has (1 for rank-1 atoms).
-        tokens, logits: ids of the tokens that the value side, through the head's output matrix and the
-            unembedding, promotes most (first half, falling) and suppresses most (second half, rising).
+        rank1_share: share of an atom's squared norm that its leading pair has (1 for rank-1 atoms).
+        tokens, logits: ids of tokens and their value W_O[head] W_U: first half the tokens that the atom
+            promotes most, falling; second half those that it suppresses most, rising.
         neighbours, cosines: the nearest other atoms by absolute cosine, and their signed cosines.
     """
 
@@ -55,18 +53,19 @@ def profiles(
     n_near: int = 8,
     verbose: bool = True,
 ) -> Profiles:
-    """Read every atom's directions, tokens and neighbours off the decoder.
+    """Directions, tokens and neighbours of every atom.
 
-    The tokens are those of the direct path, value W_O[head] W_U (the paper's direction): no norm, no gate, no
-    later layer. Which way an atom pushes depends on the sign with which it is read, hence on the text.
+    The tokens are those of the direct path, value W_O[head] W_U (the paper's direction), without norm, gate
+    or later layers. An atom that is read with the opposite sign suppresses what it would promote; the sign
+    that most reads of the text have is taken.
 
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on the cell.
-        cell: the cell.
-        passages: text whose reads give the keys' signs.
-        n_tokens: tokens to give on each side.
-        n_near: neighbours to give.
+        cell: the cell that the SAE was trained on.
+        passages: text whose reads decide the keys' signs.
+        n_tokens: number of promoted tokens, and of suppressed ones, for each atom.
+        n_near: number of neighbours for each atom.
         verbose: show a progress bar.
     """
     if isinstance(sae, MatrixSAE):
@@ -84,21 +83,14 @@ def profiles(
     assert isinstance(positive, Tensor)
     sign = torch.where(positive < 0.5, -1.0, 1.0)[:, None]
     key, value = key * sign, value * sign
-    tokens, logits = _tokens(model, cell, value, n_tokens)
-    near, cosines = _neighbours(atoms, min(n_near, len(key) - 1))
-    return Profiles(
-        key,
-        value,
-        positive.maximum(1 - positive),
-        cosine.square().clamp(max=1),
-        tokens,
-        logits,
-        near,
-        cosines,
-    )
+    read_share, rank1_share = positive.maximum(1 - positive), cosine.square().clamp(max=1)
+    tokens = _tokens(model, cell, value, n_tokens)
+    neighbours = _neighbours(atoms, min(n_near, len(key) - 1))
+    return Profiles(key, value, read_share, rank1_share, *tokens, *neighbours)
 
 
 def _times(matrices: Matrices, value: Float[Tensor, "atom d_v"]) -> Float[Tensor, "atom d_k"]:
+    """Each atom's matrix times its value side."""
     if isinstance(matrices, Tensor):
         return torch.einsum("nkv,nv->nk", matrices.float(), value)
     return torch.einsum("nrk,nrv,nv->nk", matrices.key.float(), matrices.value.float(), value)
@@ -107,6 +99,7 @@ def _times(matrices: Matrices, value: Float[Tensor, "atom d_v"]) -> Float[Tensor
 def _tokens(
     model: HookedRecurrent, cell: Cell, value: Float[Tensor, "atom d_v"], count: int
 ) -> tuple[Int[Tensor, "atom shown"], Float[Tensor, "atom shown"]]:
+    """The tokens that the value sides promote and suppress most, and their logits by the direct path."""
     native: Any = model.original_model
     unembedding = native.get_output_embeddings().weight.float()
     residual = value @ model.mixers[cell.layer].head_output(cell.head).float()
@@ -121,43 +114,12 @@ def _tokens(
 
 
 def _neighbours(atoms: Matrices, count: int) -> tuple[Int[Tensor, "atom near"], Float[Tensor, "atom near"]]:
+    """The other atoms with the largest absolute cosines, and the cosines."""
     n_atoms = len(atoms.key if not isinstance(atoms, Tensor) else atoms)
-    near, cosines = [], []
-    for rows in torch.arange(n_atoms).split(_BLOCK):
+    neighbours, cosines = [], []
+    for rows in torch.arange(n_atoms).split(_ATOMS_PER_BLOCK):
         similar = overlaps(atoms[rows], atoms)
-        similar[torch.arange(len(rows)), rows] = 0
-        found = similar.abs().topk(count).indices
-        near.append(found)
-        cosines.append(similar.gather(1, found))
-    return torch.cat(near), torch.cat(cosines)
-
-
-def statistics_of_atoms(
-    partition: pd.DataFrame, replacement: pd.DataFrame, contexts: pd.DataFrame
-) -> pd.DataFrame:
-    """One row an atom of the dictionary, from the records of three experiments.
-
-    Args:
-        partition: of `partition_atoms`: class, firings and median cosine.
-        replacement: of `replacement_test`: win rate and KLs.
-        contexts: of `top_contexts`: largest coefficient and the most common token.
-
-    Returns:
-        a frame indexed by atom: class, n_firings, median_cosine, n_tested, win_rate, kl_atom, kl_delete
-        (medians, nats), coefficient (largest), token (the most common text of its top contexts).
-    """
-    table = partition.set_index("atom")[["class", "n_firings", "median_cosine"]]
-    tested = replacement.assign(win=replacement.kl_atom < replacement.kl_delete).groupby("atom")
-    table = table.join(
-        tested.agg(
-            n_tested=("win", "size"),
-            win_rate=("win", "mean"),
-            kl_atom=("kl_atom", "median"),
-            kl_delete=("kl_delete", "median"),
-        )
-    )
-    table = table.join(contexts.groupby("atom").coefficient.max())
-    texts = contexts.dropna(subset=["text"]).groupby("atom").text
-    table = table.join(texts.agg(lambda each: each.mode().iloc[0]).rename("token"))
-    table["n_tested"] = table.n_tested.fillna(0).astype(np.int64)
-    return table
+        similar[torch.arange(len(rows)), rows] = 0  # an atom is not its own neighbour
+        neighbours.append(similar.abs().topk(count).indices)
+        cosines.append(similar.gather(1, neighbours[-1]))
+    return torch.cat(neighbours), torch.cat(cosines)

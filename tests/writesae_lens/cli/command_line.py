@@ -7,7 +7,7 @@ import sys
 from typing import Any, NamedTuple
 from unittest import mock
 
-from writesae_lens.cli import app as cli
+import writesae_lens_cli
 
 
 class Done(NamedTuple):
@@ -27,7 +27,7 @@ def run(*arguments: Any, cwd: Any = None) -> Done:
             contextlib.redirect_stderr(err),
             mock.patch.object(sys, "argv", argv),
         ):
-            cli.main()
+            writesae_lens_cli.main()
     except SystemExit as left:
         code = int(left.code or 0)
     finally:

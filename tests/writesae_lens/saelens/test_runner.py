@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hooked_models import HookedModelError, HookedRecurrent
 from writesae_lens import WriteSAE, WriteSAEError, WriteTrainingSAE
-from writesae_lens.cli.app import app, main
+from writesae_lens.cli import app, main
 from writesae_lens.experiments import replacement_test
 from writesae_lens.saelens import runner as train
 from writesae_lens.saelens.runner import parse_cells, run_training

@@ -1,0 +1,3 @@
+from writesae_lens_cli import main
+
+main()

@@ -1,0 +1,69 @@
+"""Bodies of the commands that run several steps: ``demo``, ``report`` and ``reproduce``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from writesae_lens import demo
+from writesae_lens.cli.subjects import Subject, load, parse_cell
+from writesae_lens.errors import interruptible
+from writesae_lens.experiments.catalogue import EXPERIMENTS
+from writesae_lens.report.page import make_report, saved_results
+from writesae_lens.reproduce import run as paper
+
+_RESUMES = "the same command goes on where it stopped"
+
+
+def run_demo(
+    model: str, out: Path, cell: str | None, d_sae: int, k: int, training_tokens: int, seed: int
+) -> None:
+    """Run the demo, and print the page and the headline of its replacement test."""
+    with interruptible("run it again: the demo starts from the beginning"):
+        result = demo.run_demo(out, model, parse_cell(cell), d_sae, k, training_tokens, seed)
+    typer.echo(f"report: {out / 'report.html'}")
+    typer.echo(result.headline)
+
+
+def write_report(subject: Subject, result_folders: list[Path], out: Path, seed: int) -> None:
+    """Write the report of an SAE and its saved results."""
+    results = [result for folder in result_folders for result in saved_results(folder)]
+    loaded = load(subject)
+    (reference,), (sae,) = subject.saes, loaded.saes
+    training = Path(reference) if Path(reference).is_dir() else None
+    with interruptible(_RESUMES):
+        page = make_report(out, loaded.model, sae, loaded.passages, results, training, seed=seed)
+    typer.echo(f"report: {page}")
+
+
+def list_configurations() -> None:
+    """Print the configurations of the paper that can be run."""
+    for name, configuration in paper.CONFIGS.items():
+        typer.echo(f"{name:22}{configuration.about}")
+
+
+def estimate(config: str, model: str | None, training_tokens: int | None, dtype: str) -> None:
+    """Print the sizes, memory and time of a configuration."""
+    typer.echo(paper.estimate(config, model, training_tokens, dtype))
+
+
+def reproduce(
+    config: str,
+    model: str | None,
+    recipe: Literal["default", "paper"],
+    out: Path | None,
+    training_tokens: int | None,
+    experiments: str | None,
+    device: str,
+    dtype: str,
+    seed: int,
+) -> None:
+    """Run a configuration of the paper, and print its table."""
+    names = tuple(EXPERIMENTS) if experiments is None else tuple(experiments.split(","))
+    folder = out or Path(f"reproduce-{config}")
+    with interruptible(_RESUMES):
+        table = paper.reproduce(config, folder, model, recipe, training_tokens, names, device, dtype, seed)
+    typer.echo(paper.as_markdown(table))
+    typer.echo(f"saved: {folder / 'table.md'}")

@@ -1,0 +1,120 @@
+"""The data of the page's browser of atoms, as compact JSON that report.js reads."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from hooked_models import HookedRecurrent
+from writesae_lens.figures import KL_FLOOR
+from writesae_lens.report.atoms import Profiles
+from writesae_lens.report.columns import COLUMNS
+
+# The distributions on an atom's page are drawn from at most so many of its firings.
+_MOST_FIRINGS = 300
+
+
+def browser_data(
+    model: HookedRecurrent,
+    table: pd.DataFrame,
+    profiles: Profiles,
+    contexts: pd.DataFrame,
+    replacement: pd.DataFrame,
+) -> dict[str, Any]:
+    """Everything that the browser shows: numbers with few digits, directions as bytes.
+
+    Args:
+        model: for the texts of tokens.
+        table: of `writesae_lens.report.columns.table_of_atoms`.
+        profiles: of all atoms.
+        contexts: records of `top_contexts`.
+        replacement: records of `replacement_test`.
+    """
+    rows = [
+        [_rounded(value, column.digits) for column, value in zip(COLUMNS, row)]
+        for row in table.itertuples(index=False, name=None)
+    ]
+    token_ids = profiles.tokens.unique().tolist()
+    tokenizer = model.tokenizer
+    texts = {i: "" if tokenizer is None else str(tokenizer.decode([i])) for i in token_ids}
+    # Tokens that are only part of a character are shown by their id.
+    texts = {i: text if text and "\ufffd" not in text else f"token {i}" for i, text in texts.items()}
+    return {
+        "d_k": profiles.key.shape[1],
+        "d_v": profiles.value.shape[1],
+        "columns": [column.key for column in COLUMNS],
+        "rows": rows,
+        "key": _as_bytes(profiles.key),
+        "value": _as_bytes(profiles.value),
+        "read": _numbers(profiles.read_share, 2),
+        "rank1": _numbers(profiles.rank1_share, 2),
+        "texts": texts,
+        "tokens": profiles.tokens.tolist(),
+        "logits": _numbers(profiles.logits, 3),
+        "near": profiles.neighbours.tolist(),
+        "cosines": _numbers(profiles.cosines, 3),
+        "contexts": _contexts_by_atom(contexts),
+        "firings": _firings_by_atom(replacement),
+    }
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """JSON that can stand in a script element, whatever markup the texts contain."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _contexts_by_atom(records: pd.DataFrame) -> dict[int, list[list[Any]]]:
+    """Rows of text before, token, text after, coefficient, cosine, and whether the atom is dominant there."""
+    contexts: dict[int, list[list[Any]]] = {}
+    texts = records[["text_before", "text", "text_after"]].fillna("")
+    texts["text"] = texts.text.where(texts.text != "", "token " + records.token.astype(str))
+    rows = zip(
+        records.atom, *(texts[name] for name in texts), records.coefficient, records.cosine, records.dominant
+    )
+    for atom, before, text, after, coefficient, cosine, dominant in rows:
+        row = [before, text, after, _rounded(coefficient, 3), _rounded(cosine, 2), int(bool(dominant))]
+        contexts.setdefault(int(atom), []).append(row)
+    return contexts
+
+
+def _firings_by_atom(records: pd.DataFrame) -> dict[int, list[list[Any]]]:
+    """Lists of cosines, log10 of the KLs with the atom and without the write, and whether the atom wins."""
+    columns = pd.DataFrame(
+        {
+            "atom": records.atom,
+            "cosine": records.cosine.round(3),
+            "with": np.log10(records.kl_atom.clip(lower=KL_FLOOR)).round(2),
+            "without": np.log10(records.kl_delete.clip(lower=KL_FLOOR)).round(2),
+            "wins": (records.kl_atom < records.kl_delete).astype(int),
+        }
+    )
+    firings = {}
+    for atom, group in columns.groupby("atom"):
+        some = group if len(group) <= _MOST_FIRINGS else group.sample(_MOST_FIRINGS, random_state=0)
+        firings[int(str(atom))] = [some[name].tolist() for name in ("cosine", "with", "without", "wins")]
+    return firings
+
+
+def _rounded(value: Any, digits: int | None) -> Any:
+    """A cell of the table: a text, a whole number (0 digits), a short number, or None where there is none."""
+    if isinstance(value, str):
+        return value
+    if digits is None or value is None or not np.isfinite(value):
+        return None
+    return int(value) if digits == 0 else float(f"{value:.{digits}g}" if digits > 2 else f"{value:.3f}")
+
+
+def _numbers(values: Tensor, digits: int) -> list[Any]:
+    return np.round(values.double().cpu().numpy(), digits).tolist()
+
+
+def _as_bytes(vectors: Tensor) -> str:
+    """Rows as signed bytes in base 64, each scaled to its largest entry: enough for pictures."""
+    scaled = vectors / vectors.abs().amax(1, keepdim=True).clamp(min=1e-30) * 127
+    return base64.b64encode(scaled.round().cpu().numpy().astype(np.int8).tobytes()).decode()

@@ -1,0 +1,371 @@
+"""The command line ``writesae-lens``: every command with its options and help lines, and nothing heavy.
+
+This module lies outside the package `writesae_lens`, because importing that package imports SAELens and
+torch, which takes seconds: ``--help``, ``--version`` and mistyped commands are answered without them. A
+command that runs imports its body from `writesae_lens.cli`. The experiments are not listed here: each is
+declared once, beside its function in writesae_lens/experiments, and `experiment_questions` reads the
+declarations.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from safetensors import SafetensorError
+from typer.core import TyperCommand, TyperGroup
+
+from hooked_models.errors import HookedModelError, one_line, printable
+
+START, SHARE, REPORT = (
+    "Start here",
+    "Train, download and publish SAEs",
+    "All results of an SAE, all of the paper",
+)
+TEST = "Experiments on an SAE: writesae-lens COMMAND --sae SAE"
+PANELS = (START, SHARE, TEST, REPORT)  # the groups of commands in --help, in this order
+
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")]
+Device = Annotated[str, typer.Option(help="Device of model and SAE: cpu, cuda, cuda:1, ...")]
+SAE_REFERENCE = "An SAE: a folder that SAELens wrote, a published best.pt, or RELEASE:ID from the Hub."
+
+# typer brings its own copy of click or uses the installed one: this is the common base of its usage errors.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+
+
+def experiment_questions() -> dict[str, str]:
+    """The question of every declared experiment by name, in the order of the paper.
+
+    They are read from the source, where ``@experiment("name", question="...", paper=...)`` stands above each
+    function, unless the catalogue is imported already.
+    """
+    catalogue: Any = sys.modules.get("writesae_lens.experiments.catalogue")
+    if catalogue is not None:
+        return {name: experiment.question for name, experiment in catalogue.EXPERIMENTS.items()}
+    package = importlib.util.find_spec("writesae_lens")  # finds a top-level package without importing it
+    assert package is not None
+    folders = package.submodule_search_locations or []
+    declared = []
+    for path in Path(folders[0], "experiments").glob("*.py"):
+        for statement in ast.parse(path.read_bytes()).body:
+            for decorator in getattr(statement, "decorator_list", ()):
+                match decorator:
+                    case ast.Call(func=ast.Name(id="experiment"), args=[ast.Constant(value=name)]):
+                        values = {keyword.arg: keyword.value for keyword in decorator.keywords}
+                        question = ast.literal_eval(values["question"])
+                        paper = ast.literal_eval(values["paper"]) if "paper" in values else None
+                        declared.append((paper is None, paper or 0, name, question))
+    return {name: question for _, _, name, question in sorted(declared)}
+
+
+class Commands(TyperGroup):
+    """The commands of this module, and one for every declared experiment."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self._questions = experiment_questions()
+        for name, question in self._questions.items():
+            self.add_command(TyperCommand(name, help=question, rich_help_panel=TEST))
+        in_order = sorted(self.commands.items(), key=lambda item: PANELS.index(item[1].rich_help_panel))  # type: ignore[attr-defined]
+        self.commands = dict(in_order)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command to run: of an experiment, the one with the options of its function."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in self._questions:
+            from writesae_lens.cli.experiments import command_of
+
+            command = command_of(name)
+        return name, command, rest
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="""Sparse autoencoders on the cache writes of recurrent language models.
+
+    For a first look: writesae-lens demo. Then train an SAE, run experiments on it, and write its report.
+    An SAE is named by a folder that SAELens wrote, a published best.pt, or RELEASE:ID from the Hub.""",
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"writesae-lens {version('writesae-lens')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(rich_help_panel=START)
+def demo(
+    model: Annotated[str, typer.Option(help="One of the shipped models.")] = "tiny-gdn",
+    out: Annotated[Path, typer.Option(help="Folder for the SAE, records, figures and report.")] = Path(
+        "writesae-demo"
+    ),
+    cell: Annotated[
+        str | None,
+        typer.Option(help="Cell to train on, LAYER:HEAD; default: the model's best.", show_default=False),
+    ] = None,
+    d_sae: Annotated[int, typer.Option(min=1, help="Number of atoms in the dictionary.")] = 2048,
+    k: Annotated[int, typer.Option(min=1, help="Number of atoms active on each write.")] = 4,
+    training_tokens: Annotated[int, typer.Option(min=10_000, help="Number of writes to train on.")] = 600_000,
+    seed: Seed = 0,
+) -> None:
+    """Train a WriteSAE on a shipped model, run the replacement test on it, write a report."""
+    from writesae_lens.cli.runs import run_demo
+
+    run_demo(model, out, cell, d_sae, k, training_tokens, seed)
+
+
+@app.command(rich_help_panel=START)
+def models(
+    model: Annotated[
+        str | None, typer.Option(help="List the cells of this model.", show_default=False)
+    ] = None,
+) -> None:
+    """List the shipped models and the pretrained SAEs, or the cells of a model and their hook names."""
+    from writesae_lens.cli import sharing
+
+    if model is None:
+        sharing.list_models()
+    else:
+        sharing.list_cells(model)
+
+
+@app.command(context_settings={"ignore_unknown_options": True}, rich_help_panel=SHARE)
+def train(
+    saelens_flags: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Any flag of SAELens's runner: --model_name, --dataset_path, --d_sae, --k, --lr, "
+            "--training_tokens, --output_path, --log_to_wandb, ...",
+            show_default=False,
+        ),
+    ] = None,
+    cells: Annotated[
+        str | None,
+        typer.Option(
+            help="Cells to train on, LAYER:HEAD with * for all and commas between, such as 1:*; in place of "
+            "--hook_name.",
+            show_default=False,
+        ),
+    ] = None,
+    site: Annotated[
+        Literal["write", "state"], typer.Option(help="With --cells: train on the writes or on the states.")
+    ] = "write",
+    win_rate: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Passages of a quick replacement test at every W&B evaluation; 0: no such test."
+        ),
+    ] = 0,
+    saelens_help: Annotated[bool, typer.Option("--saelens-help", help="List SAELens's flags.")] = False,
+) -> None:
+    """Train WriteSAEs with SAELens's runner; several cells train from one forward pass.
+
+    For example: writesae-lens train --model_name tiny-gdn --cells "1:*" --d_sae 2048 --k 4 --lr 4e-3
+    --context_size 256 --training_tokens 200000 --output_path my_saes
+    """
+    if not saelens_flags and cells is None and not saelens_help:
+        raise HookedModelError(
+            "nothing to train: give --model_name and --cells, see writesae-lens train --help"
+        )
+    from writesae_lens.cli.training import run_training
+
+    arguments = ["--help"] if saelens_help else saelens_flags or []
+    for folder in run_training(arguments, cells, site, win_rate):
+        typer.echo(f"trained: {folder}")
+
+
+@app.command(rich_help_panel=SHARE)
+def pull(
+    release: Annotated[
+        str, typer.Argument(help="A release that `models` lists, or a repository, OWNER/NAME.")
+    ],
+    ids: Annotated[
+        list[str] | None,
+        typer.Argument(help="SAEs of it; default: all of a release.", show_default=False),
+    ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit; default: the published one.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Download again what the cache has.")] = False,
+) -> None:
+    """Download published SAEs into the cache, check their files, and print what they are."""
+    from writesae_lens.cli import sharing
+
+    sharing.pull(release, ids, revision, force)
+
+
+@app.command(rich_help_panel=SHARE)
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A published best.pt, or the folder that it is in.")],
+    out: Annotated[Path, typer.Argument(help="Folder for cfg.json and sae_weights.safetensors.")],
+    model: Annotated[
+        str | None, typer.Option(help="Base model, if the path does not name it.", show_default=False)
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Layer, if the checkpoint does not name it.", show_default=False)
+    ] = None,
+    head: Annotated[
+        int | None, typer.Option(min=0, help="Head, if the checkpoint does not name it.", show_default=False)
+    ] = None,
+) -> None:
+    """Save a published checkpoint in SAELens's format: safetensors and cfg.json."""
+    from writesae_lens.cli import sharing
+
+    sharing.convert(checkpoint, out, model, layer, head)
+
+
+@app.command(rich_help_panel=SHARE)
+def push(
+    sae: Annotated[str, typer.Argument(help=SAE_REFERENCE)],
+    repository: Annotated[
+        str, typer.Argument(help="OWNER/NAME on the Hub; it is created if it does not exist.")
+    ],
+    sae_id: Annotated[
+        str | None,
+        typer.Option("--id", help="Folder in the repository; default: the SAE's cell.", show_default=False),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Folder of its replacement test, for the model card.", show_default=False),
+    ] = None,
+    revision: Annotated[str, typer.Option(help="Branch to publish on.")] = "main",
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository is created: make it private.")
+    ] = False,
+) -> None:
+    """Publish an SAE on the Hugging Face Hub, with a model card."""
+    from writesae_lens.cli import sharing
+
+    sharing.push(sae, repository, sae_id, results, revision, private)
+
+
+@app.command(rich_help_panel=REPORT)
+def report(
+    sae: Annotated[str, typer.Option(help=SAE_REFERENCE)],
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of a saved result, or of several; may be given more than once.", show_default=False
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text to read; default: the model's held-out text.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("writesae-report"),
+    max_passages: Annotated[
+        int, typer.Option(min=1, help="Passages to read, at most: the last ones of the text.")
+    ] = 64,
+    context_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of a passage; default: as the SAE was trained, else 256.", show_default=False
+        ),
+    ] = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+) -> None:
+    """Write one self-contained HTML page: overview, results, and a browser of all atoms.
+
+    The replacement test, the partition and the top contexts are run if they are not among the results given.
+    """
+    from writesae_lens.cli.runs import write_report
+    from writesae_lens.cli.subjects import Subject
+
+    write_report(
+        Subject([sae], None, model, text, context_size, max_passages, device), results or [], out, seed
+    )
+
+
+@app.command(rich_help_panel=REPORT)
+def reproduce(
+    config: Annotated[
+        str | None, typer.Option(help="A configuration of the paper; without it they are listed.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Another model in place of the paper's, such as tiny-gdn.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        Literal["default", "paper"],
+        typer.Option(help="This package's defaults, or the paper's training, formula and direction."),
+    ] = "default",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; default: reproduce-CONFIG.", show_default=False)
+    ] = None,
+    training_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=10_000,
+            help="Default: as many as in the paper; 600,000 on shipped models.",
+            show_default=False,
+        ),
+    ] = None,
+    experiments: Annotated[
+        str | None, typer.Option(help="Experiments to run, commas between; default: all.", show_default=False)
+    ] = None,
+    device: Device = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the model.")
+    ] = "float32",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the sizes, memory and time that it would take; run nothing."),
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Run a configuration of the paper: train, run every experiment, tabulate beside the paper's figures.
+
+    An interrupted run goes on where it stopped when it is started again with the same OUT.
+    """
+    from writesae_lens.cli import runs
+
+    if config is None:
+        runs.list_configurations()
+    elif dry_run:
+        runs.estimate(config, model, training_tokens, dtype)
+    else:
+        runs.reproduce(config, model, recipe, out, training_tokens, experiments, device, dtype, seed)
+
+
+def main() -> None:
+    """Run the command line; whatever is wrong with the input is one line on stderr and exit status 2."""
+    try:
+        # Without standalone mode typer returns the status of a command that ended early (--help ends with 0)
+        # and raises for input that it refuses.
+        sys.exit(app(prog_name="writesae-lens", standalone_mode=False) or 0)
+    except _USAGE_ERROR as error:
+        command = "writesae-lens" if error.ctx is None else error.ctx.command_path
+        message = one_line(error.format_message()).removesuffix(".")
+        if not message:  # no command at all: typer has printed the help
+            sys.exit(2)
+        message += f"; see {command} --help"
+    except typer.Abort:
+        message = "interrupted"
+    except (HookedModelError, OSError, SafetensorError) as error:  # the last: while weights are saved
+        message = one_line(error)
+    typer.echo(f"writesae-lens: {printable(message)}", err=True)
+    sys.exit(2)
