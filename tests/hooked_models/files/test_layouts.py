@@ -32,8 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
 from hooked_models import HookedModelError, HookedRecurrent, RWKV7Config, RWKV7ForCausalLM
-from hooked_models.files import layouts as checkpoints
-from hooked_models.files.layouts import to_blinkdl
+from hooked_models.files.layouts import mamba_ssm, to_blinkdl
 from hooked_models.files.loading import name_of
 from hooked_models.files.world_tokenizer import WorldTokenizer
 
@@ -295,7 +294,7 @@ def test_mamba_ssm_configurations_that_do_not_fit(
 def test_mamba_ssm_groups_that_transformers_does_not_tell_apart(
     mamba_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(checkpoints, "MambaRMSNormGated", torch.nn.RMSNorm)
+    monkeypatch.setattr(mamba_ssm, "MambaRMSNormGated", torch.nn.RMSNorm)
     config = mamba_ssm_config(ssm_cfg={"layer": "Mamba2", "ngroups": 4})
     (mamba_folder / "config.json").write_text(json.dumps(config))
     refuses(mamba_folder, "ngroups = 4", "transformers 5.23", tokenizer=tokenizer)
@@ -759,7 +758,7 @@ def write_bad_file(kind: str, path: Path, good: bytes) -> None:
         ("list", "tensors by name"),
         ("nested", "'state_dict' (dict), 'epoch' (int): save what 'state_dict' holds"),
         ("numbers", "tensors by name and nothing else, but also holds 'emb.weight' (int)"),
-        ("keys", "tensors by name and nothing else, but has keys that are no names: 0"),
+        ("keys", "tensors by name and nothing else, but has keys that are not names: 0"),
         ("nothing", "tensors by name"),
     ],
 )
