@@ -23,7 +23,7 @@ from writesae_lens.errors import WriteSAEError
 class Bound:
     """The smallest value of a number; ``exclusive``: it must be above it."""
 
-    minimum: float
+    minimum: int | float
     exclusive: bool = False
 
 
