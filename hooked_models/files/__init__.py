@@ -1,1 +1,1 @@
-"""From a name, folder or file to a model: sources, checkpoint layouts, and reading files as data."""
+"""Finding and reading the files of a model: sources, checkpoint layouts, tokenizers."""

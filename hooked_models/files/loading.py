@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from hooked_models import zoo
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.files import layouts
-from hooked_models.files.layouts import Checkpoint, listed
+from hooked_models.files.layouts import Checkpoint
 from hooked_models.files.sources import check_source, read_weights
 from hooked_models.files.tokenizers import check_tokenizer, find_tokenizer
 
@@ -82,31 +81,6 @@ def prepare(model_name: str, options: dict[str, Any]) -> tuple[str, dict[str, An
         lambda **how: load(None, config=checkpoint.config, state_dict=checkpoint.tensors, **how), options
     )
     return source, options
-
-
-@contextmanager
-def complete_checkpoints() -> Iterator[None]:
-    """While open, transformers refuses a checkpoint whose tensors do not fit instead of making them up."""
-    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
-
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop("output_loading_info", False):
-            return load(cls, *args, output_loading_info=True, **kwargs)
-        kwargs.setdefault("ignore_mismatched_sizes", True)
-        model, info = load(cls, *args, output_loading_info=True, **kwargs)
-        missing = sorted(info["missing_keys"])
-        mismatched = sorted(str(key) for key in info["mismatched_keys"])
-        for what, names in (("lacks", missing), ("has the wrong shape for", mismatched)):
-            if names:
-                where = "" if not args or args[0] is None else f" in {args[0]}"
-                raise HookedModelError(f"the checkpoint of {cls.__name__}{where} {what} {listed(names)}")
-        return model
-
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        PreTrainedModel.from_pretrained = classmethod(load)  # type: ignore[assignment]
 
 
 def check_device(device: Any) -> None:

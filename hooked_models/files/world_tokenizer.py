@@ -10,38 +10,38 @@ from rwkv import rwkv_tokenizer
 from transformers import AddedToken, PreTrainedTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-"""What token 0, which the vocabulary leaves out, is written as: begin, end and padding of texts."""
+"""The string of token 0, which the vocabulary file leaves out: begin, end and padding of a text."""
 
 _FILE = "rwkv_vocab_v20230424.txt"
 
 
 @cache
 def _vocabulary() -> rwkv_tokenizer.TRIE_TOKENIZER:
-    """The one that the rwkv package ships: its reader evaluates the file's lines, so no other is safe."""
+    """The vocabulary in the rwkv package. Its reader evaluates the lines of the file, so no other file is read."""
     return rwkv_tokenizer.TRIE_TOKENIZER(str(Path(rwkv_tokenizer.__file__).with_name(_FILE)))
 
 
 class WorldTokenizer(PreTrainedTokenizer):
-    """The World vocabulary: 65,529 byte strings, the longest match at each place.
+    """The tokenizer of RWKV's World models: 65,529 byte strings, of which the longest match is taken.
 
-    Tokens are bytes, not always whole characters; as strings they appear with one character a byte
-    (Latin-1). Decoding joins the bytes before it reads them as UTF-8. Encoding puts token 0 before the
-    text, unless told ``add_special_tokens=False``. Half a surrogate pair, which UTF-8 has no bytes for, is
-    read as the replacement character.
+    A token is a byte string, which may end within a character; as a string it has one character a byte
+    (Latin-1). Decoding joins the bytes before it reads them as UTF-8. Encoding puts token 0 before the text,
+    except with ``add_special_tokens=False``. Half a surrogate pair has no UTF-8 bytes and is encoded as the
+    replacement character.
 
-    A folder that ``save_pretrained`` writes is read by this class's ``from_pretrained``, not by
-    ``AutoTokenizer``, which does not know the class.
+    A folder that ``save_pretrained`` writes is read by ``WorldTokenizer.from_pretrained``; ``AutoTokenizer``
+    has no entry for this class.
     """
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  (the base class declares it so)
-    add_bos_token = True  # by which TransformerLens knows
+    add_bos_token = True  # TransformerLens looks for this attribute
 
     def __init__(self, **kwargs: Any) -> None:
         end = AddedToken(END_OF_TEXT, lstrip=False, rstrip=False, normalized=False, special=True)
         kwargs.setdefault("added_tokens_decoder", {0: end})
         for name in ("bos_token", "eos_token", "pad_token"):
             kwargs.setdefault(name, END_OF_TEXT)
-        kwargs.setdefault("name_or_path", _FILE)  # TransformerLens wants one
+        kwargs.setdefault("name_or_path", _FILE)  # TransformerLens needs one
         kwargs |= {"special_tokens_pattern": "bos", "clean_up_tokenization_spaces": False}
         super().__init__(**kwargs)
 

@@ -1,8 +1,8 @@
 """Published checkpoints (``best.pt``) of every type, as configuration and weights of a SAELens SAE.
 
 A file is read as data (`hooked_models.files.torch_files`). What its ``config`` says is compared with its
-tensors; what it leaves out is read off them. The factored types become a `WriteSAE`, ``flat`` becomes SAELens's own
-``topk`` (with ``use_batchtopk``, which that lacks, a `WriteSAE` whose encoder and decoder are dense).
+tensors; what it leaves out is read off them. The factored types become a `WriteSAE`, ``flat`` becomes
+SAELens's own ``topk`` (with ``use_batchtopk``, which that lacks, a `WriteSAE` whose encoder and decoder are dense).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hooked_models.errors import HookedModelError
 from hooked_models.files import torch_files
-from hooked_models.files.torch_files import StandIn
+from hooked_models.files.pickle_machine import StandIn
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.published import manifest
 from writesae_lens.published.releases import BaseModel, base_model

@@ -15,8 +15,8 @@ from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingf
 
 from hooked_models.errors import printable
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.subjects import check_sae
 from writesae_lens.experiments.result import SUMMARY
+from writesae_lens.experiments.subjects import check_sae
 from writesae_lens.published.hub import transport_errors
 
 _CARD = "README.md"

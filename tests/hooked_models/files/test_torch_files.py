@@ -32,7 +32,7 @@ from torch import nn
 
 from hooked_models import HookedModelError
 from hooked_models.files import torch_files
-from hooked_models.files.torch_files import Global, StandIn
+from hooked_models.files.pickle_machine import Global, StandIn
 
 CONTAINERS = ("zip", "legacy")
 DTYPES = (
@@ -124,7 +124,7 @@ def plain(x: Any) -> Any:
     if isinstance(x, np.generic):
         return x.item()
     if isinstance(x, Path):
-        return torch_files.Global(type(x).__module__, type(x).__name__)
+        return Global(type(x).__module__, type(x).__name__)
     return str(x) if isinstance(x, str) else x
 
 
