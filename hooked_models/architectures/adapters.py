@@ -1,107 +1,86 @@
-"""TransformerLens adapters that put the hooked mixers into its bridges.
+"""The table of architectures: which hooked components stand in the blocks of which model class.
 
-They go in through ``ArchitectureAdapterFactory.register_adapter``: the entry-point group of
-TransformerLens would refuse to replace the adapters that it already has for these architectures.
+A new architecture is one file beside this one, with its mixer, and one row here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-from transformer_lens.model_bridge.supported_architectures import (
-    Mamba2ArchitectureAdapter,
-    Qwen3_5ArchitectureAdapter,
-    Qwen3_5MoeArchitectureAdapter,
-    Qwen3NextArchitectureAdapter,
-    RWKV7ArchitectureAdapter,
-)
+from transformer_lens.model_bridge import supported_architectures as stock
 from transformers import DynamicCache
 
+from hooked_models import upstream
 from hooked_models.architectures.gated_delta_net import HookedGatedDeltaNet
 from hooked_models.architectures.mamba2 import HookedMamba2
 from hooked_models.architectures.rwkv7 import HookedRWKV7, HookedRWKV7FeedForward
 from hooked_models.modeling.rwkv7 import RWKV7Cache
 
 
-class _HookedLinearAttention:
-    """Builds Gated DeltaNet layers as hooked mixers; goes before the adapter in the bases."""
-
-    cfg: Any
-
-    def _build_linear_attn_bridge(self, optional: bool = False) -> Any:
-        return HookedGatedDeltaNet(name="linear_attn", config=self.cfg, optional=optional)
-
-    def create_stateful_cache(self, hf_model: Any, *_: Any, **__: Any) -> DynamicCache:
-        return DynamicCache(config=hf_model.config)
+def _dynamic_cache(hf_model: Any) -> DynamicCache:
+    return DynamicCache(config=hf_model.config)
 
 
-class HookedQwen3_5Adapter(_HookedLinearAttention, Qwen3_5ArchitectureAdapter):
-    """Qwen3.5, text only: also for checkpoints published with a vision tower, which is left out."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How the bridge of one model class is built.
+
+    Args:
+        adapter: TransformerLens's adapter of the model class, or of one that is built alike.
+        components: the hooked components that replace its own, by their slot in a block. Where a slot holds
+            something else in other layers, as attention in a hybrid, the mixer leaves it as it is.
+        new_cache: makes an empty cache for a model (None: the adapter does).
+        is_own_model: whether the model class is this package's own, so that what the adapter does to load
+            another one is left out.
+    """
+
+    adapter: type
+    components: dict[str, type]
+    new_cache: Callable[[Any], Any] | None = _dynamic_cache
+    is_own_model: bool = False
 
 
-class HookedQwen3_5MoeAdapter(_HookedLinearAttention, Qwen3_5MoeArchitectureAdapter):
-    """Qwen3.5 with a mixture of experts, text only."""
-
-
-class HookedQwen3NextAdapter(_HookedLinearAttention, Qwen3NextArchitectureAdapter):
-    """Qwen3-Next."""
-
-
-class HookedMamba2Adapter(Mamba2ArchitectureAdapter):
-    """Mamba-2."""
-
-    def __init__(self, cfg: Any) -> None:
-        super().__init__(cfg)
-        _blocks(self)["mixer"] = HookedMamba2(name="mixer", config=self.cfg)
-
-
-class HookedRWKV7Adapter(RWKV7ArchitectureAdapter):
-    """RWKV-7, on this package's own model: what TransformerLens does to load another's is left out."""
-
-    def __init__(self, cfg: Any) -> None:
-        super().__init__(cfg)
-        blocks = _blocks(self)
-        blocks["attn"] = HookedRWKV7(name="attn", config=self.cfg)
-        blocks["ffn"] = HookedRWKV7FeedForward(name="ffn", config=self.cfg)
-
-    def prepare_loading(self, model_name: str, model_kwargs: dict[str, Any]) -> None:
-        pass
-
-    def create_stateful_cache(self, hf_model: Any, *_: Any, **__: Any) -> RWKV7Cache:
-        return RWKV7Cache(hf_model.config.num_hidden_layers)
-
-
-def _blocks(adapter: Any) -> dict[str, Any]:
-    return adapter.component_mapping["blocks"].submodules
-
-
-ADAPTERS: dict[str, type] = {
-    "Qwen3_5ForCausalLM": HookedQwen3_5Adapter,
-    "Qwen3_5MoeForCausalLM": HookedQwen3_5MoeAdapter,
-    "Qwen3NextForCausalLM": HookedQwen3NextAdapter,
-    "Mamba2ForCausalLM": HookedMamba2Adapter,
-    "RWKV7ForCausalLM": HookedRWKV7Adapter,
+ADAPTERS: dict[str, Row] = {
+    # Qwen3.5 is text only, also where a checkpoint was published with a vision tower.
+    "Qwen3_5ForCausalLM": Row(stock.Qwen3_5ArchitectureAdapter, {"linear_attn": HookedGatedDeltaNet}),
+    "Qwen3_5MoeForCausalLM": Row(stock.Qwen3_5MoeArchitectureAdapter, {"linear_attn": HookedGatedDeltaNet}),
+    "Qwen3NextForCausalLM": Row(stock.Qwen3NextArchitectureAdapter, {"linear_attn": HookedGatedDeltaNet}),
+    "Mamba2ForCausalLM": Row(stock.Mamba2ArchitectureAdapter, {"mixer": HookedMamba2}, new_cache=None),
+    "RWKV7ForCausalLM": Row(
+        stock.RWKV7ArchitectureAdapter,
+        {"attn": HookedRWKV7, "ffn": HookedRWKV7FeedForward},
+        new_cache=lambda hf_model: RWKV7Cache(hf_model.config.num_hidden_layers),
+        is_own_model=True,
+    ),
 }
 
 
-@contextmanager
-def registered() -> Iterator[None]:
-    """While open, TransformerLens builds recurrent layers as hooked mixers.
+def hooked(row: Row) -> type:
+    """The row's adapter, with the hooked components in its blocks."""
 
-    Afterwards its own adapters are back, so that importing this package changes no other bridge.
-    """
-    known = ArchitectureAdapterFactory._adapters
-    before = {name: known.get(name) for name in ADAPTERS}
-    for name, adapter in ADAPTERS.items():
-        ArchitectureAdapterFactory.register_adapter(name, adapter)
-    try:
-        yield
-    finally:
-        for name, adapter in before.items():
-            if adapter is None:
-                known.pop(name, None)
-            else:
-                ArchitectureAdapterFactory.register_adapter(name, adapter)
+    class HookedAdapter(row.adapter):
+        def __init__(self, cfg: Any) -> None:
+            super().__init__(cfg)
+            slots = self.component_mapping["blocks"].submodules
+            for slot, component in row.components.items():
+                stock_one = slots[slot]
+                slots[slot] = component(name=stock_one.name, config=self.cfg, optional=stock_one.optional)
+
+        def create_stateful_cache(self, hf_model: Any, *args: Any, **kwargs: Any) -> Any:
+            if row.new_cache is None:
+                return super().create_stateful_cache(hf_model, *args, **kwargs)
+            return row.new_cache(hf_model)
+
+        def prepare_loading(self, model_name: str, model_kwargs: dict[str, Any]) -> None:
+            if not row.is_own_model:
+                super().prepare_loading(model_name, model_kwargs)
+
+    return HookedAdapter
+
+
+def registered() -> AbstractContextManager[None]:
+    """While open, TransformerLens builds the bridges of the model classes in `ADAPTERS` with their rows."""
+    return upstream.registered({model_class: hooked(row) for model_class, row in ADAPTERS.items()})

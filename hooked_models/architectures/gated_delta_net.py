@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_models.mixers import HookedMixer, causal_convolution
+from hooked_models.mixers import AttributeNames, HookedMixer, causal_convolution
 from hooked_models.recurrence import Recurrence
 
 
@@ -32,38 +32,19 @@ class HookedGatedDeltaNet(HookedMixer):
         "hook_linear_attn_out": "hook_out",
     }
 
-    @property
-    def _layer(self) -> Any:
-        return self.original_component
-
-    @property
-    def n_heads(self) -> int:
-        return self._layer.num_v_heads
-
-    @property
-    def write_shape(self) -> tuple[int, int]:
-        return self._layer.head_k_dim, self._layer.head_v_dim
-
-    @property
-    def layer_index(self) -> int:
-        return self._layer.layer_idx
-
-    @property
-    def output_weight(self) -> Tensor:
-        return self._layer.out_proj.weight
+    attribute_names = AttributeNames(n_heads="num_v_heads", d_k="head_k_dim", d_v="head_v_dim")
 
     @torch.no_grad()
     def stop_decay(self) -> None:
-        """Make the layer a DeltaNet: it forgets what it overwrites, and nothing else (decay 1)."""
-        self._layer.A_log.fill_(-float("inf"))
+        """Make the layer a DeltaNet: every decay is 1, and it forgets only what it overwrites."""
+        self.wrapped.A_log.fill_(-float("inf"))
 
     def inputs(
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
     ) -> tuple[Recurrence, Tensor]:
-        layer = self._layer
+        layer = self.wrapped
         mixed, z, b, a = self._project(hidden)
-        mixed = causal_convolution(mixed, layer.conv1d, cache, self.layer_index, self._branches)
-        mixed = torch.nn.functional.silu(mixed)
+        mixed = torch.nn.functional.silu(causal_convolution(mixed, layer.conv1d, cache, self.layer_index))
         q, k, v = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
         d_k, d_v = self.write_shape
         repeats = layer.num_v_heads // layer.num_k_heads
@@ -79,15 +60,15 @@ class HookedGatedDeltaNet(HookedMixer):
         return Recurrence(q=q * d_k**-0.5, g=g, k=k, v=beta[..., None] * v, a=-g.exp() * beta, b=k), z
 
     def finish(
-        self, outputs: Float[Tensor, "batch pos head d_v"], kept: Tensor
+        self, outputs: Float[Tensor, "batch pos head d_v"], bypass: Tensor
     ) -> Float[Tensor, "batch pos d_model"]:
-        d_v = outputs.shape[-1]
-        normed = self._layer.norm(outputs.to(kept.dtype).reshape(-1, d_v), kept.reshape(-1, d_v))
-        return self._layer.out_proj(normed.view(*outputs.shape[:2], -1))
+        z, d_v = bypass, outputs.shape[-1]
+        normed = self.wrapped.norm(outputs.to(z.dtype).reshape(-1, d_v), z.reshape(-1, d_v))
+        return self.wrapped.out_proj(normed.view(*outputs.shape[:2], -1))
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Flat [Q | K | V] before the convolution, the output gate z, and the gates b and a per head."""
-        layer = self._layer
+        layer = self.wrapped
         if hasattr(layer, "in_proj_qkv"):
             return (
                 layer.in_proj_qkv(hidden),

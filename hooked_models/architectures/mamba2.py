@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import GatedRMSNormBridge, LinearBridge
 
-from hooked_models.mixers import HookedMixer, causal_convolution
+from hooked_models.mixers import AttributeNames, HookedMixer, causal_convolution
 from hooked_models.recurrence import Recurrence
 
 
@@ -28,6 +28,7 @@ class HookedMamba2(HookedMixer):
     {HookedMixer.__doc__}"""
 
     architecture = "mamba2"
+    attribute_names = AttributeNames(n_heads="num_heads", d_k="ssm_state_size", d_v="head_dim")
     erases = False
     state_is_transposed = True
 
@@ -43,38 +44,17 @@ class HookedMamba2(HookedMixer):
             },
         )
 
-    @property
-    def _layer(self) -> Any:
-        return self.original_component
-
-    @property
-    def n_heads(self) -> int:
-        return self._layer.num_heads
-
-    @property
-    def write_shape(self) -> tuple[int, int]:
-        return self._layer.ssm_state_size, self._layer.head_dim
-
-    @property
-    def layer_index(self) -> int:
-        return self._layer.layer_idx
-
-    @property
-    def output_weight(self) -> Tensor:
-        return self._layer.out_proj.weight
-
     def inputs(
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
     ) -> tuple[Recurrence, tuple[Tensor, Tensor]]:
-        layer = self._layer
+        layer = self.wrapped
         groups, keys = layer.n_groups, layer.n_groups * layer.ssm_state_size
         gate, mixed, dt = layer.in_proj(hidden).split(
             [layer.intermediate_size, layer.intermediate_size + 2 * keys, layer.num_heads], dim=-1
         )
         if mask is not None and layer.in_proj.bias is not None:
             mixed = mixed * mask  # or the padding's bias would enter the convolution of real tokens
-        mixed = causal_convolution(mixed, layer.conv1d, cache, self.layer_index, self._branches)
-        mixed = layer.act(mixed)
+        mixed = layer.act(causal_convolution(mixed, layer.conv1d, cache, self.layer_index))
         if mask is not None:
             mixed = mixed * mask  # the convolution has a bias of its own
         x, b, c = mixed.split([layer.intermediate_size, keys, keys], dim=-1)
@@ -89,9 +69,9 @@ class HookedMamba2(HookedMixer):
         return Recurrence(q=c, g=g, k=b, v=dt[..., None] * x), (gate, x)
 
     def finish(
-        self, outputs: Float[Tensor, "batch pos head d_v"], kept: tuple[Tensor, Tensor]
+        self, outputs: Float[Tensor, "batch pos head d_v"], bypass: tuple[Tensor, Tensor]
     ) -> Float[Tensor, "batch pos d_model"]:
-        gate, x = kept
-        outputs = outputs + self._layer.D[:, None] * x
-        normed = self._layer.norm(outputs.flatten(2).to(gate.dtype), gate)
-        return self._layer.out_proj(normed.to(gate.dtype))
+        gate, x = bypass
+        outputs = outputs + self.wrapped.D[:, None] * x
+        normed = self.wrapped.norm(outputs.flatten(2).to(gate.dtype), gate)
+        return self.wrapped.out_proj(normed.to(gate.dtype))

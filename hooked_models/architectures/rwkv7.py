@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import LinearBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from hooked_models.caches import refuse_unknown, the_cache
-from hooked_models.mixers import BranchAware, Branches, HookedMixer
+from hooked_models.edits import mix_neighbours
+from hooked_models.mixers import AttributeNames, HookedMixer
 from hooked_models.modeling.rwkv7.layers import BonusAndGate, masked, one_earlier
 from hooked_models.recurrence import Recurrence
 
@@ -31,6 +32,8 @@ class HookedRWKV7(HookedMixer):
     {HookedMixer.__doc__}"""
 
     architecture = "rwkv7"
+    attribute_names = AttributeNames("n_heads", "head_dim", "head_v_dim", output_projection="o_proj")
+    own_arguments = ("v_first",)
     decay_per_channel = True
 
     def __init__(self, name: str, config: Any = None, optional: bool = False) -> None:
@@ -41,61 +44,39 @@ class HookedRWKV7(HookedMixer):
             optional=optional,
             submodules={projection: LinearBridge(name=projection) for projection in projections},
         )
-        self._v_first: Tensor | None = None
-
-    @property
-    def _layer(self) -> Any:
-        return self.original_component
-
-    @property
-    def n_heads(self) -> int:
-        return self._layer.n_heads
-
-    @property
-    def write_shape(self) -> tuple[int, int]:
-        return self._layer.head_dim, self._layer.head_v_dim
-
-    @property
-    def layer_index(self) -> int:
-        return self._layer.layer_idx
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Float[Tensor, "batch pos d_model"],
-        v_first: Float[Tensor, "batch pos value_dim"] | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output, and the first layer's values for the layers to come."""
-        self._v_first = v_first
-        try:
-            return super().forward(hidden_states, **kwargs), self._v_first
-        finally:
-            self._v_first = None
-
-    @property
-    def output_weight(self) -> Tensor:
-        return self._layer.o_proj.weight
 
     def inputs(
-        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
-    ) -> tuple[Recurrence, BonusAndGate]:
-        previous = _predecessors(hidden, cache, self.layer_index, self._branches)
-        recurrence, kept, self._v_first = self._layer.inputs(hidden, previous, self._v_first)
-        return dataclasses.replace(recurrence, g=self.fire_decay(recurrence.g)), kept
+        self,
+        hidden: Float[Tensor, "batch pos d_model"],
+        cache: Any,
+        mask: Tensor | None,
+        v_first: Float[Tensor, "batch pos value_dim"] | None = None,
+    ) -> tuple[Recurrence, tuple[BonusAndGate, Tensor]]:
+        previous = _one_earlier(hidden, cache, self.layer_index)
+        recurrence, bonus_and_gate, first = self.wrapped.inputs(hidden, previous, v_first)
+        recurrence = dataclasses.replace(recurrence, g=self.fire_decay(recurrence.g))
+        return recurrence, (bonus_and_gate, first)
 
     def finish(
-        self, outputs: Float[Tensor, "batch pos head d_v"], kept: BonusAndGate
+        self, outputs: Float[Tensor, "batch pos head d_v"], bypass: tuple[BonusAndGate, Tensor]
     ) -> Float[Tensor, "batch pos d_model"]:
-        return self._layer.finish(outputs, kept)
+        return self.wrapped.finish(outputs, bypass[0])
+
+    def returned(
+        self, output: Float[Tensor, "batch pos d_model"], bypass: tuple[BonusAndGate, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's output, and the first layer's values for the layers to come."""
+        return output, bypass[1]
 
 
-class HookedRWKV7FeedForward(BranchAware):
-    """Stands for the channel mixing, whose token shift must know branches from passages."""
+class HookedRWKV7FeedForward(GeneralizedComponent):
+    """Stands for the channel mixing, whose token shift mixes neighbours too."""
 
-    def __init__(self, name: str, config: Any = None) -> None:
+    def __init__(self, name: str, config: Any = None, optional: bool = False) -> None:
         super().__init__(
             name,
             config=config,
+            optional=optional,
             submodules={projection: LinearBridge(name=projection) for projection in ("key", "value")},
             hook_alias_overrides={"hook_pre": "key.hook_out", "hook_post": "value.hook_in"},
         )
@@ -110,13 +91,10 @@ class HookedRWKV7FeedForward(BranchAware):
         refuse_unknown(options, type(self).__name__)
         layer: Any = self.original_component
         hidden = masked(self.hook_in(hidden_states), attention_mask)
-        previous = _predecessors(hidden, cache, layer.cache_idx, self._branches)
+        previous = _one_earlier(hidden, cache, layer.cache_idx)
         return self.hook_out(layer.mix(hidden, previous))
 
 
-def _predecessors(hidden: Tensor, cache: Any, layer: int, branches: Branches | None) -> Tensor:
-    """The input one token earlier; a branch has the predecessor of its position's native token."""
-    if branches is None:
-        return one_earlier(hidden, cache, layer)
-    native = one_earlier(hidden[:, : branches.n_native], None, layer)
-    return torch.cat([native, native[:, branches.positions]], dim=1)
+def _one_earlier(hidden: Tensor, cache: Any, layer: int) -> Tensor:
+    """The token shift: each token's predecessor."""
+    return mix_neighbours(lambda x: one_earlier(x, cache, layer), hidden)

@@ -17,16 +17,11 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge import supported_architectures as stock_adapters
 from transformers import DynamicCache, Qwen3_5ForConditionalGeneration
 
 import hooked_models
 from hooked_models import HookedRecurrent, RWKV7Config, zoo
-from hooked_models.architectures import adapters
 from hooked_models.errors import HookedModelError
-from hooked_models.mixers import HookedMixer
 from tests.hooked_models.architectures import (
     VOCABULARY,
     Pair,
@@ -549,47 +544,6 @@ def test_swapped_writes_need_a_cell_and_a_position(pair: Pair):
     for position in (-1, 9):
         with pytest.raises((HookedModelError, IndexError), match=str(position)):
             swap_at(pair, position)
-
-
-# What the adapters rest on in TransformerLens.
-
-
-def test_transformer_lens_still_has_what_the_adapters_override():
-    """If this fails the hooked layers are no longer built: see hooked_models/adapters.py."""
-    assert callable(ArchitectureAdapterFactory.register_adapter)
-    for name, adapter in adapters.ADAPTERS.items():
-        assert name in ArchitectureAdapterFactory._adapters
-        *ours, stock = adapter.__bases__
-        if ours:
-            assert "_build_linear_attn_bridge" in dir(stock)
-            assert "_build_linear_attn_bridge" in vars(ours[0])
-
-
-STOCK_ADAPTERS = {
-    "Qwen3_5ForCausalLM": stock_adapters.Qwen3_5ArchitectureAdapter,
-    "Qwen3_5MoeForCausalLM": stock_adapters.Qwen3_5MoeArchitectureAdapter,
-    "Qwen3NextForCausalLM": stock_adapters.Qwen3NextArchitectureAdapter,
-    "Mamba2ForCausalLM": stock_adapters.Mamba2ArchitectureAdapter,
-    "RWKV7ForCausalLM": stock_adapters.RWKV7ArchitectureAdapter,
-}
-
-
-def test_other_bridges_keep_their_own_adapters(gdn_folder: Path, mamba2_folder: Path):
-    """Neither importing the package nor booting a model replaces anything of TransformerLens."""
-    known = ArchitectureAdapterFactory._adapters
-    assert {name: known[name] for name in adapters.ADAPTERS} == STOCK_ADAPTERS
-    before = dict(known)
-    with adapters.registered():
-        assert known["Qwen3_5ForCausalLM"] is adapters.HookedQwen3_5Adapter
-    assert known == before
-    with pytest.raises(ZeroDivisionError), adapters.registered():
-        _ = 1 / 0
-    assert known == before
-    for folder in (gdn_folder, mamba2_folder):
-        HookedRecurrent.boot_transformers(str(folder), device="cpu")
-        assert known == before
-        bridge = TransformerBridge.boot_transformers(str(folder), device="cpu")
-        assert not [x for x in bridge.modules() if isinstance(x, HookedMixer)]
 
 
 @pytest.mark.parametrize("name", hooked_models.__all__)

@@ -1,0 +1,150 @@
+"""Forward passes with swapped or added writes (`edits`), many of them in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from hooked_models.caches import repeated
+from hooked_models.edits import AddedWrites, SwappedWrites
+from hooked_models.errors import HookedModelError
+
+if TYPE_CHECKING:
+    from hooked_models.hooked_recurrent import Cell, HookedRecurrent
+
+# torch has one level of forward-mode differentiation, which all threads share.
+_DUAL_LEVEL = threading.RLock()
+
+
+def run_with_swapped_writes(
+    model: HookedRecurrent,
+    tokens: Tensor,
+    cell: Cell,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    erase: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `HookedRecurrent.run_with_swapped_writes`."""
+    rank = keys.shape[1] if keys.ndim > 1 else 1
+    positions = _checked(tokens, cell, positions, keys, values, (rank,))
+    if model.busy_hooks:
+        # They would see the native tokens and the branches in one row.
+        raise HookedModelError(
+            f"a run with swapped writes cannot honour the hooks on {', '.join(model.busy_hooks[:3])}: remove "
+            "them first (model.reset_hooks(), model.reset_saes())"
+        )
+    edit = SwappedWrites(model.mixers[cell.layer], cell.head, len(tokens), positions, keys, values, erase)
+    differentiate = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+    with torch.set_grad_enabled(differentiate):
+        logits = model.forward(
+            torch.cat([tokens, tokens[positions]])[None],
+            edit=edit,
+            use_cache=False,
+            **_attention_of_branches(model, len(tokens), positions),
+        )[0]
+    return logits[: len(tokens)], logits[len(tokens) :]
+
+
+@torch.no_grad()
+def run_with_added_writes(
+    model: HookedRecurrent,
+    tokens: Tensor,
+    cell: Cell,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    linear: bool,
+    past_key_values: Any,
+) -> Tensor:
+    """See `HookedRecurrent.run_with_added_writes`."""
+    positions = _checked(tokens, cell, positions, keys, values, ())
+    mixer = model.mixers[cell.layer]
+    past: dict[str, Any] = {"use_cache": False}
+    if past_key_values is not None:
+        cached_rows = len(mixer.cached_state(past_key_values))
+        if cached_rows != 1:
+            raise HookedModelError(
+                f"past_key_values must hold one row, which all rows share; it holds {cached_rows}"
+            )
+        past = {"use_cache": True, "past_key_values": repeated(past_key_values, len(positions))}
+    edit = AddedWrites(mixer, cell.head, positions, keys, values, linear)
+    with _dual_level() if linear else contextlib.nullcontext():
+        logits = model.forward(tokens.expand(len(positions), -1), edit=edit, **past)
+        if not linear:
+            return logits
+        change = forward_ad.unpack_dual(logits).tangent
+        return torch.zeros_like(logits) if change is None else change
+
+
+def _checked(
+    tokens: Tensor, cell: Cell, positions: Tensor, keys: Tensor, values: Tensor, rank: tuple[int, ...]
+) -> Tensor:
+    """The positions, on the tokens' device.
+
+    Raises:
+        HookedModelError: shapes or positions that do not fit.
+    """
+    if tokens.ndim != 1 or positions.ndim != 1 or positions.is_floating_point():
+        raise HookedModelError(
+            f"tokens must be one passage [pos] and positions whole numbers [n], got shapes "
+            f"{tuple(tokens.shape)} and {tuple(positions.shape)}, {positions.dtype}"
+        )
+    shapes = tuple(keys.shape), tuple(values.shape)
+    expected = (len(positions), *rank, cell.d_k), (len(positions), *rank, cell.d_v)
+    if shapes != expected:
+        raise HookedModelError(
+            f"keys and values must have shapes {expected[0]} and {expected[1]} here, got {shapes[0]} and "
+            f"{shapes[1]}"
+        )
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < len(tokens):
+        raise HookedModelError(
+            f"positions must lie in 0 .. {len(tokens) - 1}, the passage's tokens; got "
+            f"{int(positions.min())} .. {int(positions.max())}"
+        )
+    return positions.to(tokens.device)
+
+
+def _attention_of_branches(model: HookedRecurrent, length: int, positions: Tensor) -> dict[str, Any]:
+    """Mask and position ids for a model with softmax attention, in whatever layers; else nothing.
+
+    A native token attends to the native tokens up to itself, a branch to the native tokens before its
+    position and to itself.
+    """
+    if not model.has_attention:
+        return {}
+    device = positions.device
+    position_ids = torch.cat([torch.arange(length, device=device), positions])  # [pos + branch]
+    sees = torch.eye(len(position_ids), dtype=torch.bool, device=device)
+    sees[:, :length] |= torch.arange(length, device=device) < position_ids[:, None]
+    dtype = next(model.original_model.parameters()).dtype
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device)
+    mask = mask.masked_fill(~sees, torch.finfo(dtype).min)[None, None]  # [1, 1, query, key]
+    return {"attention_mask": mask, "position_ids": position_ids[None]}
+
+
+@contextlib.contextmanager
+def _dual_level() -> Iterator[None]:
+    """Forward-mode differentiation, for one thread at a time.
+
+    Raises:
+        HookedModelError: it is on already: torch cannot nest it.
+    """
+    with _DUAL_LEVEL:
+        try:
+            level = forward_ad.enter_dual_level()
+        except RuntimeError as error:
+            raise HookedModelError(
+                "a run with linear=True cannot run inside another one, or inside another forward-mode "
+                "derivative: torch has no nested ones"
+            ) from error
+        try:
+            yield
+        finally:
+            forward_ad.exit_dual_level(level=level)

@@ -1,0 +1,170 @@
+"""Swapped and added writes: edits of what a cell writes that one forward pass carries for many positions.
+
+`hooked_models.edited_runs` runs them. `HookedRecurrent.forward` opens `carried` for the length of each call,
+with the call's edit or with none, and the layers that mix tokens ask here for it. So an edit ends with its
+call, and a call inside another one (from a hook), of another model or in another thread does not see it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooked_models.recurrence import Recurrence, Trajectory, scan
+
+
+@dataclasses.dataclass(frozen=True)
+class SwappedWrites:
+    """A sequence of native tokens followed by *branch* tokens, each of which writes something else at a cell.
+
+    Branch j repeats the native token at ``positions[j]``. It sees the native tokens before that position and
+    itself, nothing else: it is the last token of a passage of its own.
+
+    Args:
+        mixer, head: the cell.
+        n_native: how many tokens come before the branches.
+        positions: of the branches; they may repeat.
+        keys, values: what each branch writes, the sum over rank of key value^T.
+        erase: whether a branch's own erase still happens at the cell.
+    """
+
+    mixer: nn.Module
+    head: int
+    n_native: int
+    positions: Int[Tensor, " branch"]
+    keys: Float[Tensor, "branch rank d_k"]
+    values: Float[Tensor, "branch rank d_v"]
+    erase: bool
+
+    def outputs(
+        self, mixer: nn.Module, recurrence: Recurrence
+    ) -> Float[Tensor, "one native_and_branch head d_v"]:
+        """S_t^T q_t of the native tokens and of the branches in one layer, the cell's or another.
+
+        A branch has its own T, W and q but the native state before it::
+
+            S_t^T q_t = S_{t-1}^T (T_t^T q_t) + W_t^T q_t
+        """
+        # 1. The native tokens are a passage as any other.
+        native = recurrence.positions(slice(self.n_native))
+        branch = recurrence.positions(slice(self.n_native, None))
+        trajectory = Trajectory(native)
+        # 2. W_t^T q_t, [1, branch, head, d_v]; at the cell with what is swapped in.
+        written = branch.v * (branch.k * branch.q).sum(-1, keepdim=True)
+        if mixer is self.mixer:
+            if not self.erase:
+                heads = torch.arange(branch.k.shape[2], device=branch.k.device)
+                branch = branch.without_erase((heads == self.head).expand(*branch.k.shape[:3]))
+            on_keys = torch.einsum("bjk,jrk->bjr", branch.q[:, :, self.head], self.keys.to(branch.q))
+            written = written.clone()
+            written[:, :, self.head] = torch.einsum("bjr,jrv->bjv", on_keys, self.values.to(branch.v))
+        # 3. S_{t-1}^T (T_t^T q_t). One read of the trajectory serves one branch a position; so there are as
+        #    many reads as branches at the busiest position.
+        n_reads, nth_read = self._nth_at_its_position()
+        pulled = branch.pull_back(branch.q)
+        reads = pulled.new_zeros(n_reads, *native.q.shape)
+        reads[nth_read, :, self.positions] = pulled.transpose(0, 1)
+        carried = torch.stack([trajectory.read(r, before=True) for r in reads])
+        carried = carried[nth_read, :, self.positions].transpose(0, 1)
+        return torch.cat([trajectory.read(native.q), carried + written], dim=1)
+
+    def _nth_at_its_position(self) -> tuple[int, Tensor]:
+        """How many branches share the busiest position, and each branch's number at its position."""
+        order = torch.argsort(self.positions, stable=True)
+        counts = torch.bincount(self.positions, minlength=1)
+        first = (counts.cumsum(0) - counts)[self.positions[order]]
+        nth = torch.empty_like(order)
+        nth[order] = torch.arange(len(order), device=order.device) - first
+        return max(1, int(counts.max())), nth
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedWrites:
+    """What each row of a batch writes at one cell beside its native writes: key value^T at one position.
+
+    Args:
+        mixer, head: the cell.
+        positions: of each row's added write.
+        keys, values: its factors.
+        linear: whether the rest of the model sees the change of the layer's output as a tangent of
+            forward-mode differentiation instead of as a change.
+    """
+
+    mixer: nn.Module
+    head: int
+    positions: Int[Tensor, " row"]
+    keys: Float[Tensor, "row d_k"]
+    values: Float[Tensor, "row d_v"]
+    linear: bool
+
+    def join(
+        self, outputs: Float[Tensor, "row pos head d_v"], recurrence: Recurrence
+    ) -> Float[Tensor, "row pos head d_v"]:
+        """The layer's ``outputs`` S_t^T q_t with what the added writes contribute to them."""
+        rec = recurrence.heads(self.head).with_erase_vector()
+        here = torch.arange(outputs.shape[1], device=outputs.device) == self.positions[:, None]
+        # The state is linear in the writes, so the added one contributes what it would write alone.
+        keys = here[:, :, None, None] * self.keys[:, None, None].to(rec.k)
+        values = self.values[:, None, None].to(rec.v).expand_as(rec.v)
+        change, _ = scan(dataclasses.replace(rec, k=keys, v=values))
+        joined = outputs.clone()
+        joined[:, :, self.head] += change[:, :, 0]
+        return joined
+
+
+Edit = SwappedWrites | AddedWrites
+_EDIT: ContextVar[Edit | None] = ContextVar("edit of the forward pass that is running", default=None)
+
+
+@contextmanager
+def carried(edit: Edit | None) -> Iterator[None]:
+    """While open, in this thread, the layers of the running forward pass see this edit, or none."""
+    token = _EDIT.set(edit)
+    try:
+        yield
+    finally:
+        _EDIT.reset(token)
+
+
+def swapped_writes() -> SwappedWrites | None:
+    """The swapped writes of the forward pass that is running, if it has branches."""
+    edit = _EDIT.get()
+    return edit if isinstance(edit, SwappedWrites) else None
+
+
+def added_writes(mixer: nn.Module) -> AddedWrites | None:
+    """What the forward pass that is running adds to the writes of this mixer."""
+    edit = _EDIT.get()
+    return edit if isinstance(edit, AddedWrites) and edit.mixer is mixer else None
+
+
+def mix_neighbours(
+    mix: Callable[[Tensor], Tensor],
+    hidden: Float[Tensor, "batch pos channel"],
+    own_weight: Float[Tensor, " channel"] | None = None,
+) -> Float[Tensor, "batch pos channel"]:
+    """Apply a causal mixing of neighbouring tokens, as a convolution or a token shift, branches or not.
+
+    The neighbours of a branch are the native tokens before its position. So it gets what the native token
+    there gets, but for its own part.
+
+    Args:
+        mix: the mixing of a passage.
+        hidden: its input, which ends with the branches where there are some.
+        own_weight: weight of the token itself in the mixing (None: it has no part in it).
+    """
+    swapped = swapped_writes()
+    if swapped is None:
+        return mix(hidden)
+    native, branch = hidden[:, : swapped.n_native], hidden[:, swapped.n_native :]
+    mixed = mix(native)
+    of_branches = mixed[:, swapped.positions]
+    if own_weight is not None:
+        of_branches = torch.addcmul(of_branches, branch - native[:, swapped.positions], own_weight)
+    return torch.cat([mixed, of_branches], dim=1)

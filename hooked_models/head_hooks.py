@@ -1,0 +1,171 @@
+"""Firing hook points: one head's write, erase and state, and what their edits do to the layer's outputs.
+
+A write, erase or state matrix is built only where somebody listens. An edit does not rerun the layer: the
+outputs change by the response of the difference (`responses`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hooked_models.errors import HookedModelError
+from hooked_models.recurrence import Recurrence, Trajectory
+from hooked_models.responses import respond, respond_states
+from hooked_models.upstream import is_listened_to
+
+Change = tuple[Tensor, Tensor]  # of a head's outputs [B, T, 1, V] and of its final state [B, 1, K, V]
+
+
+class HeadHooks(NamedTuple):
+    """The hook points of one head."""
+
+    write: nn.Module
+    state: nn.Module
+    erase: nn.Module | None = None
+    """None where nothing is erased."""
+
+    @property
+    def are_listened_to(self) -> bool:
+        return any(point is not None and is_listened_to(point) for point in self)
+
+    def fire(self, recurrence: Recurrence, start: Tensor | None) -> Change | None:
+        """Fire the write, the erase and the state hook, in this order.
+
+        Args:
+            recurrence: of this head alone.
+            start: its state before the first token, ``[batch, 1, d_k, d_v]`` (None: zero).
+
+        Returns:
+            how the hooks' edits change outputs and final state (None: not at all).
+        """
+        rec = recurrence.map(lambda x: x.to(recurrence.dtype))
+        on_erase = self.erase is not None and is_listened_to(self.erase)
+        on_state = is_listened_to(self.state)
+        change: Change | None = None
+        difference: Tensor | None = None  # what enters the state beside what the scan accounts for
+        # 1. The write W_t = k_t v_t^T: a changed one enters the state as a difference.
+        if is_listened_to(self.write):
+            edited, touched = fire_matrices(self.write, _outer(rec.k, rec.v))
+            if touched or (edited.requires_grad and (on_erase or on_state)):
+                difference = edited - _outer(rec.k, rec.v)
+            elif edited.requires_grad:
+                out = _UnchangedWrite.apply(edited, *(getattr(rec, f) for f in "kvqgab"))
+                change = (out, rec.k.new_zeros(()).expand(len(out), 1, *edited.shape[-2:]))
+        # 2. The erase a_t b_t^T S_{t-1}: `after` is the recurrence without those that a hook set.
+        after = rec
+        if on_erase:
+            after, set_instead = self._fire_erase(rec, start, difference)
+            if set_instead is not None:
+                difference = set_instead if difference is None else difference + set_instead
+        if difference is not None:
+            change = respond(after, difference)
+        # 3. The state S_t, with the edits above: a changed one is set.
+        if on_state:
+            # Apart from the tensor that the hook is shown, which it may edit in place.
+            states = Trajectory(rec, start).states()
+            if difference is not None:
+                states = states + respond_states(after, difference)
+            edited, touched = fire_matrices(self.state, states.clone())
+            if touched or edited.requires_grad:
+                moved = edited - states
+                outputs, final = respond(after, moved, state_is_set=(moved != 0).flatten(-2).any(-1))
+                change = (outputs, final) if change is None else (outputs + change[0], final + change[1])
+        return change
+
+    def _fire_erase(
+        self, rec: Recurrence, start: Tensor | None, difference: Tensor | None
+    ) -> tuple[Recurrence, Tensor | None]:
+        """Fire the erase hook: the recurrence without the erases that it set, and what enters instead.
+
+        A set erase no longer depends on the state, so the transition there is the decay alone. The set erase
+        enters less the native one, which the scan has accounted for already.
+        """
+        a, b = rec.with_erase_vector().a, rec.b
+        assert self.erase is not None
+        assert a is not None
+        assert b is not None
+        native = erased = Trajectory(rec, start).read(b, before=True)  # S_{t-1}^T b_t, [B, T, 1, V]
+        if difference is not None:
+            # b_t reads the earlier edits too: their response in S_{t-1}, read one token earlier.
+            ahead = dataclasses.replace(rec, q=nn.functional.pad(b[:, 1:], (0, 0, 0, 0, 0, 1)))
+            response = respond(ahead, difference)[0]
+            erased = native + nn.functional.pad(response[:, :-1], (0, 0, 0, 0, 1, 0))
+        edited, touched = fire_matrices(self.erase, _outer(a, erased))
+        if not (touched or edited.requires_grad):
+            return rec, None
+        moved = edited - _outer(a, erased)
+        erase_is_set = (moved != 0).flatten(-2).any(-1)
+        moved = torch.where(erase_is_set[..., None, None], edited - _outer(a, native), moved)
+        return rec.without_erase(erase_is_set), moved
+
+
+def fire(point: nn.Module, x: Tensor) -> Tensor:
+    """Fire a hook point.
+
+    Raises:
+        HookedModelError: a hook returned no tensor, or another shape, which could broadcast unseen.
+    """
+    edited = point(x)
+    if not isinstance(edited, Tensor) or edited.shape != x.shape:
+        name = getattr(point, "name", type(point).__name__)
+        returned = (
+            f"shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else f"a {type(edited).__name__}"
+        )
+        raise HookedModelError(
+            f"a hook at {name} returned {returned}, expected {tuple(x.shape)}: return a tensor of that "
+            "shape, or None to change nothing"
+        )
+    return edited
+
+
+def fire_copy(point: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
+    """Fire a hook point with a copy of a small tensor; its result, and whether that differs."""
+    shown = x.clone()
+    edited = fire(point, shown)
+    return edited, edited is not shown or not torch.equal(edited, x)
+
+
+def fire_matrices(point: nn.Module, matrices: Tensor) -> tuple[Tensor, bool]:
+    """Fire a hook point with [B, T, 1, K, V] as [B, T, K * V]; its result, and whether a hook edited it."""
+    flat = matrices.flatten(-2).squeeze(2)
+    version = _version(flat)
+    edited = fire(point, flat)
+    touched = edited is not flat or version == -1 or version != _version(flat)
+    return edited.to(matrices.dtype).view_as(matrices), touched
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written to in place; -1 in inference mode, where torch does not count."""
+    return -1 if x.is_inference() else x._version
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    return x[..., None] * y[..., None, :]
+
+
+class _UnchangedWrite(torch.autograd.Function):
+    """The response to a write that is hooked and unedited: zero forwards, at no cost, the gradient backwards.
+
+    The gradient with respect to the hooked write exists, although reading it changed nothing. The part of it
+    that goes on into k and v is taken back, because the scan accounts for it already.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, write: Tensor, k: Tensor, v: Tensor, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(k, v, *inputs)
+        return torch.zeros_like(v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, q, g, a, b = ctx.saved_tensors
+        difference = _outer(k, v).zero_().requires_grad_()
+        with torch.enable_grad():
+            outputs, _ = respond(Recurrence(q, g, k, v, a, b), difference)
+            (grad,) = torch.autograd.grad(outputs, difference, grads[0])
+        grad_k = -torch.einsum("bthkv,bthv->bthk", grad, v)
+        grad_v = -torch.einsum("bthkv,bthk->bthv", grad, k)
+        return grad, grad_k, grad_v, None, None, None, None
