@@ -30,7 +30,7 @@ from hooked_models import HookedModelError, HookedRecurrent, zoo
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAETrainingConfig, baselines, experiments
 from writesae_lens.experiments.passages import as_passages
 from writesae_lens.published import sharing
-from writesae_lens.reproduce.run import estimate, reproduce
+from writesae_lens.reproduce import estimate, reproduce
 
 LAYER, HEAD, D_K, D_V, D_SAE = 1, 2, 32, 48, 64
 WRITE = "blocks.1.linear_attn.hook_write.2"

@@ -1,13 +1,12 @@
-"""The package's own exception, and what an interruption becomes."""
+"""The package's own exception, and what an interruption by the user turns into."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sae_lens.training._interruption import InterruptedException
-
 from hooked_models.errors import HookedModelError
+from writesae_lens.saelens.upstream import InterruptedException
 
-# Ctrl-C; while SAELens trains, its own exception.
+# What Ctrl-C raises, in general and once SAELens has trained.
 INTERRUPTIONS = (KeyboardInterrupt, InterruptedException)
 
 
@@ -17,7 +16,7 @@ class WriteSAEError(HookedModelError):
 
 @contextmanager
 def interruptible(advice: str) -> Iterator[None]:
-    """Ctrl-C within becomes a `WriteSAEError` that says how to go on."""
+    """Turn Ctrl-C within the block into a `WriteSAEError` whose message says how to go on."""
     try:
         yield
     except INTERRUPTIONS as error:

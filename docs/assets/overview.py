@@ -9,10 +9,9 @@ import torch
 from matplotlib import pyplot as plt
 from sae_lens import SAE
 
-from hooked_models import HookedRecurrent
-from writesae_lens.saelens.runner import shipped_text
+from hooked_models import HookedRecurrent, zoo
 
-TEXT = shipped_text()[1][0][:400]
+TEXT = zoo.shipped_text()[1][0][:400]
 
 out = Path(sys.argv[1])
 sae = SAE.load_from_disk(out / "sae")

@@ -5,6 +5,12 @@ from pathlib import Path
 
 SHIPPED = ("tiny-gdn", "tiny-mamba2", "tiny-rwkv7")
 """Names of the models that `model_path` accepts."""
+DEFAULT_CELLS = {"tiny-gdn": (1, 3), "tiny-mamba2": (4, 4), "tiny-rwkv7": (3, 0)}
+"""(layer, head) of each model's best cell: the one that the demo and the tutorials train an SAE on."""
+TRAINING_TOKENS = 600_000
+"""On how many writes the documented SAEs were trained: the text is read almost four times for that."""
+TEXT_NAME = "hooked_models/zoo/held_out.txt"
+"""What an SAE's metadata name as its data set when it was trained on the shipped text."""
 
 
 def model_path(name: str) -> Path:
@@ -21,3 +27,10 @@ def model_path(name: str) -> Path:
 def held_out_text() -> str:
     """English text that no shipped model ever saw: documents, split by `<|endoftext|>` lines."""
     return (Path(str(files(__name__))) / "held_out.txt").read_text(encoding="utf-8")
+
+
+def shipped_text() -> tuple[list[str], list[str]]:
+    """The held-out text's documents: the first four fifths to train SAEs on, the rest to test them on."""
+    documents = [document.strip() for document in held_out_text().split("<|endoftext|>")]
+    cut = round(0.8 * len(documents))
+    return documents[:cut], documents[cut:]

@@ -8,11 +8,11 @@ from typing import Literal
 import typer
 
 from writesae_lens import demo
+from writesae_lens import reproduce as paper
 from writesae_lens.cli.subjects import Subject, load, parse_cell
 from writesae_lens.errors import interruptible
 from writesae_lens.experiments.catalogue import EXPERIMENTS
 from writesae_lens.report.page import make_report, saved_results
-from writesae_lens.reproduce import run as paper
 
 _RESUMES = "the same command goes on where it stopped"
 

@@ -1,4 +1,4 @@
-"""The curves of a training run, kept beside the SAE as they come."""
+"""The curves of a training run, written beside the SAE while it trains."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import pandas as pd
 from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
 from torch import Tensor
 
+from writesae_lens.saelens import upstream
 from writesae_lens.saes.rank1 import squared_norms
 from writesae_lens.saes.training_sae import WriteTrainingSAE
 
 FILE = "training.csv"
-# Rows of a run's file, about.
+# A run's file has about so many rows, however long the run.
 _ROWS = 400
 
 
 def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRunner) -> None:
-    """Write a row now and then while a runner trains: its losses, L0 and dead atoms, without W&B.
+    """Write losses, L0 and dead atoms to a file while a runner trains, without W&B.
 
-    The file, training.csv, is in the folder where SAELens saves the SAE (of several: each in its own). Its
-    columns are step, loss, unexplained (squared error over the inputs' squared norm), l0, dead (None where
-    SAELens keeps no count), cosine (of the dominant atom, weighted by squared norms; where the SAE trains on
-    alignment), and the terms of the loss. A run that resumes from a checkpoint goes on in its file.
+    The file, training.csv, is in the folder where SAELens saves the SAE (with several SAEs: one file each).
+    Its columns are step, loss, unexplained (squared error over the inputs' squared norm), l0, dead (empty
+    where SAELens keeps no count), cosine (of the dominant atom, weighted by squared norms; where the SAE
+    trains on alignment), and the terms of the loss. A run that resumes from a checkpoint appends to its file.
 
     Args:
         runner: before ``run()``; nothing happens if it has no ``output_path``.
@@ -33,25 +34,20 @@ def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRun
     if cfg.output_path is None:
         return
     steps = max(1, int(cfg.training_tokens) // cfg.train_batch_size_tokens)
-    folder = Path(cfg.output_path)
-    if isinstance(runner, MultiSAETrainingRunner):
-        saes = {folder / name: sae for name, sae in runner.saes.items()}
-    else:
-        saes = {folder: runner.sae}
-    for where, sae in saes.items():
-        where.mkdir(parents=True, exist_ok=True)
-        path = where / FILE
+    several = isinstance(runner, MultiSAETrainingRunner)
+    for name, sae in (runner.saes if several else {"": runner.sae}).items():
+        folder = Path(cfg.output_path, name)
+        folder.mkdir(parents=True, exist_ok=True)
         if cfg.resume_from_checkpoint is None:
-            path.unlink(missing_ok=True)
-        # SAELens's own switch for torch.compile replaces the method in the same way.
-        sae.training_forward_pass = _recording(sae, path, max(1, steps // _ROWS))  # type: ignore[method-assign]
+            (folder / FILE).unlink(missing_ok=True)
+        upstream.wrap_on(sae, "training_forward_pass", _recorder(sae, folder / FILE, max(1, steps // _ROWS)))
 
 
-def _recording(sae: Any, path: Path, every: int) -> Callable[..., Any]:
-    train_step, count = sae.training_forward_pass, None
+def _recorder(sae: Any, path: Path, every: int) -> Callable[..., Any]:
+    count: int | None = None
     alignment = getattr(sae.cfg, "write_alignment_coefficient", 0.0)
 
-    def recorded(step_input: Any) -> Any:
+    def recorded(train_step: Callable[..., Any], step_input: Any) -> Any:
         nonlocal count
         if count is None:
             count = _steps_before(sae, path)
@@ -69,8 +65,7 @@ def _recording(sae: Any, path: Path, every: int) -> Callable[..., Any]:
             }
             if alignment and "write_alignment_loss" in losses:
                 row["cosine"] = 1 - losses["write_alignment_loss"] / power / alignment
-            new = not path.exists()
-            pd.DataFrame([row | losses]).to_csv(path, mode="a", header=new, index=False)
+            pd.DataFrame([row | losses]).to_csv(path, mode="a", header=not path.exists(), index=False)
         count += 1
         return output
 
@@ -78,16 +73,16 @@ def _recording(sae: Any, path: Path, every: int) -> Callable[..., Any]:
 
 
 def _squared_norms(sae: Any, x: Tensor) -> Tensor:
-    # Writes come as factors, whose matrices need not be built for this.
+    # Packed writes have theirs without building the matrices.
     return squared_norms(sae._rows(x)) if isinstance(sae, WriteTrainingSAE) else x.square().sum(-1)
 
 
 def _steps_before(sae: Any, path: Path) -> int:
-    """Steps that a resumed run has made; rows that the file has of later ones are dropped."""
+    """The step that a run starts at: not 0 if it resumes; then later rows are dropped from its file."""
     if not path.exists():
         return int(sae.progress[1]) if isinstance(sae, WriteTrainingSAE) else 0
     rows = pd.read_csv(path)
-    # SAELens's own types do not know their step.
+    # SAELens's own types do not count their steps.
     steps = int(sae.progress[1]) if isinstance(sae, WriteTrainingSAE) else int(rows.step.max()) + 1
     rows[rows.step < steps].to_csv(path, index=False)
     return steps

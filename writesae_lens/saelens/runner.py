@@ -1,243 +1,243 @@
-"""``writesae-lens train``: SAELens's own command line, on the cells of a recurrent model.
-
-Every flag of SAELens's parser means what it means there. What is added: the architecture and the model class
-have this package's defaults, sizes come from the model, ``--cells`` names heads instead of a hook, several
-cells train from one forward pass, and a shipped model brings its own text.
-"""
+"""Training WriteSAEs on the cells of a model with SAELens's runners: the one place that configures them."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
 import dataclasses
-import io
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import sae_lens
 import torch
 import wandb
 from datasets import Dataset
 from sae_lens import (
     LanguageModelSAERunnerConfig,
-    LanguageModelSAETrainingRunner,
+    LoggingConfig,
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
+    TrainingSAEConfig,
 )
-from sae_lens.llm_sae_training_runner import _parse_cfg_args
 
 from hooked_models import HookedModelError, HookedRecurrent, zoo
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import INTERRUPTIONS, WriteSAEError
+from writesae_lens.saelens import upstream
 from writesae_lens.saelens.history import record_training
 from writesae_lens.saelens.registration import MODEL_CLASS_NAME
 from writesae_lens.saelens.win_rate import log_win_rate
-from writesae_lens.saes.config import WriteSAETrainingConfig
+from writesae_lens.saes.config import WriteSAETrainingConfig, recommended_schedule
 
-# Flags of the command line that have other defaults here than in SAELens.
-DEFAULTS = {"--architecture": "writesae", "--model_class_name": MODEL_CLASS_NAME, "--log_to_wandb": "false"}
+# What `train_cells` sets in SAELens's runner config unless told otherwise.
+RUNNER_DEFAULTS: dict[str, Any] = {
+    "context_size": 256,
+    "store_batch_size_prompts": 16,
+    "n_batches_in_buffer": 32,
+    "checkpoint_path": None,
+}
 # Options of SAELens's runner for one SAE that its runner for several does not have.
 ONE_CELL_ONLY = ("use_cached_activations", "from_pretrained_path", "compile_sae")
-TRAINING_SHARE = 0.8
-_FLAGS_ARE_LISTED = "writesae-lens train --saelens-help lists the flags"
-SHIPPED_TEXT = "hooked_models/zoo/held_out.txt"
 
 
-class Runner(LanguageModelSAETrainingRunner):
-    """SAELens's runner; interrupted, it saves a whole checkpoint (SAELens's leaves the weights out)."""
-
-    def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
-        try:
-            return super().run_trainer_with_interruption_handling(trainer)
-        except INTERRUPTIONS:
-            if self.cfg.checkpoint_path is not None:
-                trainer.save_checkpoint(str(trainer.n_training_samples))
-            raise
-
-    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        if checkpoint_path is not None:  # SAELens calls this first when interrupted
-            checkpoint_path.mkdir(parents=True, exist_ok=True)
-        super().save_checkpoint(checkpoint_path)
-
-
-def shipped_text() -> tuple[list[str], list[str]]:
-    """Documents that the shipped models never saw: four fifths to train SAEs on, one to test them on."""
-    documents = [d.strip() for d in zoo.held_out_text().split("<|endoftext|>")]
-    cut = round(TRAINING_SHARE * len(documents))
-    return documents[:cut], documents[cut:]
-
-
-def parse_cells(model: HookedRecurrent, text: str) -> list[Cell]:
-    """Cells from ``LAYER:HEAD``, comma-separated; ``*`` stands for every layer or head.
-
-    Raises:
-        WriteSAEError: the text is no list of cells, or names none of the model's.
-        HookedModelError: one of them does not exist; the message lists the valid ones.
-    """
-    cells: list[Cell] = []
-    for part in text.split(","):
-        layer, colon, head = (piece.strip() for piece in part.partition(":"))
-        if not colon or not all(piece == "*" or piece.isdecimal() for piece in (layer, head)):
-            raise WriteSAEError(
-                f"cells are written LAYER:HEAD, with * for all and commas between, for example 1:* or "
-                f"0:2,3:1; got {text!r}"
-            )
-        if "*" not in (layer, head):
-            cells.append(model.cell(int(layer), int(head)))
-            continue
-        found = [c for c in model.cells if layer in ("*", str(c.layer)) and head in ("*", str(c.head))]
-        if not found:
-            layers = ", ".join(str(n) for n in model.mixers)
-            raise WriteSAEError(f"{part.strip()!r} names no cell: this model's recurrent layers are {layers}")
-        cells += found
-    return list(dict.fromkeys(cells))
-
-
-def run_training(
-    arguments: Sequence[str],
-    cells: str | None = None,
+def train_cells(
+    model: HookedRecurrent | str,
+    cells: Sequence[Cell | tuple[int, int] | str],
+    output_path: str | Path | Sequence[str | Path],
+    training_tokens: int,
+    sae: TrainingSAEConfig | Callable[[Cell], TrainingSAEConfig] | None = None,
     site: Literal["write", "state"] = "write",
+    text: Dataset | Sequence[str] | None = None,
+    schedule: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    resume_from_checkpoint: str | Path | None = None,
     win_rate_passages: int = 0,
+    **options: Any,
 ) -> list[Path]:
-    """Train as the command line says.
+    """Train an SAE on each of some cells; several cells share each forward pass of the model.
 
     Args:
-        arguments: flags of SAELens's parser.
-        cells: as in `parse_cells`; None takes the cell of ``--hook_name``.
-        site: what of each cell to train on.
-        win_rate_passages: log the replacement test's win rate on so many passages at every evaluation.
+        model: the model, or its name for `HookedRecurrent.boot_transformers`.
+        cells: cells of ``model.cells``, (layer, head) pairs, or names of hooks (then ``site`` does not
+            count).
+        output_path: the folder for the SAE; of several SAEs each has a folder in it (``L1H3``). A sequence
+            names the folder of each cell.
+        training_tokens: how many writes each SAE is trained on; the text is read again as often as that
+            takes.
+        sae: config of the SAEs, or a function that gives the config for a cell. None:
+            `WriteSAETrainingConfig.recommended`.
+        site: train on each token's write, or on the state after it.
+        text: documents, as strings or as a `datasets.Dataset`. None: what ``dataset_path`` names (an option
+            below), or a shipped model's own text.
+        schedule: learning rate, batch size and the like, as in SAELens's runner config. None:
+            `recommended_schedule`.
+        device: of the SAEs (None: the model's).
+        seed: of everything random in the training.
+        resume_from_checkpoint: go on from this checkpoint of an interrupted run.
+        win_rate_passages: log the replacement test's win rate on so many passages at each W&B evaluation.
+        **options: any other field of ``LanguageModelSAERunnerConfig``. Unless given: passages of 256 tokens,
+            no checkpoints, no W&B, and a BOS token in front of passages where the model's own tokenizer wants
+            it.
 
     Returns:
-        folders of the trained SAEs, in SAELens's format.
+        the folders of the trained SAEs, in SAELens's format, with training.csv (`record_training`).
 
     Raises:
-        WriteSAEError: flags that do not go together, or no text to train on.
+        WriteSAEError: no text, options for one SAE only with several, or an interruption (Ctrl-C) of a run
+            with
+            checkpoints: the message names the checkpoint to resume from.
+        HookedModelError: the model has no such cell or hook.
     """
-    given = dict(_flags(arguments))
-    if cells is None and "--hook_name" not in given and "--help" not in given:
-        raise WriteSAEError("nothing to train on: give --cells or --hook_name")
-    if cells is not None and "--hook_name" in given:
-        raise WriteSAEError("--cells and --hook_name both say what to train on: give one of them")
-    if "--sae" in given:
-        given["--architecture"] = given["--sae"]
-    defaults = {flag: value for flag, value in DEFAULTS.items() if flag not in given}
-    architecture = given.get("--architecture", DEFAULTS["--architecture"])
-    # The sizes are the model's, but the parser wants them now.
-    sizes = {"--d_k": "1", "--d_v": "1"} if architecture == DEFAULTS["--architecture"] else {}
-    if set(sizes) & set(given):
-        raise WriteSAEError("d_k and d_v are the cell's own: leave --d_k and --d_v out")
-    added = [x for pair in (defaults | sizes).items() for x in pair]
-    usage = io.StringIO()  # which SAELens's parser prints in full before it says what is wrong
-    try:
-        with contextlib.redirect_stderr(usage):
-            cfg = _parse_cfg_args([*arguments, *added])
-    except argparse.ArgumentError as error:
-        raise WriteSAEError(f"{error}; {_FLAGS_ARE_LISTED}") from error
-    except SystemExit as error:
-        if not error.code:  # --help
-            raise
-        said = usage.getvalue().strip().rpartition("error: ")[2]
-        raise WriteSAEError(f"{said}; {_FLAGS_ARE_LISTED}") from error
-    if cfg.model_class_name != MODEL_CLASS_NAME:
-        raise WriteSAEError(
-            f"this command trains on {MODEL_CLASS_NAME}; for {cfg.model_class_name} use "
-            "python -m sae_lens.llm_sae_training_runner"
-        )
+    if isinstance(model, str):
+        options = {"model_name": model} | options
+        model = HookedRecurrent.boot_transformers(model, device=device)
+    hooks = [_hook_name(model, cell, site) for cell in cells]
+    chosen = [model.site(hook).cell for hook in hooks]
+    folders = _folders(output_path, chosen)
+    saes = [_sae_config(sae, cell) for cell in chosen]
+    cfg = LanguageModelSAERunnerConfig(
+        **{
+            "sae": saes[0],
+            "model_name": model.cfg.model_name,
+            "model_class_name": MODEL_CLASS_NAME,
+            "hook_name": hooks[0],
+            "prepend_bos": bool(model.cfg.default_prepend_bos),
+            "training_tokens": training_tokens,
+            "device": device or str(model.cfg.device),
+            "seed": seed,
+            "resume_from_checkpoint": None if resume_from_checkpoint is None else str(resume_from_checkpoint),
+            "output_path": str(folders[0]),
+            "logger": LoggingConfig(log_to_wandb=False),
+        }
+        | RUNNER_DEFAULTS
+        | (recommended_schedule(training_tokens) if schedule is None else dict(schedule))
+        | options
+    )
     if win_rate_passages and not cfg.logger.log_to_wandb:
-        raise WriteSAEError("the win rate is logged to W&B: give --log_to_wandb true")
+        raise WriteSAEError(
+            "the win rate is logged to W&B: give --log_to_wandb true, in Python logger=LoggingConfig(...)"
+        )
     if cfg.resume_from_checkpoint and not Path(cfg.resume_from_checkpoint).is_dir():
         raise WriteSAEError(
             f"{cfg.resume_from_checkpoint} is no checkpoint: give the folder that an interrupted run names"
         )
-    if cfg.output_path:
-        Path(cfg.output_path).mkdir(parents=True, exist_ok=True)  # now rather than after the training
-    options = dict(cfg.model_from_pretrained_kwargs or {})
-    model = HookedRecurrent.boot_transformers(cfg.model_name, device=cfg.llm_device, **options)
-    if "--prepend_bos" not in given:
-        cfg.prepend_bos = bool(model.cfg.default_prepend_bos)
-    chosen = [model.site(cfg.hook_name).cell] if cells is None else parse_cells(model, cells)
-    if cells is not None:
-        name_of = model.write_hook_name if site == "write" else model.state_hook_name
-        hooks = {cell: name_of(cell.layer, cell.head) for cell in chosen}
+    overrides = {"override_model": model, "override_dataset": _dataset(cfg, text)}
+    torch.manual_seed(seed)  # SAELens's runners do not use the seed of their config
+
+    def make_runner() -> upstream.Runner | MultiSAETrainingRunner:
+        if len(chosen) == 1:
+            return upstream.Runner(cfg, **overrides)
+        return MultiSAETrainingRunner(_config_of_several(cfg, saes, hooks, folders), **overrides)
+
+    _run(make_runner, win_rate_passages)
+    return folders
+
+
+def _hook_name(model: HookedRecurrent, cell: Cell | tuple[int, int] | str, site: str) -> str:
+    if isinstance(cell, str):
+        return cell
+    layer, head = (cell.layer, cell.head) if isinstance(cell, Cell) else cell
+    model.cell(layer, head)  # raises an error that lists the cells
+    return model.write_hook_name(layer, head) if site == "write" else model.state_hook_name(layer, head)
+
+
+def _folders(output_path: str | Path | Sequence[str | Path], cells: Sequence[Cell]) -> list[Path]:
+    if not isinstance(output_path, (str, Path)):
+        folders = [Path(folder) for folder in output_path]
+    elif len(cells) == 1:
+        folders = [Path(output_path)]
     else:
-        hooks = {chosen[0]: cfg.hook_name}
-    saes = {cell: _sized(cfg.sae, cell) for cell in chosen}
-    overrides: dict[str, Any] = {"override_dataset": _dataset(cfg), "override_model": model}
-    cfg.dataset_path = cfg.dataset_path or SHIPPED_TEXT  # what the SAE will say that it was trained on
-    torch.manual_seed(cfg.seed)
-    names = {cell: f"L{cell.layer}H{cell.head}" for cell in chosen}
-    several = len(chosen) > 1
+        folders = [Path(output_path, f"L{cell.layer}H{cell.head}") for cell in cells]
+    if not cells or len(set(folders)) != len(cells):
+        raise WriteSAEError(
+            f"{len(cells)} cells to train on and {len(set(folders))} folders: give one cell or more, "
+            "each of them once, and a folder for all or one for each"
+        )
+    return folders
+
+
+def _sae_config(
+    sae: TrainingSAEConfig | Callable[[Cell], TrainingSAEConfig] | None, cell: Cell
+) -> TrainingSAEConfig:
+    if sae is None:
+        return WriteSAETrainingConfig.recommended(d_k=cell.d_k, d_v=cell.d_v)
+    return copy.deepcopy(sae) if isinstance(sae, TrainingSAEConfig) else sae(cell)
+
+
+def _dataset(cfg: LanguageModelSAERunnerConfig[Any], text: Dataset | Sequence[str] | None) -> Dataset | None:
+    """The text as a data set, or None for SAELens to load ``dataset_path``; a shipped model has its own."""
+    if text is None and not cfg.dataset_path:
+        if cfg.model_name not in zoo.SHIPPED:
+            raise WriteSAEError(
+                f"{cfg.model_name} ships with no text: give --dataset_path, in Python text=..."
+            )
+        text, cfg.dataset_path = zoo.shipped_text()[0], zoo.TEXT_NAME
+    return text if text is None or isinstance(text, Dataset) else Dataset.from_dict({"text": list(text)})
+
+
+def _config_of_several(
+    cfg: LanguageModelSAERunnerConfig[Any], saes: Sequence[Any], hooks: Sequence[str], folders: Sequence[Path]
+) -> MultiSAETrainingRunnerConfig:
+    """The same settings for SAELens's runner of several SAEs, which saves each by its name in one folder."""
+    unsupported = [name for name in ONE_CELL_ONLY if getattr(cfg, name)]
+    if unsupported:
+        raise WriteSAEError(f"{', '.join(unsupported)} work for one cell at a time only")
+    fields = {f.name for f in dataclasses.fields(MultiSAETrainingRunnerConfig) if not f.name.startswith("_")}
+    shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in fields}
+    if cfg.checkpoint_path is not None:  # both configs append the run's id to it
+        shared["checkpoint_path"] = str(Path(cfg.checkpoint_path).parent)
+    common = Path(os.path.commonpath([folder.parent for folder in folders]))
+    names = [folder.relative_to(common).as_posix() for folder in folders]
+    return MultiSAETrainingRunnerConfig(
+        saes=dict(zip(names, saes, strict=True)),
+        hook_names=dict(zip(names, hooks, strict=True)),
+        **shared | {"output_path": str(common)},
+    )
+
+
+def _run(make_runner: Callable[[], upstream.Runner | MultiSAETrainingRunner], win_rate_passages: int) -> None:
+    """Run a training; interruptions and SAELens's errors become messages that name the next step."""
     runner: Any = None
     try:
-        if several:
-            sae_of, hook_of = ({names[c]: x for c, x in of.items()} for of in (saes, hooks))
-            runner = MultiSAETrainingRunner(config_of_several(cfg, sae_of, hook_of), **overrides)
-        else:
-            cfg.hook_name, cfg.sae = hooks[chosen[0]], saes[chosen[0]]
-            if cfg.use_cached_activations and "--cached_activations_path" not in given:
-                raise WriteSAEError("say where the cache is: --cached_activations_path")
-            runner = Runner(cfg, **overrides)
+        with _without_override_warnings():
+            runner = make_runner()
         record_training(runner)
         if win_rate_passages:
             log_win_rate(runner, win_rate_passages)
         runner.run()
     except INTERRUPTIONS as error:
-        kept = None if runner is None else runner.cfg.checkpoint_path
-        again = (
-            f"; go on with the same command and --resume_from_checkpoint {_newest(Path(kept))}"
-            if kept
-            else ""
-        )
-        raise WriteSAEError(f"interrupted{again}") from error
+        checkpoint = _newest(runner and runner.cfg.checkpoint_path)
+        if checkpoint is None:
+            raise
+        raise WriteSAEError(
+            f"interrupted; go on with the same command and --resume_from_checkpoint {checkpoint}"
+        ) from error
     except HookedModelError:
         raise
-    except (ValueError, wandb.Error) as error:  # SAELens's own words about data, buffers and W&B
-        short = " (is the text shorter than one batch of writes?)" if "Buffer size" in str(error) else ""
-        raise WriteSAEError(f"SAELens: {error}{short}") from error
-    if cfg.output_path is None:
-        return []
-    return [Path(cfg.output_path) / name if several else Path(cfg.output_path) for name in names.values()]
+    except (ValueError, wandb.Error) as error:  # about data, buffers and W&B
+        hint = " (is the text shorter than one batch of writes?)" if "Buffer size" in str(error) else ""
+        raise WriteSAEError(f"SAELens: {error}{hint}") from error
 
 
-def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Flags and their values, in both forms: ``--flag value`` and ``--flag=value``."""
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        if argument.startswith("--"):
-            flag, equals, value = argument.partition("=")
-            yield flag, value if equals else following
+@contextmanager
+def _without_override_warnings() -> Iterator[None]:
+    """Silence SAELens's warning that an object overrides its config, which names the same model and text."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "will override the one specified in your configuration" not in record.getMessage()
+
+    sae_lens.logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        sae_lens.logger.removeFilter(is_other)
 
 
-def _sized(sae: Any, cell: Cell) -> Any:
-    """The SAE's configuration with the cell's sizes, and metadata of its own."""
-    ours = isinstance(sae, WriteSAETrainingConfig)
-    sizes = {"d_k": cell.d_k, "d_v": cell.d_v} if ours else {"d_in": cell.d_k * cell.d_v}
-    return dataclasses.replace(sae, metadata=copy.deepcopy(sae.metadata), **sizes)
-
-
-def _dataset(cfg: LanguageModelSAERunnerConfig[Any]) -> Dataset | None:
-    if cfg.dataset_path:
-        return None
-    if cfg.model_name not in zoo.SHIPPED:
-        raise WriteSAEError(f"{cfg.model_name} ships with no text: give --dataset_path")
-    return Dataset.from_dict({"text": shipped_text()[0]})
-
-
-def config_of_several(
-    cfg: LanguageModelSAERunnerConfig[Any], saes: dict[str, Any], hooks: dict[str, str]
-) -> MultiSAETrainingRunnerConfig:
-    """The same settings for SAELens's runner of several SAEs."""
-    asked = [name for name in ONE_CELL_ONLY if getattr(cfg, name)]
-    if asked:
-        raise WriteSAEError(f"{', '.join(asked)} work for one cell at a time only")
-    known = {f.name for f in dataclasses.fields(MultiSAETrainingRunnerConfig) if not f.name.startswith("_")}
-    shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in known}
-    if cfg.checkpoint_path is not None:  # both configs append a run's id to it
-        shared["checkpoint_path"] = str(Path(cfg.checkpoint_path).parent)
-    return MultiSAETrainingRunnerConfig(saes=saes, hook_names=hooks, **shared)
-
-
-def _newest(folder: Path) -> Path:
-    if not folder.is_dir():
-        return folder
-    return max(folder.iterdir(), key=lambda p: p.stat().st_mtime, default=folder)
+def _newest(folder: str | None) -> Path | None:
+    """The last checkpoint in a run's folder of checkpoints, if it has one."""
+    checkpoints = Path(folder).iterdir() if folder and Path(folder).is_dir() else ()
+    return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)

@@ -1,62 +1,35 @@
-"""Writes travel through SAELens's activation store, and lie in its caches, as factors.
+"""Writes go through SAELens's activation store, and into its caches on disk, as factors.
 
 `ActivationsStore` asks the model for a hook's activations, copies them into a buffer, shuffles and slices it;
-a cached data set holds them flat. Neither has a place to say that a row of d_k * d_v numbers is an outer
-product. The methods below are wrapped: for a write of a `HookedRecurrent` they work with `PackedWrites`, for
-everything else they are SAELens's own. tests/writesae_lens/test_saelens_store.py fails when they move.
+a cached data set holds them flat. Neither can represent that a row of d_k * d_v numbers is an outer product.
+The functions below replace methods of SAELens (`upstream.DEPENDENCIES` lists them): for a write of a
+`HookedRecurrent` they work with `PackedWrites`, for everything else they call the original, their first
+argument.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import datasets
 import torch
-from sae_lens.cache_activations_runner import CacheActivationsRunner
-from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.mixers import is_listened_to
+from hooked_models.upstream import is_listened_to
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.saes.config import WriteSAETrainingConfig
 from writesae_lens.saes.packed import PackedWrites, Write
 
 
-def keep_writes_packed() -> None:
-    """Wrap SAELens's methods; a second call changes nothing."""
-    for owner, name, wrapper in (
-        (ActivationsStore, "from_config", _from_config),
-        (ActivationsStore, "get_activations", _get_activations),
-        (ActivationsStore, "get_multi_hook_activations", _get_multi_hook_activations),
-        (ActivationsStore, "load_cached_activation_dataset", _load_cached_activation_dataset),
-        (ActivationsStore, "_load_raw_llm_batch_from_cached", _load_raw_llm_batch_from_cached),
-        (CacheActivationsRunner, "_create_shard", _create_shard),
-    ):
-        original = getattr(owner, name)
-        if not getattr(original, "keeps_writes_packed", False):
-            of_class = isinstance(vars(owner)[name], classmethod)
-            wrapped = _method(wrapper, original.__func__ if of_class else original)
-            setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
-
-
-def _method(wrapper: Callable[..., Any], original: Any) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, self, *args, **kwargs)
-
-    method.keeps_writes_packed = True  # type: ignore[attr-defined]
-    return method
-
-
 def _cell(store: Any, hook_name: str, live: bool = True) -> Cell | None:
     """The cell whose native write the store reads at this hook; None if it reads anything else.
 
-    A hook that someone listens to may change what is written (``live``: not so in a cached data set).
+    While the store reads from the model (``live``), None also for a hook point with a hook on it: what that
+    hook returns need not be an outer product.
     """
     model = store.model
     if not isinstance(model, HookedRecurrent) or ".hook_write." not in hook_name:
@@ -69,7 +42,7 @@ def _cell(store: Any, hook_name: str, live: bool = True) -> Cell | None:
 
 
 def _packed(store: Any, cells: dict[str, Cell], tokens: Tensor) -> dict[str, Tensor]:
-    """Writes of some cells, packed, from one forward pass up to the last one's layer."""
+    """Packed writes of several cells by hook name, from one forward pass up to the last cell's layer."""
     model = store.model
     parts = {n: model.write_factor_hook_names(c.layer) for n, c in cells.items()}
     names = [name for three in parts.values() for name in three]
@@ -81,12 +54,13 @@ def _packed(store: Any, cells: dict[str, Cell], tokens: Tensor) -> dict[str, Ten
             prepend_bos=False,
             **store.model_kwargs,
         )
-    here = slice(*store.seqpos_slice)
-    out: dict[str, Tensor] = {}
-    for name, cell in cells.items():
-        write = Write(*(cache[n][:, here, cell.head, None] for n in parts[name]))
-        out[name] = PackedWrites(write).to(store.device, torch.float32)
-    return out
+    positions = slice(*store.seqpos_slice)
+    return {
+        name: PackedWrites(Write(*(cache[part][:, positions, cell.head, None] for part in parts[name]))).to(
+            store.device, torch.float32
+        )
+        for name, cell in cells.items()
+    }
 
 
 def _check_width(name: str, cell: Cell, d_in: int, sides: tuple[int, int] | None = None) -> None:
@@ -98,8 +72,8 @@ def _check_width(name: str, cell: Cell, d_in: int, sides: tuple[int, int] | None
         )
 
 
-def _from_config(original: Any, owner: Any, model: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a WriteSAE of other sides than its cell's: no flat state tells itself from its transpose."""
+def from_config(original: Any, owner: Any, model: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse a WriteSAE whose sides are not the cell's: exchanged sides have the same product."""
     sae, name = getattr(cfg, "sae", None), cfg.hook_name
     is_matrix = ".hook_write." in name or ".hook_state." in name
     if isinstance(model, HookedRecurrent) and isinstance(sae, WriteSAETrainingConfig) and is_matrix:
@@ -109,7 +83,7 @@ def _from_config(original: Any, owner: Any, model: Any, cfg: Any, *args: Any, **
 
 
 @torch.no_grad()
-def _get_activations(original: Any, store: Any, batch_tokens: Tensor) -> Tensor:
+def get_activations(original: Any, store: Any, batch_tokens: Tensor) -> Tensor:
     cell = _cell(store, store.hook_name)
     if cell is None:
         return original(store, batch_tokens)
@@ -118,21 +92,18 @@ def _get_activations(original: Any, store: Any, batch_tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _get_multi_hook_activations(original: Any, store: Any, batch_tokens: Tensor) -> dict[str, Tensor]:
+def get_multi_hook_activations(original: Any, store: Any, batch_tokens: Tensor) -> dict[str, Tensor]:
     cells = {name: _cell(store, name) for name in store._hook_names or ()}
     if not cells or any(cell is None for cell in cells.values()):
         return original(store, batch_tokens)
-    known = {name: cell for name, cell in cells.items() if cell is not None}
-    for name, cell in known.items():
+    of_writes = {name: cell for name, cell in cells.items() if cell is not None}
+    for name, cell in of_writes.items():
         _check_width(name, cell, store._hook_d_ins[name])
-    return _packed(store, known, batch_tokens)
-
-
-# In a cached data set a write is a row [key, value, read].
+    return _packed(store, of_writes, batch_tokens)
 
 
 def _packed_width(cell: Cell | None) -> int | None:
-    """Numbers of a packed row, where that is fewer than the flat one has."""
+    """Width of a cached row [key, value, read]; None where a flat row is no wider."""
     if cell is None or 2 * cell.d_k + cell.d_v >= cell.d_k * cell.d_v:
         return None
     return 2 * cell.d_k + cell.d_v
@@ -140,6 +111,7 @@ def _packed_width(cell: Cell | None) -> int | None:
 
 @contextmanager
 def _rows_of(store: Any, width: int) -> Iterator[None]:
+    """Let SAELens's own method read rows of this width."""
     d_in, store.d_in = store.d_in, width
     try:
         yield
@@ -154,14 +126,14 @@ def _cached_width(store: Any) -> int | None:
         return None
     try:
         cached = datasets.load_from_disk(store.cached_activations_path)
-    except FileNotFoundError:  # SAELens has its own words for that
+    except FileNotFoundError:  # SAELens raises its own error for that
         return None
     features = cached.features if isinstance(cached, datasets.Dataset) else {}
     shape = getattr(features.get(store.hook_name), "shape", None)
     return width if shape is not None and shape[-1] == width else None
 
 
-def _load_cached_activation_dataset(original: Any, store: Any) -> Any:
+def load_cached_activation_dataset(original: Any, store: Any) -> Any:
     width = _cached_width(store)
     if width is None:
         return original(store)
@@ -199,3 +171,13 @@ def _create_shard(original: Any, runner: Any, buffer: tuple[Tensor, Tensor | Non
     if token_ids is not None:
         columns["token_ids"] = token_ids.view(-1, length).to(torch.int32)
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+REPLACEMENTS = (
+    from_config,
+    get_activations,
+    get_multi_hook_activations,
+    load_cached_activation_dataset,
+    _load_raw_llm_batch_from_cached,
+    _create_shard,
+)

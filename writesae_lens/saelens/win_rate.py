@@ -8,6 +8,7 @@ from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
 
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import replacement_test
+from writesae_lens.saelens import upstream
 
 
 def log_win_rate(
@@ -16,37 +17,35 @@ def log_win_rate(
     """Add a quick replacement test to a runner's evaluations (``logger.eval_every_n_wandb_logs``).
 
     ``replacement/win_rate``, ``replacement/median_kl_ratio`` and ``replacement/median_cosine`` appear beside
-    SAELens's own evaluations, for every SAE of the run. The passages are the first ones of the run's text,
-    which trains on what follows them.
+    SAELens's own evaluations, for every SAE of the run. The test reads the first passages of the run's text;
+    training goes on with the text after them.
 
     Args:
-        runner: before ``run()``; its ``evaluator`` is wrapped.
+        runner: before ``run()``.
         passages: how many passages of the run's context size to test on.
         seed: of the replacement test.
     """
     evaluator: Any = runner.evaluator
-    model, store = evaluator.model, evaluator.activations_store
-    # Drawn before the run, which goes on with the text after them: a thread may fetch batches during it.
-    tokens = store.get_batch_tokens(passages)
+    model = evaluator.model
+    # Read before the run, during which another thread may read the same text (prefetch_llm_batches).
+    tokens = evaluator.activations_store.get_batch_tokens(passages)
 
     def measure(sae: Any) -> dict[str, float]:
         try:
-            found = replacement_test(model, sae, tokens, seed=seed, verbose=False).summary
-        except WriteSAEError:  # nothing fires yet, or inputs are still scaled
+            summary = replacement_test(model, sae, tokens, seed=seed, verbose=False).summary
+        except WriteSAEError:  # no atom is active yet, or normalize_activations still scales the inputs
             return {}
         return {
-            "replacement/win_rate": found["win_rate"],
-            "replacement/median_kl_ratio": found["kl_ratio_atom_delete_random"][1],
-            "replacement/median_cosine": found["median_cosine"],
+            "replacement/win_rate": summary["win_rate"],
+            "replacement/median_kl_ratio": summary["kl_ratio_atom_delete_random"][1],
+            "replacement/median_cosine": summary["median_cosine"],
         }
 
-    def evaluate(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        metrics = evaluator(*args, **kwargs)
+    def evaluate(original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        metrics = original(*args, **kwargs)
         saes = kwargs.get("saes", args[0] if args else kwargs.get("sae"))
-        if isinstance(saes, dict):
-            for name, sae in saes.items():
-                metrics |= {f"{name}/{key}": value for key, value in measure(sae).items()}
-            return metrics
-        return metrics | measure(saes)
+        for prefix, sae in saes.items() if isinstance(saes, dict) else [("", saes)]:
+            metrics |= {f"{prefix}/{key}".lstrip("/"): value for key, value in measure(sae).items()}
+        return metrics
 
-    runner.evaluator = evaluate  # type: ignore[assignment]
+    upstream.wrap_on(runner, "evaluator", evaluate)

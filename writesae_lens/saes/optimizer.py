@@ -1,18 +1,18 @@
 """Clearing an optimiser's memory of atoms that start anew, wherever that optimiser lives.
 
-SAELens's trainer owns the optimiser and gives the SAE no access to it. torch lets anyone watch the steps of
-all optimisers; the watch set here acts on those that hold the parameters in question.
+SAELens's trainer owns the optimiser and gives the SAE no access to it. torch calls a hook before the steps of
+all optimisers (`writesae_lens.saelens.upstream`); `clear_moments` acts on the one that holds the parameters
+in question.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 # Parameter: the rows to forget before its next step.
@@ -21,17 +21,12 @@ _PENDING: Any = WeakIdKeyDictionary()
 
 def forget_moments(parameters: list[nn.Parameter], rows: Int[Tensor, " row"]) -> None:
     """Zero the state of some rows, before the next step of the optimiser that holds these parameters."""
-    _watch()
     for parameter in parameters:
         _PENDING[parameter] = torch.cat([_PENDING.get(parameter, rows[:0]), rows])
 
 
-@functools.cache
-def _watch() -> None:
-    register_optimizer_step_pre_hook(_clear)
-
-
-def _clear(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def clear_moments(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Zero what `forget_moments` was asked to, in the optimiser that is about to step."""
     if not _PENDING:
         return
     for parameter in [p for group in optimizer.param_groups for p in group["params"]]:

@@ -1,0 +1,160 @@
+"""The command ``writesae-lens train``: SAELens's own flags, on the cells of a recurrent model.
+
+Every flag of SAELens's parser means what it means there. This command adds three things: ``--cells`` names
+heads instead of a hook, sizes come from the model, and flags that are not given have the values of
+`train_cells`, which are those of the recommended recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from sae_lens import LanguageModelSAERunnerConfig
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.saelens.registration import MODEL_CLASS_NAME
+from writesae_lens.saelens.runner import RUNNER_DEFAULTS, train_cells
+from writesae_lens.saelens.upstream import parse_flags
+from writesae_lens.saes.config import ARCHITECTURE, WriteSAETrainingConfig, recommended_schedule
+
+# Flags that have other defaults here than in SAELens.
+DEFAULTS = {
+    "--architecture": ARCHITECTURE,
+    "--model_class_name": MODEL_CLASS_NAME,
+    "--log_to_wandb": "false",
+} | {f"--{name}": str(value) for name, value in RUNNER_DEFAULTS.items() if name != "checkpoint_path"}
+_FLAGS_ARE_LISTED = "writesae-lens train --saelens-help lists the flags"
+
+
+def parse_cells(model: HookedRecurrent, text: str) -> list[Cell]:
+    """Cells from ``LAYER:HEAD``, comma-separated; ``*`` stands for every layer or head.
+
+    Raises:
+        WriteSAEError: the text is no list of cells, or names none of the model's.
+        HookedModelError: one of them does not exist; the message lists the valid ones.
+    """
+    cells: list[Cell] = []
+    for part in text.split(","):
+        layer, colon, head = (piece.strip() for piece in part.partition(":"))
+        if not colon or not all(piece == "*" or piece.isdecimal() for piece in (layer, head)):
+            raise WriteSAEError(
+                f"cells are written LAYER:HEAD, with * for all and commas between, for example 1:* or "
+                f"0:2,3:1; got {text!r}"
+            )
+        if "*" not in (layer, head):
+            cells.append(model.cell(int(layer), int(head)))
+            continue
+        matching = [c for c in model.cells if layer in ("*", str(c.layer)) and head in ("*", str(c.head))]
+        if not matching:
+            layers = ", ".join(str(n) for n in model.mixers)
+            raise WriteSAEError(f"{part.strip()!r} names no cell: this model's recurrent layers are {layers}")
+        cells += matching
+    return list(dict.fromkeys(cells))
+
+
+def run_training(
+    arguments: Sequence[str],
+    cells: str | None = None,
+    site: Literal["write", "state"] = "write",
+    win_rate_passages: int = 0,
+) -> list[Path]:
+    """Train as the command line asks.
+
+    Args:
+        arguments: flags of SAELens's parser.
+        cells: as in `parse_cells`; None takes the cell of ``--hook_name``.
+        site: with ``cells``: train on the writes, or on the states.
+        win_rate_passages: log the replacement test's win rate on so many passages at every evaluation.
+
+    Returns:
+        folders of the trained SAEs, in SAELens's format.
+
+    Raises:
+        WriteSAEError: flags that do not go together, or no text to train on.
+    """
+    given = dict(_flags(arguments))
+    if cells is None and "--hook_name" not in given and "--help" not in given:
+        raise WriteSAEError("nothing to train on: give --cells or --hook_name")
+    if cells is not None and "--hook_name" in given:
+        raise WriteSAEError("--cells and --hook_name both say what to train on: give one of them")
+    cfg = _parse(arguments, given)
+    if cfg.model_class_name != MODEL_CLASS_NAME:
+        raise WriteSAEError(
+            f"this command trains on {MODEL_CLASS_NAME}; for {cfg.model_class_name} use "
+            "python -m sae_lens.llm_sae_training_runner"
+        )
+    kwargs = dict(cfg.model_from_pretrained_kwargs or {})
+    model = HookedRecurrent.boot_transformers(cfg.model_name, device=cfg.llm_device, **kwargs)
+    options = {
+        f.name: getattr(cfg, f.name) for f in dataclasses.fields(LanguageModelSAERunnerConfig) if f.init
+    }
+    options["checkpoint_path"] = str(Path(cfg.checkpoint_path).parent)  # SAELens appends the run's id, again
+    for name in ("sae", "hook_name"):
+        del options[name]
+    if "--prepend_bos" not in given:
+        del options["prepend_bos"]
+    chosen = [cfg.hook_name] if cells is None else parse_cells(model, cells)
+    if len(chosen) == 1 and cfg.use_cached_activations and "--cached_activations_path" not in given:
+        raise WriteSAEError("say where the cache is: --cached_activations_path")
+    return train_cells(
+        model,
+        chosen,
+        sae=lambda cell: _sized(cfg.sae, cell),
+        site=site,
+        schedule={},
+        win_rate_passages=win_rate_passages,
+        **options,
+    )
+
+
+def _parse(arguments: Sequence[str], given: dict[str, str]) -> LanguageModelSAERunnerConfig[Any]:
+    """SAELens's parser on the flags that are given and this command's defaults for the others."""
+    if "--sae" in given:  # SAELens's other name for it
+        given["--architecture"] = given["--sae"]
+    defaults = dict(DEFAULTS)
+    if given.get("--architecture", ARCHITECTURE) == ARCHITECTURE:
+        if {"--d_k", "--d_v"} & set(given):
+            raise WriteSAEError("d_k and d_v are the cell's own: leave --d_k and --d_v out")
+        recipe = WriteSAETrainingConfig.recommended(d_k=1, d_v=1)
+        # The parser wants the sides before the model is loaded; `_sized` puts in the cell's.
+        defaults |= {"--d_k": "1", "--d_v": "1", "--d_sae": str(recipe.d_sae)}
+        tokens = given.get("--training_tokens", str(LanguageModelSAERunnerConfig.training_tokens))
+        schedule = {f"--{n}": v for n, v in recommended_schedule(int(float(tokens))).items()}
+        if not set(schedule) & set(given):
+            defaults |= {flag: str(value) for flag, value in schedule.items()}
+    added = [x for flag, value in defaults.items() if flag not in given for x in (flag, value)]
+    usage = io.StringIO()  # SAELens's parser prints its usage in full before it says what is wrong
+    try:
+        with contextlib.redirect_stderr(usage):
+            return parse_flags([*arguments, *added])
+    except argparse.ArgumentError as error:
+        raise WriteSAEError(f"{error}; {_FLAGS_ARE_LISTED}") from error
+    except SystemExit as error:
+        if not error.code:  # --help
+            raise
+        message = usage.getvalue().strip().rpartition("error: ")[2]
+        raise WriteSAEError(f"{message}; {_FLAGS_ARE_LISTED}") from error
+
+
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Flags and their values, in both forms: ``--flag value`` and ``--flag=value``."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            yield flag, value if equals else following
+
+
+def _sized(sae: Any, cell: Cell) -> Any:
+    """The SAE's configuration with the cell's sizes, and metadata of its own."""
+    ours = isinstance(sae, WriteSAETrainingConfig)
+    sizes = {"d_k": cell.d_k, "d_v": cell.d_v} if ours else {"d_in": cell.d_k * cell.d_v}
+    return dataclasses.replace(sae, metadata=copy.deepcopy(sae.metadata), **sizes)
