@@ -1,4 +1,4 @@
-"""The statistics of the paper's tables, on scipy and scikit-learn."""
+"""Statistics of the paper's tables, by scipy and scikit-learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
 N_RESAMPLES = 2000
-# Fits of a mixture, from different starting points, to choose the likeliest from.
+# A mixture is fitted from this many random starts, and the likeliest fit is taken.
 _STARTS = 10
 
 
@@ -34,12 +34,12 @@ def wilson_interval(wins: ArrayLike, confidence: float = 0.95) -> tuple[float, f
 def cluster_bootstrap(
     wins: ArrayLike, clusters: ArrayLike, seed: int = 0, confidence: float = 0.95
 ) -> list[float] | None:
-    """Percentile interval of a mean when whole clusters are resampled (None: there is but one).
+    """Percentile interval of a mean, resampling whole clusters; None if there is a single cluster.
 
     Args:
         wins: booleans, or rates.
-        clusters: the cluster of each.
-        seed: of the resampling; 2,000 resamples.
+        clusters: the cluster of each value.
+        seed: seed of the 2,000 resamples.
         confidence: coverage.
     """
     frame = pd.DataFrame({"win": np.asarray(wins, dtype=float), "cluster": np.asarray(clusters)})
@@ -61,7 +61,7 @@ def median_and_error(values: ArrayLike) -> tuple[float, float]:
 def median_interval(
     values: ArrayLike, clusters: ArrayLike, seed: int = 0, confidence: float = 0.95
 ) -> list[float] | None:
-    """Percentile interval of a median when whole clusters (passages) are resampled; None for one cluster."""
+    """Percentile interval of a median, resampling whole clusters (passages); None for a single cluster."""
     x = np.asarray(values, dtype=float)
     names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
     order = np.argsort(x, kind="stable")
@@ -70,7 +70,7 @@ def median_interval(
         return None
     medians = []
     for draw in np.random.default_rng(seed).integers(0, len(names), (N_RESAMPLES, len(names))):
-        # How often each value was drawn tells which two stand in the middle; nothing is sorted again.
+        # The values are sorted already: running counts of the draws give the two in the middle.
         up_to = np.bincount(draw, minlength=len(names))[cluster].cumsum()
         middle = np.searchsorted(up_to, [(up_to[-1] - 1) // 2, up_to[-1] // 2], side="right")
         medians.append(x[middle].mean())
@@ -79,7 +79,7 @@ def median_interval(
 
 
 def between(interval: list[float] | None, form: str) -> str:
-    """An interval in words, each end in a format: " (low to high)"; nothing if there is none."""
+    """An interval as text, " (low to high)" with both ends in a format; empty for None."""
     return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"
 
 
@@ -110,14 +110,14 @@ def paired_wilcoxon(larger: ArrayLike, smaller: ArrayLike) -> float:
 
 
 def mean_by_part(values: ArrayLike, size: ArrayLike, parts: int) -> list[float | None]:
-    """Mean in each of equally large parts of the trials, from the smallest ``size`` up; None if empty."""
+    """Mean in each of several equally large parts of the trials, sorted by ``size``; None for an empty part."""
     x = np.asarray(values, dtype=float)
     pieces: list[NDArray[Any]] = np.array_split(np.argsort(size, kind="stable"), parts)
     return [float(x[piece].mean()) if piece.size else None for piece in pieces]
 
 
 def correlation(x: ArrayLike, y: ArrayLike, method: str) -> tuple[float | None, float | None]:
-    """Correlation and its two-sided p; None for both where fewer than 3 pairs or a constant leave none.
+    """Correlation and its two-sided p; both None for fewer than 3 pairs or a constant.
 
     Args:
         method: "pearson" or "spearman".
@@ -130,7 +130,7 @@ def correlation(x: ArrayLike, y: ArrayLike, method: str) -> tuple[float | None, 
 
 
 def mann_whitney(a: ArrayLike, b: ArrayLike) -> float | None:
-    """p of the two-sided Mann-Whitney test that two samples are alike (1: all equal); None: one is empty."""
+    """p of the two-sided Mann-Whitney test of two samples (1: all values equal; None: a sample is empty)."""
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if not x.size or not y.size:
         return None
@@ -150,22 +150,22 @@ class Split(NamedTuple):
     upper: NDArray[np.bool_]
     """Whether each value is at or above the threshold."""
     posterior: NDArray[np.float64]
-    """Of the upper component, for each value."""
+    """Posterior of the upper component, for each value."""
     threshold: float | None
     weights: tuple[float, float]
-    """Of the lower and the upper component, as are the means and deviations."""
+    """Weight of the lower and of the upper component; means and deviations likewise."""
     means: tuple[float, float]
     deviations: tuple[float, float]
 
 
 def can_be_mixed(values: ArrayLike, order: int) -> bool:
-    """Whether there are values enough for a mixture: two a component, one of them different from all else."""
+    """Whether a mixture can be fitted: two values per component, and as many different ones as components."""
     x = np.asarray(values, dtype=float)
     return x.size >= 2 * order and np.unique(x.round(6)).size >= order
 
 
 def mixture_bic(values: ArrayLike, order: int, seed: int = 0) -> float | None:
-    """BIC of a Gaussian mixture of so many components (smaller is better); None if `can_be_mixed` is not."""
+    """BIC of a Gaussian mixture of ``order`` components (smaller is better); None unless `can_be_mixed`."""
     if not can_be_mixed(values, order):
         return None
     x = np.asarray(values, dtype=float)[:, None]
@@ -173,12 +173,12 @@ def mixture_bic(values: ArrayLike, order: int, seed: int = 0) -> float | None:
 
 
 def split_in_two(values: ArrayLike, seed: int = 0, starts: int = _STARTS) -> Split | None:
-    """Divide values by a two-component Gaussian mixture; None if `can_be_mixed` is not.
+    """Divide values by a two-component Gaussian mixture; None unless `can_be_mixed`.
 
     Args:
         values: numbers, in any order.
-        seed: of the fit's starting points.
-        starts: fits to choose the likeliest from.
+        seed: seed of the fits' random starts.
+        starts: number of fits, of which the likeliest is taken.
     """
     if not can_be_mixed(values, 2):
         return None
@@ -195,7 +195,7 @@ def split_in_two(values: ArrayLike, seed: int = 0, starts: int = _STARTS) -> Spl
 
 
 def split_stability(values: ArrayLike, n_seeds: int, seed: int = 0) -> float | None:
-    """Mean adjusted Rand index over all pairs of splits from single, different starts; None: no split."""
+    """Mean adjusted Rand index over all pairs of splits, each from one random start; None without splits."""
     states = np.random.SeedSequence(seed).generate_state(n_seeds)
     splits = [split_in_two(values, int(state), starts=1) for state in states]
     pairs = [

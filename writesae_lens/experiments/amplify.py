@@ -55,7 +55,7 @@ def amplify(
 ) -> ExperimentResult:
     """Add an atom to a head's write at every decoded token that is read, and compare the texts.
 
-    What is added is factor x (the atom's mean coefficient where it is active) x atom. The control writes
+    The added matrix is factor x (the atom's mean coefficient where it is active) x atom. The control writes
     another atom, drawn among the active ones, with the same Frobenius norm as the atom at the largest
     factor. All texts of a prompt are drawn with the same random numbers, so the native text is theirs but
     for the edit.
@@ -64,19 +64,19 @@ def amplify(
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         prompts: ``[prompt, pos]``, or a text to cut into prompts; the atoms' coefficients are those here.
-        atom: the atom (None: the one that is dominant most often).
+        atom: the atom (None: the one that fires most often).
         factors: multiples of the mean coefficient.
-        n_tokens: to decode.
+        n_tokens: number of tokens to decode.
         temperature: 0 is greedy.
-        context_size: tokens of a prompt, for text (None: the SAE's own, else 256).
-        seed: of the control atom and the draws.
-        progress_folder: keeps finished prompts, and resumes from them.
+        context_size: length of a prompt where ``prompts`` is text (None: as in the SAE's training, else 256).
+        seed: seed of the control atom and the draws.
+        progress_folder: folder that keeps finished prompts, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row a text: prompt, condition ("native", "2x", ..., "random"),
+        a result. ``records`` has one row per text: prompt, condition ("native", "2x", ..., "random"),
         newlines_per_400 (tokens), distinct_tokens (share of different ones), repeated_4grams (share of
-        4-grams that occurred before), characters_per_token, continuation (token ids, as JSON). Its
+        4-grams that occurred before), characters_per_token, continuation (token ids, as JSON).
         ``summary`` has atom, control_atom, mean_coefficient, and by_condition the mean of each
         statistic, with Cohen's d and the two-sided Mann-Whitney p against the native texts.
 

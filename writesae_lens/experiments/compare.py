@@ -70,17 +70,18 @@ def compare(
             `replacement_test`), with the norm of the first SAE's atom.
         scale: atoms at their coefficients, or at the native write's norm.
         kl: KL(patched || base), as in the paper, or the other way round.
-        max_firings: keep a random choice of so many positions (None: all).
+        max_firings: test a random choice of this many positions (None: all).
         skip_positions: leave out the first positions of every passage.
-        context_size: tokens of a passage, for text (None: the first SAE's own, else 256).
-        seed: of the random matrices and the thinning.
-        progress_folder: keeps finished passages, and resumes from them.
+        context_size: length of a passage where ``tokens`` is text (None: that of the first SAE's training,
+            else 256).
+        seed: seed of the random matrices and the thinning.
+        progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show progress bars.
 
     Returns:
-        a result whose ``records`` have a row a firing and stand-in: passage, position, token, name (of an
+        a result. ``records`` has one row per firing and stand-in: passage, position, token, name (of an
         SAE, a control, or "delete"), atom (-1: none), coefficient, cosine (to the native write), kl,
-        kl_delete. Its ``summary`` has ``table``, a row a stand-in: name, win_rate (against deletion) with
+        kl_delete. ``summary`` has ``table``, one row per stand-in: name, win_rate (against deletion) with
         a 95% interval, median_kl, median_cosine, kl_over_delete (the ratio of medians), first_is_nearer
         (share of firings at which the first SAE's KL is smaller), coverage (share of all positions at which
         the SAE fires).

@@ -50,17 +50,17 @@ def top_contexts(
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         tokens: passages ``[passage, pos]``, or a text.
-        n_contexts: positions to keep of each atom.
+        n_contexts: positions to give for each atom.
         before, after: tokens of text to show on either side.
-        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
-        seed: nothing here is random; taken like everywhere.
-        progress_folder: keeps finished passages, and resumes from them.
+        context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
+        seed: accepted as in every experiment; nothing here is random.
+        progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row an atom and position, the atom's strongest first: atom, rank
+        a result. ``records`` has one row per atom and position, the atom's strongest first: atom, rank
         (from 1), passage, position, coefficient, dominant (whether it is the most active atom there), cosine
-        (to the native write), token (id), text_before, text, text_after (None without a tokenizer). Its
+        (to the native write), token (id), text_before, text, text_after (None without a tokenizer).
         ``summary`` has n_atoms_active, n_atoms_never_active, positions_per_atom (median), and token_purity:
         the mean over atoms with at least two contexts of the share of their most common token.
 
@@ -73,10 +73,10 @@ def top_contexts(
     def read(n: int) -> pd.DataFrame:
         return _strongest(model, sae, site, passages[n], n_contexts).assign(passage=n)
 
-    found = run.records(range(len(passages)), read, "Reading")
-    check_any_fires(len(found), len(found), passages)
-    found = found.sort_values(["coefficient", "passage", "position"], ascending=[False, True, True])
-    records = found.groupby("atom").head(n_contexts).sort_values("atom", kind="stable")
+    strongest = run.records(range(len(passages)), read, "Reading")
+    check_any_fires(len(strongest), len(strongest), passages)
+    strongest = strongest.sort_values(["coefficient", "passage", "position"], ascending=[False, True, True])
+    records = strongest.groupby("atom").head(n_contexts).sort_values("atom", kind="stable")
     records = records.assign(rank=records.groupby("atom").cumcount() + 1).reset_index(drop=True)
     texts = [
         _text(model, passages[p], at, before, after)
@@ -84,7 +84,7 @@ def top_contexts(
     ]
     names = ["text_before", "text", "text_after"]
     records = pd.concat([records, pd.DataFrame(texts, columns=names, index=records.index)], axis=1)
-    per_passage = found.drop_duplicates(["atom", "passage"])
+    per_passage = strongest.drop_duplicates(["atom", "passage"])
     positions = per_passage.groupby("atom").n_positions.sum()
     columns = ["atom", "rank", "passage", "position", "coefficient", "dominant", "cosine", "token", *names]
     summary = _summarize(records, sae.cfg.d_sae) | {
@@ -102,7 +102,7 @@ def top_contexts(
 def _strongest(
     model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tensor, " pos"], n_contexts: int
 ) -> pd.DataFrame:
-    """The passage's strongest positions of every atom that is active in it."""
+    """The ``n_contexts`` strongest positions in a passage of each atom that is active in it."""
     acts, key, value = activity(model, sae, site, tokens)
     active = acts.amax(0) > 0
     atoms = active.nonzero().squeeze(-1)

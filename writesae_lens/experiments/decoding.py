@@ -1,4 +1,4 @@
-"""Decoding with an edited cell, many continuations of one prompt at once from one cached prefix."""
+"""Decoding with an edited cell: many continuations of each prompt from one cached prefix."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ Added = Float[Tensor, "row pos d_k d_v"]
 
 
 class Prefix:
-    """Prompts' caches, run once; `run` goes on from them with any number of rows each, as often as wanted.
+    """The caches of some prompts, computed once; `run` continues each prompt in any number of rows.
 
     Args:
-        tokens: ``[prompt, pos]``; what all rows of a prompt have in common, at least one token.
+        model: the model.
+        cell: the cell whose writes are edited.
+        tokens: ``[prompt, pos]``: the tokens, one or more, that all rows of a prompt share.
     """
 
     def __init__(self, model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, "prompt pos"]) -> None:
@@ -33,9 +35,11 @@ class Prefix:
     def run(
         self, tokens: Int[Tensor, "row pos"], added: Added | None = None
     ) -> tuple[Float[Tensor, "row pos d_vocab"], Any]:
-        """Logits of the rows after the prefixes, and their cache; ``added`` joins the cell's native writes.
+        """Logits of the rows after their prefixes, and the rows' cache.
 
-        Rows come prompt by prompt, as many for each.
+        Args:
+            tokens: equally many rows for each prompt, prompt by prompt.
+            added: matrices that are added to the cell's native writes.
         """
         cache = repeated(self._cache, len(tokens) // self._n_prompts)
         return self.go_on(tokens, cache, added), cache
@@ -43,7 +47,7 @@ class Prefix:
     def go_on(
         self, tokens: Int[Tensor, "row pos"], cache: Any, added: Added | None = None
     ) -> Float[Tensor, "row pos d_vocab"]:
-        """Logits of more tokens of the same rows."""
+        """Logits of further tokens of the rows that ``cache`` holds."""
 
         def add(write: Tensor, hook: Any) -> Tensor:
             assert added is not None
@@ -63,14 +67,16 @@ class Prefix:
         seed: int,
         added: Float[Tensor, "row d_k d_v"] | None = None,
     ) -> Int[Tensor, "row token"]:
-        """Tokens that follow.
+        """The next ``n_tokens`` tokens of every row.
 
         Args:
-            logits: of the first of them.
-            temperature: 0 takes the likeliest token, else one is drawn. Rows of one prompt share their
-                random draws, so that what differs between them is what was edited.
-            seed: of the draws.
-            added: what joins the cell's native write at every token that is fed back.
+            logits: for the first of these tokens.
+            cache: the rows' cache; it is changed.
+            n_tokens: number of tokens.
+            temperature: 0 takes the likeliest token, else tokens are drawn. Rows of one prompt share their
+                random numbers, so that they differ by their edits alone.
+            seed: seed of the draws.
+            added: a matrix that is added to the cell's native write at every decoded token that is read.
         """
         rng, chosen = torch.Generator().manual_seed(seed), []
         every = None if added is None else added[:, None]
@@ -87,6 +93,6 @@ class Prefix:
 
 
 def batches(n_prompts: int, logits_per_prompt: int) -> list[slice]:
-    """Prompts that are decoded together: 16, or fewer where vocabularies are large."""
+    """Groups of prompts that are decoded in one batch: 16, or fewer where the vocabulary is large."""
     step = min(16, max(1, LOGITS_PER_PASS // logits_per_prompt))
     return [slice(start, start + step) for start in range(0, n_prompts, step)]

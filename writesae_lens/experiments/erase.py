@@ -59,7 +59,7 @@ def erase_atom(
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
-    """Take an atom's write out of the native writes, and watch the token that it promotes.
+    """Subtract an atom from the native writes, and measure how the token that it promotes changes.
 
     At a firing position, dose x coefficient x atom is subtracted from the native write; the effect is the
     change of the token's log-probability at that position, log p(erased) - log p(native). Controls: the
@@ -67,26 +67,26 @@ def erase_atom(
     ("elsewhere"), and a Gaussian rank-1 matrix of the erased one's norm at the firing positions ("random").
 
     The atom's *preferred token* has the largest sum of log p(native) - log p(erased) over firings, at dose
-    1. That sum is taken over every other firing and the test runs on the rest: on the firings that chose
-    it, the token would lose even if the atom meant nothing (with a single firing, that one is tested).
+    1. That sum runs over every other firing, and the rest are tested: on the firings that choose the token,
+    it would lose even if the atom meant nothing (a single firing both chooses and is tested).
 
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         tokens: passages ``[passage, pos]``, or a text.
-        atom: the atom (None: the one that is dominant most often).
+        atom: the atom (None: the one that fires most often).
         token: the token to watch, an id or the text of one token (None: the preferred one).
-        doses: multiples of what the atom writes.
-        max_firings: keep a random choice of so many of the atom's firings (None: all).
-        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
-        seed: of the choice, control positions, random matrices and the bootstrap.
-        progress_folder: keeps finished passages, and resumes from them.
+        doses: multiples of coefficient x atom.
+        max_firings: test a random choice of this many of the positions where the atom is active (None: all).
+        context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
+        seed: seed of the choice, control positions, random matrices and the bootstrap.
+        progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row a position and dose: passage, position, token (there),
+        a result. ``records`` has one row per position and dose: passage, position, token (there),
         condition ("firing", "elsewhere", "random"), dose, coefficient, delta_logp (of the watched token,
-        nats), kl (patched || native). Its ``summary`` has atom, preferred_token (id) and its text; for
+        nats), kl (patched || native). ``summary`` has atom, preferred_token (id) and its text; for
         each condition the median change at dose 1 (or the nearest dose), its 95% interval (bootstrap over
         passages), the share of falls, and the medians by dose; and the one-sided Wilcoxon p of a fall (None
         where a condition has no positions).
@@ -153,7 +153,7 @@ def erase_atom(
 def _positions(
     found: list[Activity], atom: int, max_firings: int | None, seed: int
 ) -> tuple[list[Firings], list[Firings]]:
-    """Where the atom is active, and as many positions of each passage, if there are, where it is not."""
+    """Positions where the atom is active, and in each passage as many (if there are) where it is not."""
     mean = torch.cat([x.acts[x.acts[:, atom] > 0, atom] for x in found]).float().mean()
     active = torch.cat([x.acts[:, atom] > 0 for x in found])
     order = torch.randperm(int(active.sum()), generator=generator(seed, 0, 2))[:max_firings]

@@ -66,20 +66,19 @@ def logit_formula_test(
         model: the model that the SAE was trained on.
         sae: any SAE on the cell's writes or states; of atoms of higher rank the leading singular pair.
         tokens: passages ``[passage, pos]``, or a text. In each passage t0 is one random position.
-        form: the prediction.
-        epsilons: Frobenius norms of what is added.
-        eps_unit: the norms are multiples of the cell's median native write norm on these passages, or as
-            they are.
-        n_atoms: a random choice of the atoms that are dominant somewhere in the passages.
-        n_tokens: the tokens that are most likely after t0 natively; their logits are followed.
-        max_horizon: last t - t0.
-        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
-        seed: of atoms and positions.
-        progress_folder: keeps finished passages, and resumes from them.
+        form: which prediction.
+        epsilons: Frobenius norms of the added matrix.
+        eps_unit: unit of the norms: the cell's median native write norm on these passages, or 1.
+        n_atoms: number of atoms, drawn at random among those that fire in the passages.
+        n_tokens: number of tokens whose logits are followed: the most likely ones after t0, natively.
+        max_horizon: largest t - t0.
+        context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
+        seed: seed of atoms and positions.
+        progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row a prediction: passage, position (t0), horizon (t - t0), token,
+        a result. ``records`` has one row per prediction: passage, position (t0), horizon (t - t0), token,
         rank (of the token, from 1), atom, epsilon (as given), eps (the norm added), predicted, measured
         (logits); for gate_product also unfitted. ``summary`` has the median over atoms and epsilons of R2
         (each over passages, horizons and tokens), by epsilon, by horizon, by rank and by atom.

@@ -64,7 +64,7 @@ def install_tokens(
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
-    """Add a token's direction to a head's writes at a prompt's last positions, decode, and look for it.
+    """Add a token's direction to a head's writes at a prompt's last positions, and decode: is the token said?
 
     At each of the last ``positions`` of the prompt a rank-1 matrix with ``magnitude`` times the norm of the
     native write there joins that write; everything else is native. Directions:
@@ -87,22 +87,22 @@ def install_tokens(
             in each stratum of native ranks at the first step: 2 to 99, 100 to 999, from 1,000, and tokens
             of the less likely half that are not in the prompt; strata that the vocabulary has not are
             left out).
-        magnitude: of what is added, in units of the native write there; several are tried one by one.
-        positions: how many.
-        direction: what is written.
-        n_refinements: of ``jacobian``; 0 leaves the derivative at the native writes.
-        n_tokens: to decode.
+        magnitude: norm of the added matrix, in units of the native write there; several are tried one by one.
+        positions: number of the prompt's last positions that are written to.
+        direction: which matrix is added.
+        n_refinements: Adam steps of ``jacobian``; 0 takes the gradient at the native writes as it is.
+        n_tokens: number of tokens to decode.
         temperature: 0 is greedy, else tokens are drawn, with the same random numbers for every edit.
-        context_size: tokens of a prompt, for text (None: the SAE's own, else 256).
-        seed: of targets, controls and draws.
-        progress_folder: keeps finished prompts, and resumes from them.
+        context_size: length of a prompt where ``prompts`` is text (None: as in the SAE's training, else 256).
+        seed: seed of targets, controls and draws.
+        progress_folder: folder that keeps finished prompts, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row an edit: prompt, target, stratum, magnitude, native_rank, rank
+        a result. ``records`` has one row per edit: prompt, target, stratum, magnitude, native_rank, rank
         (at the first step, from 1), rank_shift (how many ranks it rose), lift (of the first step's
         log-probability, nats), in_continuation, native_in_continuation, control_in_continuation,
-        control_lift, continuation and native_continuation (token ids, as JSON). Its ``summary`` has
+        control_lift, continuation and native_continuation (token ids, as JSON). ``summary`` has
         target_in_continuation with a 95% interval, native_target_in_continuation,
         control_target_in_continuation, median_rank_shift, mean_lift, mean_control_lift, first_token (how
         often the target comes first), and all of these by_stratum and by_magnitude.

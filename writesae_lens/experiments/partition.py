@@ -51,34 +51,34 @@ def partition_atoms(
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
-    """Divide the atoms into registers, bundles and dead ones by how they align with native writes.
+    """Divide the atoms into registers, bundles and dead atoms by their alignment with native writes.
 
-    An atom's alignment is the median, over all firings where it is dominant, of the signed cosine between
-    its decoded matrix and the native write. A two-component Gaussian mixture on these medians divides the
+    An atom's alignment is the median, over its firings, of the signed cosine between its matrix and the
+    native write. A two-component Gaussian mixture on these medians divides the
     atoms that fire: *registers* are those at or above the cosine where the posterior of the component with
-    the larger mean rises through 1/2, *bundles* those below. *Dead* atoms are dominant at no position of
-    these passages; the test says nothing about other text. Whether there are two kinds of atoms at all is
-    what ``delta_bic`` answers: the mixture always divides.
+    the larger mean rises through 1/2, *bundles* those below. *Dead* atoms fire at no position of these
+    passages; they may fire in other text. The mixture divides any atoms in two: ``delta_bic`` measures
+    whether there are two kinds at all.
 
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states (the write is what its atoms are compared with).
         tokens: passages ``[passage, pos]``, or a text.
         min_firings: leave atoms with fewer firings out of the mixture (class "rare").
-        thresholds: cosines, to count the registers that each would give in the mixture's place.
-        orders: numbers of components to give the BIC of; those with fewer than two atoms a component are
-            left out.
-        n_seeds: fits from single starts that the stability compares.
+        thresholds: cosines; the registers that each would give in place of the mixture are counted.
+        orders: numbers of components for which the BIC of a mixture is computed, where there are two atoms
+            per component.
+        n_seeds: fits, each from one random start, that the stability compares.
         skip_positions: leave out the first positions of every passage.
-        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
-        seed: of the mixtures' starting points.
-        progress_folder: keeps finished passages, and resumes from them.
+        context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
+        seed: seed of the mixtures' starting points.
+        progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row an atom of the dictionary: atom, n_firings, median_cosine
+        a result. ``records`` has one row per atom of the dictionary: atom, n_firings, median_cosine
         (in [-1, 1]; NaN if dead), class ("register", "bundle", "rare" or "dead"), posterior (of the
-        register component, as the mixture has it; NaN where it has none). Its ``summary`` has the counts
+        register component, as the mixture has it; NaN where it has none). ``summary`` has the counts
         n_register, n_bundle, n_rare and n_dead, delta_bic (of two components against one, negative where
         two are better), bic_by_order, register_median_cosine, threshold (a cosine), n_register_by_threshold,
         stability (mean adjusted Rand index between seeds) and the mixture (weights, means, deviations,
@@ -93,9 +93,9 @@ def partition_atoms(
     run = Run("partition", model, sae, passages, locals(), parts_depend_on_options=False)
 
     def align(n: int) -> pd.DataFrame:
-        found = find_firings(model, sae, site, passages[n])
-        cosine = native_cosines(found, atom_factors(sae, found.atom, site.cell.d_k, site.cell.d_v))
-        columns = {"position": found.position, "atom": found.atom, "cosine": cosine.double()}
+        firings = find_firings(model, sae, site, passages[n])
+        cosine = native_cosines(firings, atom_factors(sae, firings.atom, site.cell.d_k, site.cell.d_v))
+        columns = {"position": firings.position, "atom": firings.atom, "cosine": cosine.double()}
         return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
     firings = run.records(range(len(passages)), align, "Firings")
@@ -130,7 +130,7 @@ def class_names(split: statistics.Split) -> NDArray[Any]:
 def _divide(
     firings: pd.DataFrame, d_sae: int, min_firings: int, seed: int
 ) -> tuple[pd.DataFrame, statistics.Split | None]:
-    """The records, a row an atom, and the split of those that fire often enough."""
+    """The records, one row per atom, and the split of the atoms with ``min_firings`` firings or more."""
     count = np.bincount(firings["atom"].to_numpy(dtype=int), minlength=d_sae)
     median = np.full(d_sae, np.nan)
     for atom, cosines in firings.groupby("atom")["cosine"]:

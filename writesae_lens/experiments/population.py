@@ -42,7 +42,7 @@ def population_test(
     verbose: bool = True,
     **options: Any,
 ) -> ExperimentResult:
-    """How often each atom wins the replacement test, so that frequent atoms do not speak for the rest.
+    """The replacement test's win rate of each atom, in whose mean frequent atoms count no more than others.
 
     Runs `replacement_test` with at most ``max_firings_per_atom`` firings of each atom, drawn at random, and
     makes one row of every atom with at least ``min_firings``. The mean over atoms is the paper's
@@ -54,17 +54,17 @@ def population_test(
         sae: any SAE on a cell's writes, or on its states.
         tokens: passages ``[passage, pos]``, or a text.
         max_firings_per_atom: firings of an atom to test (None: all).
-        min_firings: atoms with fewer are counted as too rare, and left out.
-        seed: of the thinning, the random matrices, the bootstrap and the mixture.
+        min_firings: atoms with fewer tested firings are counted as too rare and left out.
+        seed: seed of the thinning, the random matrices, the bootstrap and the mixture.
         progress_folder: keeps finished passages, and resumes from them; `replacement_test` with the same
             settings reads the same folder.
         verbose: show a progress bar.
         options: any other argument of `replacement_test`: scale, random, kl, replaces, skip_positions, ...
 
     Returns:
-        a result whose ``records`` have a row an atom: atom, n_firings, win_rate, strict_chain_rate,
+        a result. ``records`` has one row per atom: atom, n_firings, win_rate, strict_chain_rate,
         median_cosine (signed), median_kl_atom, median_kl_delete (nats), class ("register", "bundle", or
-        None where fewer than 4 atoms or equal cosines allow no partition). Its ``summary`` has
+        None where fewer than 4 atoms or equal cosines allow no partition). ``summary`` has
         mean_win_rate with a 95% interval (bootstrap over atoms), win rate and number of atoms by class
         with the two-sided Mann-Whitney p between the classes, Pearson's and Spearman's correlation of
         win rate with median cosine, and mean win rate and cosine in each fifth of the atoms by cosine.

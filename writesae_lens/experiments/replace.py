@@ -66,31 +66,32 @@ def replacement_test(
     is the KL divergence between the next-token distributions at that position with and without the
     change. The atom *wins* when its KL is below the deletion's; the *strict chain* is atom < delete <
     random. Every condition equals a full forward pass with hooks on ``hook_write`` and ``hook_erase``
-    (`HookedRecurrent.run_with_swapped_writes`). In float32, that is: in bfloat16 the logits' rounding
-    alone makes KLs of up to some 1e-4.
+    (`HookedRecurrent.run_with_swapped_writes`). On a bfloat16 model, the rounding of the logits alone
+    causes KLs of up to about 1e-4.
 
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states (it then encodes the state, and still the
             write is replaced). Its cell is read from ``sae.cfg.metadata.hook_name``.
         tokens: passages ``[passage, pos]``, or a text.
-        scale: the atom at its coefficient, or at the native write's Frobenius norm; the random matrix has
-            the atom's norm.
-        random: a Gaussian rank-1 matrix, another atom of the dictionary, a rank-1 matrix orthogonal to the
-            native write on both sides, or one whose coordinates are drawn from the passage's other writes.
-        kl: KL(patched || base), as in the paper, or the other way round.
-        replaces: what each condition takes the place of: the native write k v^T, while the token's erase
-            still happens, or the whole update, erase and write together (the two differ where an
-            architecture erases; an atom made for writes has nothing to stand in for the erase with).
-        max_firings, max_firings_per_atom: keep a random choice of so many (None: all).
+        scale: whether the atom is written at its coefficient or at the native write's Frobenius norm; the
+            random matrix gets the atom's norm.
+        random: the control: a Gaussian rank-1 matrix, another atom of the dictionary, a rank-1 matrix
+            orthogonal to the native write on both sides, or a rank-1 matrix whose coordinates are drawn from
+            the passage's other writes.
+        kl: direction of the KL divergence: KL(patched || base), as in the paper, or KL(base || patched).
+        replaces: whether each condition replaces the native write k v^T alone, while the token's erase
+            still happens, or the whole update, erase and write (they differ where an architecture erases;
+            an atom trained on writes cannot stand in for the erase).
+        max_firings, max_firings_per_atom: test a random choice of this many firings (None: all).
         skip_positions: leave out the first positions of every passage.
-        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
-        seed: of the random matrices, the thinning and the bootstrap.
-        progress_folder: keeps finished passages, and resumes from them.
+        context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
+        seed: seed of the random matrices, the thinning and the bootstrap.
+        progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row a firing: passage, position, token, atom, coefficient,
+        a result. ``records`` has one row per firing: passage, position, token, atom, coefficient,
         write_norm, cosine, kl_atom, kl_delete, kl_random (KLs in nats).
 
     Raises:
@@ -107,8 +108,8 @@ def replacement_test(
 
     def test(n: int) -> pd.DataFrame:
         how = (scale, random, kl, replaces)
-        found = firings[n], kept[n]
-        return _test_passage(model, sae, site.cell, passages[n], *found, n, *how, generator(seed, n))
+        some = firings[n], kept[n]
+        return _test_passage(model, sae, site.cell, passages[n], *some, n, *how, generator(seed, n))
 
     records = run.records([n for n, index in enumerate(kept) if len(index)], test, "Replacing")
     summary = _summarize(records, sae.cfg.d_sae, seed)
@@ -120,7 +121,7 @@ def replacement_test(
 def thin(
     firings: list[Firings], skip: int, total: int | None, per_atom: int | None, seed: int
 ) -> list[Tensor]:
-    """Indices of the firings to keep, per passage."""
+    """Indices of the firings to test, for each passage: a random choice after ``skip`` positions."""
     frame = pd.DataFrame(
         {
             "passage": np.repeat(range(len(firings)), [len(f.position) for f in firings]),

@@ -53,27 +53,27 @@ def selectivity(
 
     An atom is selective when it moves the same tokens wherever it is written, and other tokens than other
     atoms do. Each atom (and as many Gaussian rank-1 matrices, drawn once) is added to the native write with
-    ``magnitude`` times its norm; its set are the ``top_k`` tokens whose logits at that position move most
-    beyond the mean of all tokens, up or down. The overlap of two sets is the share that they have in common.
+    ``magnitude`` times its norm; its set is the ``top_k`` tokens whose logits at that position move most
+    beyond the mean of all tokens, up or down. The overlap of two sets is the share of tokens in both.
 
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         tokens: passages ``[passage, pos]``, or a text.
-        n_atoms: a random choice of the atoms that are dominant somewhere in the passages; 2 or more (where
-            fewer are, overlaps of different ones are None).
-        n_positions: random positions in each passage.
+        n_atoms: number of atoms, 2 or more, drawn at random among those that fire in the passages (where a
+            single atom fires, overlaps of different atoms are None).
+        n_positions: number of random positions in each passage.
         top_k: tokens in a set.
-        magnitude: of what is added, in units of the native write there.
-        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
-        seed: of atoms, positions and random matrices.
-        progress_folder: keeps finished passages, and resumes from them.
+        magnitude: norm of the added matrix, in units of the native write there.
+        context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
+        seed: seed of atoms, positions and random matrices.
+        progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row a write: passage, position, kind ("atom", "random"), atom (of
-        random ones their number), kl (patched || native, nats), max_shift (logits), top (the set, as a JSON
-        list of token ids, largest first). Its ``summary`` has for each kind the mean overlap of the same
+        a result. ``records`` has one row per write: passage, position, kind ("atom", "random"), atom (for
+        random matrices their number), kl (patched || native, nats), max_shift (logits), top (the set, as a
+        JSON list of token ids, largest first). ``summary`` has for each kind the mean overlap of the same
         matrix at different positions of any passages (own_overlap), of different ones at the same position
         (other_overlap), their difference (selectivity) with a 95% interval (own_overlap resampled by
         matrices), and chance_overlap.

@@ -46,10 +46,10 @@ def sign_test(
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
-    """Write a token's direction at one position, and see whether its logit there moves as predicted.
+    """Write a token's direction at one position, and compare the shift of its logit there with a prediction.
 
-    A trial is a random position and a random token T. What is written beside the native write has the
-    native write's norm times ``magnitude``:
+    A trial is a random position and a random token T. A matrix of ``magnitude`` times the native write's norm
+    is written beside it:
 
     - ``unembedding`` (the paper's): key side that of the native write, value side W_O[head] W_U[T]; the
       prediction is <unit key, q_t> |W_O[head] W_U[T]| times the norm: its sign is that of <key, q_t>.
@@ -61,17 +61,18 @@ def sign_test(
         sae_or_cell: a cell, (layer, head), or an SAE on one; only the cell counts (and, for text, the size of
             its passages).
         tokens: passages ``[passage, pos]``, or a text.
-        direction: what is written.
-        magnitude: of what is written, in units of the native write there.
-        n_trials: spread evenly over the passages; no position of a passage comes again before all have come.
-        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
-        seed: of positions and tokens.
-        progress_folder: keeps finished passages, and resumes from them.
+        direction: which matrix is written.
+        magnitude: norm of that matrix, in units of the native write there.
+        n_trials: number of trials, spread evenly over the passages; a position is used again only after all
+            others of its passage.
+        context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
+        seed: seed of positions and tokens.
+        progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row a trial: passage, position, token (T), rank (of T natively,
-        from 1), predicted, linear (the true derivative along what is written), measured (logits). Its
+        a result. ``records`` has one row per trial: passage, position, token (T), rank (of T natively,
+        from 1), predicted, linear (the true derivative along what is written), measured (logits).
         ``summary`` has agreement (share of trials in which measured and predicted have one sign) with a
         95% interval, agreement_linear, and Pearson's correlation of both with the measured shift.
 
@@ -152,8 +153,8 @@ def output_gradient(
     native: Factors,
     read: Float[Tensor, "trial d_k"],
 ) -> Float[Tensor, "trial d_v"]:
-    """Derivative of each target's logit, at its position, by what the head reads there (S_t^T q_t)."""
-    # What is written under q / |q|^2 adds to what is read just its value.
+    """Derivative of each target's logit, at its position, by the head's read S_t^T q_t there."""
+    # A matrix with key q / |q|^2 adds exactly its value side to the read S_t^T q_t.
     inverse = read / read.square().sum(-1, keepdim=True).clamp(min=1e-30)
     step = max(1, LOGITS_PER_PASS // 4 // model.cfg.d_vocab)  # the graph holds several such tensors
     slopes = []

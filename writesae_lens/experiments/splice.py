@@ -45,29 +45,30 @@ def splice_test(
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
-    """Give heads reconstructions for a passage's first half, and measure perplexity on the second.
+    """Replace what heads remember of a passage's first half, and measure the perplexity of the second.
 
     An SAE on states replaces its head's state once, after the first half, by the reconstruction of it; one
-    on writes replaces every write of the first half. ``deleted`` puts zeros there instead: what the head's
-    memory of the first half is worth. A state is exchanged between two tokens, so all outputs of the first
-    half stay native; writes are replaced as they are made, which moves the head's outputs in the first half
-    too, and so what layers above remember of it. An odd token belongs to the second half, whose first token
+    on writes replaces every write of the first half. ``deleted`` puts zeros there instead, which measures
+    what the head's memory of the first half is worth. A state is replaced between two tokens, so all outputs
+    of the first half stay native; writes are replaced as they are made, which changes the head's outputs in
+    the first half too, and so what later layers remember of it. An odd token belongs to the second half, whose first token
     is not predicted.
 
     Args:
         model: the model that the SAEs were trained on.
         saes: one, or one for each of several heads (all heads of a layer, say), which are replaced together.
         tokens: passages ``[passage, pos]``, or a text.
-        context_size: tokens of a passage, for text (None: the first SAE's own, else 256).
-        seed: of the bootstrap.
-        progress_folder: keeps finished passages, and resumes from them.
+        context_size: length of a passage where ``tokens`` is text (None: that of the first SAE's training,
+            else 256).
+        seed: seed of the bootstrap.
+        progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row a passage: passage, n_tokens (predicted ones), nll_native,
+        a result. ``records`` has one row per passage: passage, n_tokens (predicted ones), nll_native,
         nll_spliced, nll_deleted (mean nats a token), error (squared error of the reconstruction as a share of
         the squared norm, over all that was replaced; of writes above another spliced layer, as they are
-        there). Its ``summary`` has perplexity_native, perplexity_spliced, perplexity_deleted, error (mean),
+        there). ``summary`` has perplexity_native, perplexity_spliced, perplexity_deleted, error (mean),
         increase_percent with a 95% interval (bootstrap over passages), increase_percent_deleted, and
         recovered: the share of the deletion's rise in nats that the reconstruction avoids (None where
         deletion costs nothing).

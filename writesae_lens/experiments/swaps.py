@@ -1,4 +1,4 @@
-"""One write of a cell exchanged for another, at many positions at once: what several experiments share."""
+"""Swapped writes: matrices to put in the place of a cell's native writes, and the KLs that they cause."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ RANDOM = ("gaussian", "atom", "orthogonal", "native_marginals")
 
 
 def native(firings: Firings) -> Factors:
-    """The native writes."""
+    """The native writes of firings, as factors of rank 1."""
     return Factors(firings.write_key[:, None].float(), firings.write_value[:, None].float())
 
 
 def zeros_like(swap: Factors) -> Factors:
-    """Nothing, in rank 1."""
+    """Zero matrices, as factors of rank 1."""
     return Factors(swap.key[:, :1] * 0, swap.value[:, :1] * 0)
 
 
 def scaled(swap: Factors, size: Float[Tensor, " firing"]) -> Factors:
-    """Each matrix times its number."""
+    """Each matrix times its own number."""
     return Factors(swap.key * size[:, None, None], swap.value)
 
 
 def summed(*swaps: Factors) -> Factors:
-    """The sums of matrices, firing by firing."""
+    """The sum of several matrices at each firing."""
     return Factors(torch.cat([s.key for s in swaps], dim=1), torch.cat([s.value for s in swaps], dim=1))
 
 
 def one_after_another(*swaps: Factors) -> Factors:
-    """The matrices of all, first to last, at the largest rank among them."""
+    """All matrices in one batch, first to last, padded to the largest rank among them."""
     rank = max(s.key.shape[1] for s in swaps)
     padded = [[nn.functional.pad(f, (0, 0, 0, rank - f.shape[1])) for f in s] for s in swaps]
     return Factors(torch.cat([p[0] for p in padded]), torch.cat([p[1] for p in padded]))
@@ -67,8 +67,8 @@ def random_like(
             rank 1, key and value orthogonal to those of the native write; native_marginals: rank 1, each
             coordinate of key and value drawn from that coordinate's values at the other firings of the
             passage (a control that has the scale of every channel).
-        every: the passage's firings.
-        kept: those of them that are asked for.
+        every: all firings of the passage.
+        kept: indices of the firings that the matrices are for.
     """
     firings = every.subset(kept)
     count, device = len(firings.atom), firings.atom.device
@@ -98,10 +98,11 @@ def swapped_logits(
     swaps: Sequence[Factors],
     erase: bool = True,
 ) -> Iterator[tuple[Float[Tensor, "firing d_vocab"], Float[Tensor, "condition firing d_vocab"]]]:
-    """Logits at the firings, natively and with each swap in the write's place, some firings at a time.
+    """Logits at the firings, natively and with each condition's matrix in the write's place, in batches.
 
     Args:
-        swaps: a matrix for every firing, of any rank, one a condition.
+        swaps: for each condition a matrix for every firing, of any rank.
+        erase: whether the token's native erase still happens.
 
     Raises:
         WriteSAEError: the logits are not finite.
@@ -122,7 +123,7 @@ def swapped_logits(
             erase,
         )
         if not bool(base[at].isfinite().all() and patched.isfinite().all()):
-            raise WriteSAEError("logits that are not finite: the model overflows; try another dtype")
+            raise WriteSAEError("the logits are not finite: the model overflows; try another dtype")
         yield base[at], patched.unflatten(0, (len(swaps), -1))
 
 
@@ -145,7 +146,7 @@ def divergences(
 def divergence(
     patched: Float[Tensor, "firing d_vocab"], base: Float[Tensor, "firing d_vocab"], kl: str = "patched_base"
 ) -> Float[Tensor, " firing"]:
-    """KL in nats, in float64: it is second order in the logits, so float32 sums would drown small ones."""
+    """KL in nats. It is second order in the shift of the logits, so small KLs need float64 sums."""
     values = []
     for p, b in zip(patched.split(64), base.split(64), strict=True):
         log_p, log_b = log_probabilities(p), log_probabilities(b)
@@ -156,5 +157,5 @@ def divergence(
 
 
 def log_probabilities(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
-    """In float64 where the device has it."""
+    """Log-softmax, in float64 where the device has it."""
     return logits.to(torch.float32 if logits.device.type == "mps" else torch.float64).log_softmax(-1)

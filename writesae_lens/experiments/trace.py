@@ -61,18 +61,18 @@ def reader_trace(
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states; of atoms of higher rank the leading singular pair.
         tokens: passages ``[passage, pos]``, or a text. In each passage t0 is one random position.
-        n_atoms: a random choice of the atoms that are dominant somewhere in the passages.
-        magnitude: Frobenius norm of what is added, in units of the cell's median native write norm.
-        max_horizon: last t - t0.
-        context_size: tokens of a passage, for text (None: the SAE's own, else 256).
-        seed: of atoms, positions and controls.
-        progress_folder: keeps finished passages, and resumes from them.
+        n_atoms: number of atoms, drawn at random among those that fire in the passages.
+        magnitude: Frobenius norm of the added matrix, in units of the cell's median native write norm.
+        max_horizon: largest t - t0.
+        context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
+        seed: seed of atoms, positions and controls.
+        progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result whose ``records`` have a row a passage, write, head and horizon: passage, position (t0),
-        kind ("atom", "random"), atom (of random ones their number), layer, head, horizon (t - t0), change.
-        Its ``summary`` has top_readers (layer, head, mean change by atoms; the ten heads of other
+        a result. ``records`` has one row per passage, write, head and horizon: passage, position (t0),
+        kind ("atom", "random"), atom (for random writes their number), layer, head, horizon (t - t0), change.
+        ``summary`` has top_readers (layer, head, mean change by atoms; the ten heads of other
         layers that change most), change_by_layer, change_by_horizon of later layers, own_change_by_horizon,
         and the ratio of atoms to random writes in later layers.
 
