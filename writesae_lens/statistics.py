@@ -110,7 +110,7 @@ def paired_wilcoxon(larger: ArrayLike, smaller: ArrayLike) -> float:
 
 
 def mean_by_part(values: ArrayLike, size: ArrayLike, parts: int) -> list[float | None]:
-    """Mean in each of several equally large parts of the trials, sorted by ``size``; None for an empty part."""
+    """Mean in each of several equally large parts of the trials, in order of ``size``; None where empty."""
     x = np.asarray(values, dtype=float)
     pieces: list[NDArray[Any]] = np.array_split(np.argsort(size, kind="stable"), parts)
     return [float(x[piece].mean()) if piece.size else None for piece in pieces]

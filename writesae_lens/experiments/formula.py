@@ -179,8 +179,7 @@ def _gate_product(
     values: Float[Tensor, "row d_v"],
     followed: Int[Tensor, " token"],
 ) -> Float[Tensor, "row horizon token"]:
-    read = model.write_factor_hook_names(cell.layer)[2]
-    decay = read.replace("hook_read", "hook_decay")
+    read, decay = (model.hook_name(cell.layer, hook) for hook in ("read", "decay"))
     _, cache = model.run_with_cache(
         tokens[None], names_filter=[read, decay], stop_at_layer=cell.layer + 1, use_cache=False
     )

@@ -51,8 +51,8 @@ def splice_test(
     on writes replaces every write of the first half. ``deleted`` puts zeros there instead, which measures
     what the head's memory of the first half is worth. A state is replaced between two tokens, so all outputs
     of the first half stay native; writes are replaced as they are made, which changes the head's outputs in
-    the first half too, and so what later layers remember of it. An odd token belongs to the second half, whose first token
-    is not predicted.
+    the first half too, and so what later layers remember of it. An odd token belongs to the second half,
+    whose first token is not predicted.
 
     Args:
         model: the model that the SAEs were trained on.

@@ -127,9 +127,7 @@ def _trace(
     names: Any,
 ) -> pd.DataFrame:
     count, layers = len(writes.key), [n for n in model.mixers if n >= cell.layer]
-    hooks = {
-        n: model.write_factor_hook_names(n)[2].replace("hook_read", "hook_recurrence_out") for n in layers
-    }
+    hooks = {n: model.hook_name(n, "recurrence_out") for n in layers}
     past, coming = cache_of(model, tokens[:position]), tokens[position:]
     _, cache = model.run_with_cache(
         coming[None],
