@@ -1,4 +1,4 @@
-"""Fixtures of the experiments' tests: shipped models, passages of their text, few resamples."""
+"""Fixtures of the experiments' tests: shipped models, passages of their text, what is written into a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hooked_models import HookedRecurrent, zoo
-from tests.writesae_lens.experiments.truth import read_passages
+from tests.writesae_lens.experiments.truth import Edits, Step, read_passages, recorded_edits, recorded_steps
+from writesae_lens import statistics
 
 
 @pytest.fixture(scope="module", params=zoo.SHIPPED)
@@ -34,3 +35,27 @@ def gdn() -> Any:
 def passages(gdn: Any) -> Tensor:
     """Two passages of 20 tokens of tiny-gdn."""
     return read_passages(gdn)
+
+
+@pytest.fixture
+def swapped(monkeypatch: pytest.MonkeyPatch) -> list[Edits]:
+    """The calls of `HookedRecurrent.run_with_swapped_writes`."""
+    return recorded_edits(monkeypatch, "run_with_swapped_writes")
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[Edits]:
+    """The calls of `HookedRecurrent.run_with_added_writes`."""
+    return recorded_edits(monkeypatch, "run_with_added_writes")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """The steps of decoding in which something is added."""
+    return recorded_steps(monkeypatch)
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passages have four resamples: drawing 2,000 takes time and shows no more."""
+    monkeypatch.setattr(statistics, "N_RESAMPLES", 200)

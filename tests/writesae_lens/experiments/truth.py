@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
+import pytest
 import torch
 from sae_lens import TopKSAE, TopKSAEConfig
 from torch import Tensor
 
-from hooked_models import zoo
+from hooked_models import HookedRecurrent, zoo
 from writesae_lens import WriteSAE, WriteSAEConfig
+from writesae_lens.experiments.decoding import Prefix
 
 LAYER, HEAD = 1, 2
 """The cell that all of these tests look at."""
 
+SUBJECTS = [
+    ("tiny-gdn", "write", {}),
+    ("tiny-mamba2", "write", {}),
+    ("tiny-rwkv7", "write", {}),
+    ("tiny-gdn", "state", {}),
+    ("tiny-mamba2", "write", {"rank": 2}),
+    ("tiny-rwkv7", "flat", {}),
+]
+every_subject = pytest.mark.parametrize(("model", "kind", "options"), SUBJECTS, indirect=["model"])
+"""Every architecture and every kind of SAE: a test's ``model``, and arguments of `make_sae`."""
+
 
 def make_sae(model: Any, kind: str = "write", layer: int = LAYER, head: int = HEAD, **options: Any) -> Any:
-    """A random SAE of 32 atoms on a cell's writes or states (``kind``), or a flat SAE of SAELens on its writes."""
+    """A random SAE of 32 atoms: of kind "write", "state", or "flat" (SAELens's TopK, on writes)."""
     torch.manual_seed(options.pop("seed", 0))
     cell = model.cell(layer, head)
     if kind == "flat":
@@ -29,10 +47,10 @@ def make_sae(model: Any, kind: str = "write", layer: int = LAYER, head: int = HE
     return sae
 
 
-def silenced(sae: Any) -> Any:
-    """The SAE with no atom ever active."""
+def silenced(sae: Any, atom: int | slice = slice(None)) -> Any:
+    """The SAE with an atom, or all of them, never active."""
     with torch.no_grad():
-        sae.b_enc.fill_(-1e3)
+        sae.b_enc[atom] = -1e3
     return sae
 
 
@@ -48,10 +66,22 @@ def cached(model: Any, tokens: Tensor, name: str) -> Tensor:
         return model.run_with_cache(tokens, names_filter=[name])[1][name]
 
 
+def writes(model: Any, tokens: Tensor, layer: int = LAYER, head: int = HEAD) -> Tensor:
+    """Native writes, [passage, pos, d_k, d_v] in float64, from the activation at their hook."""
+    cell = model.cell(layer, head)
+    return cached(model, tokens, model.write_hook_name(layer, head)).double().unflatten(-1, (cell.d_k, cell.d_v))
+
+
 def encoded(model: Any, sae: Any, tokens: Tensor) -> Tensor:
     """Coefficients of all atoms, [passage, pos, atom], from the activation at the SAE's own hook."""
     with torch.no_grad():
         return sae.encode(cached(model, tokens, sae.cfg.metadata.hook_name)).double()
+
+
+def atoms_of(sae: Any, model: Any) -> Tensor:
+    """The decoder's atoms as matrices, [atom, d_k, d_v] in float64."""
+    cell = model.cell(LAYER, HEAD)
+    return sae.W_dec.detach().double().view(-1, cell.d_k, cell.d_v)
 
 
 def dominant_atoms(model: Any, sae: Any, tokens: Tensor) -> set[int]:
@@ -60,25 +90,62 @@ def dominant_atoms(model: Any, sae: Any, tokens: Tensor) -> set[int]:
     return {int(row.argmax()) for row in acts if row.max() > 0}
 
 
+def output_weights(model: Any, layer: int, head: int) -> tuple[Tensor, Tensor]:
+    """W_O of a head, [d_model, d_v], and W_U, [d_vocab, d_model], from the native model's weights in float64."""
+    d_v, weights = model.cell(layer, head).d_v, model.original_model.state_dict()
+    pattern = re.compile(rf".*\blayers\.{layer}\..*\bo(ut)?_proj\..*weight")
+    (w_o,) = {id(x): x for name, x in weights.items() if pattern.fullmatch(name)}.values()
+    w_u = model.original_model.get_output_embeddings().weight
+    return w_o[:, head * d_v : (head + 1) * d_v].double(), w_u.detach().double()
+
+
 def logits_with_added(
     model: Any,
     passage: Tensor,
     positions: Tensor,
-    matrices: list[Tensor],
+    matrices: Sequence[Tensor],
     layer: int = LAYER,
     head: int = HEAD,
 ) -> tuple[Tensor, Tensor]:
-    """Logits at each position after a full pass in which a hook adds the matrix to the write there; and without."""
-    rows = torch.arange(len(positions))
+    """Logits at each position after a full pass in which a hook adds the matrix to the write there; native ones."""
+    name = model.write_hook_name(layer, head)
+    return _edited_logits(model, passage, positions, {name: lambda write, matrix: write + matrix}, matrices)
 
-    def add(write: Tensor, hook: Any) -> Tensor:
-        write = write.clone()
-        write[rows, positions] += torch.stack(matrices).flatten(1).to(write)
-        return write
+
+def logits_with_swapped(
+    model: Any,
+    passage: Tensor,
+    positions: Tensor,
+    matrices: Sequence[Tensor],
+    layer: int = LAYER,
+    head: int = HEAD,
+    erase: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The same with the matrix in the write's place, and (erase=False) nothing erased there."""
+    name = model.write_hook_name(layer, head)
+    edits: dict[str, Callable[[Tensor, Tensor], Tensor]] = {name: lambda write, matrix: matrix}
+    if not erase and model.mixers[layer].erases:
+        edits[name.replace("hook_write", "hook_erase")] = lambda erased, matrix: torch.zeros_like(erased)
+    return _edited_logits(model, passage, positions, edits, matrices)
+
+
+def _edited_logits(
+    model: Any,
+    passage: Tensor,
+    positions: Tensor,
+    edits: dict[str, Callable[[Tensor, Tensor], Tensor]],
+    matrices: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    rows, given = torch.arange(len(positions)), torch.stack(list(matrices)).flatten(1)
+
+    def hook(x: Tensor, hook: Any) -> Tensor:
+        x = x.clone()
+        x[rows, positions] = edits[hook.name](x[rows, positions], given.to(x))
+        return x
 
     with torch.no_grad():
         native = model(passage[None])[0, positions]
-        hooks = [(model.write_hook_name(layer, head), add)]
+        hooks = [(name, hook) for name in edits]
         changed = model.run_with_hooks(passage.expand(len(positions), -1), fwd_hooks=hooks)
     return changed[rows, positions].double(), native.double()
 
@@ -87,3 +154,72 @@ def kl_nats(patched: Tensor, base: Tensor) -> Tensor:
     """KL(patched || base) of logits, in float64."""
     p, b = patched.double().log_softmax(-1), base.double().log_softmax(-1)
     return (p.exp() * (p - b)).sum(-1)
+
+
+class Edits(NamedTuple):
+    """What the model was given in one call: matrices [n, d_k, d_v] in float64, each at a position."""
+
+    passage: list[int]
+    positions: Tensor
+    matrices: Tensor
+
+
+def recorded_edits(monkeypatch: pytest.MonkeyPatch, method: str) -> list[Edits]:
+    """Fills with the calls of ``run_with_swapped_writes`` or ``run_with_added_writes``, on any model."""
+    calls: list[Edits] = []
+    run = getattr(HookedRecurrent, method)
+
+    def spy(self: Any, passage: Tensor, layer: int, head: int, positions: Tensor, *factors: Any, **options: Any):
+        keys, values = (f if f.ndim == 3 else f[:, None] for f in factors[:2])
+        calls.append(Edits(passage.tolist(), positions, (keys.mT @ values).double()))
+        return run(self, passage, layer, head, positions, *factors, **options)
+
+    monkeypatch.setattr(HookedRecurrent, method, spy)
+    return calls
+
+
+class Step(NamedTuple):
+    """One call of `Prefix.go_on` with something added: tokens, what was added, logits."""
+
+    tokens: Tensor
+    added: Tensor
+    logits: Tensor
+
+
+def recorded_steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Fills with the steps of decoding in which something is added (not those that are differentiated)."""
+    steps: list[Step] = []
+    go_on = Prefix.go_on
+
+    def spy(self: Prefix, tokens: Tensor, cache: Any, added: Tensor | None = None) -> Tensor:
+        logits = go_on(self, tokens, cache, added)
+        if added is not None and not torch.is_grad_enabled():
+            steps.append(Step(tokens, added.clone(), logits))
+        return logits
+
+    monkeypatch.setattr(Prefix, "go_on", spy)
+    return steps
+
+
+def column(frame: pd.DataFrame, name: str) -> Tensor:
+    """A column of records as a tensor."""
+    return torch.as_tensor(frame[name].to_numpy(copy=True))
+
+
+def is_rank_1(matrices: Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether matrices [..., d_k, d_v] have one singular value that is not rounding."""
+    values = torch.linalg.svdvals(matrices.double())
+    return bool((values[..., 1] < tolerance * values[..., 0]).all())
+
+
+def wilson(wins: Any, z: float = 1.959963984540054) -> list[float]:
+    """Wilson's 95% interval of a share."""
+    n, p = len(wins), float(np.mean(wins))
+    centre, spread = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [(centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)]
+
+
+def bootstrap_interval(groups: Sequence[Any], figure: Callable[[Any], Any]) -> Any:
+    """95% interval of a figure over all resamples of few groups, each as likely as any other."""
+    values = [figure(np.concatenate(draw)) for draw in product(groups, repeat=len(groups))]
+    return np.quantile(values, [0.025, 0.975], method="inverted_cdf")
