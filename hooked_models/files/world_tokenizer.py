@@ -17,7 +17,7 @@ _FILE = "rwkv_vocab_v20230424.txt"
 
 @cache
 def _vocabulary() -> rwkv_tokenizer.TRIE_TOKENIZER:
-    """The vocabulary in the rwkv package. Its reader evaluates the lines of the file, so no other file is read."""
+    """The vocabulary in the rwkv package: no other file is safe, because its reader evaluates the lines."""
     return rwkv_tokenizer.TRIE_TOKENIZER(str(Path(rwkv_tokenizer.__file__).with_name(_FILE)))
 
 

@@ -1,1 +1,1 @@
-"""Published SAEs: reading checkpoints, the Hub, releases, and publishing one's own."""
+"""Published SAEs: reading their checkpoints, finding them on the Hub, and publishing one's own."""

@@ -1,8 +1,7 @@
-"""SAEs on the Hugging Face Hub: SAELens's own download functions, taught the published checkpoints."""
+"""SAEs on the Hugging Face Hub: published checkpoints, through SAELens's own download functions."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,24 +20,28 @@ from hooked_models.errors import HookedModelError, one_line
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.published import checkpoints, manifest
 from writesae_lens.published.checkpoints import FILE
-from writesae_lens.published.releases import REPOSITORY, releases
+from writesae_lens.published.conversion import Source
+from writesae_lens.published.releases import REPOSITORY, cell_of_path, releases
 
 _R = TypeVar("_R")
 Loaded = tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor | None]
 
-
-# Of the HTTP client underneath, which differs by version: what it raises beside the Hub's answers.
+# The exception of the HTTP client underneath huggingface_hub (which client differs by version).
 _TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]  # type: ignore[assignment]
 
 
 @contextmanager
 def transport_errors(what: str) -> Iterator[None]:
-    """Say in one line of this package's that a connection broke; the Hub's own answers stay as they are."""
+    """Turn a broken connection into a `WriteSAEError`; the Hub's own answers (404, 401, ...) pass unchanged.
+
+    Args:
+        what: the action, for the message: ``"fetching best.pt of owner/name"``.
+    """
     try:
         yield
     except (OSError, EntryNotFoundError, HookedModelError):
         raise
-    except (_TRANSPORT, ValueError) as error:  # ValueError: of names that no repository or file can have
+    except (_TRANSPORT, ValueError) as error:  # ValueError: the name cannot be a repository's or file's
         why = f"{type(error).__name__}: {one_line(error)}"
         raise WriteSAEError(f"{what} failed ({why}): check the names, or try again") from error
 
@@ -50,22 +53,22 @@ def fetch(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
-    """Download one checkpoint (or find it in the cache) and check it against the repository's manifest.
+    """Download one checkpoint, or find it in the cache, and check it against the repository's manifest.
 
     Args:
         repo_id: owner/name.
-        folder: path in the repository, of a folder that holds a ``best.pt`` or of a file.
+        folder: the path in the repository of a file, or of a folder with a ``best.pt`` in it or below it.
         revision: branch, tag or commit.
-        force_download: fetch again what the cache has.
+        force_download: download again even if the cache has the file.
         local_files_only: look in the cache alone.
 
     Returns:
-        the file, and where it is from: repository, revision (the commit), file, SHA-256 and whether the
-        manifest vouches for it.
+        the file, and its provenance: repository, revision (the commit), file, SHA-256 and whether the
+        manifest lists that SHA-256.
 
     Raises:
-        EntryNotFoundError: there is no such file; `huggingface_hub`'s other errors for a repository that
-            does not exist or is gated, and for a Hub out of reach.
+        EntryNotFoundError: there is no such file. `huggingface_hub` raises its other errors for a repository
+            that does not exist or is gated, and for a Hub out of reach.
         WriteSAEError: the download broke off, or the manifest has another SHA-256 or cannot be read.
     """
 
@@ -94,25 +97,25 @@ def fetch(
         path = download(name, revision)
     commit = path.parts[-1 - len(Path(name).parts)]
     try:
-        listed = download(manifest.MANIFEST, commit)
+        manifest_file = download(manifest.MANIFEST, commit)
     except EntryNotFoundError:
-        listed = None
+        manifest_file = None
     digest = manifest.sha256(path)
     return path, {
         "repository": repo_id,
         "revision": commit,
         "file": name,
         "sha256": digest,
-        "sha256_checked": listed is not None and manifest.check(listed, name, digest),
+        "sha256_checked": manifest_file is not None and manifest.check(manifest_file, name, digest),
     }
 
 
 def _files(repo_id: str, revision: str | None = None) -> dict[str, int]:
-    """Files of a repository and their sizes, of those in the cache where the Hub cannot be asked."""
+    """The files of a repository and their sizes; where the Hub cannot be asked, those in the cache."""
     try:
         listed = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=3).siblings
         return {file.rfilename: file.size or 0 for file in listed or ()}
-    except Exception:  # whatever the HTTP client raises: this is a second try, or a table's column
+    except Exception:  # of any HTTP client: the caller can do with the cache's files
         return {name: path.stat().st_size for name, path in _cached(repo_id, revision).items()}
 
 
@@ -131,7 +134,11 @@ def _files_below(files: Iterable[str], folder: str) -> list[str]:
 def fetch_config(
     repo_id: str, folder: str, revision: str | None = None, force_download: bool = False
 ) -> dict[str, Any]:
-    """Fetch an SAE, published or in SAELens's form, read all of it, and give its configuration."""
+    """The configuration of an SAE on the Hub, published or in SAELens's form; all of the SAE is read.
+
+    Raises:
+        EntryNotFoundError: there is neither a checkpoint nor an SAE in SAELens's form; otherwise as `fetch`.
+    """
     try:
         path, provenance = fetch(repo_id, folder, revision, force_download)
     except EntryNotFoundError as missing:
@@ -144,26 +151,27 @@ def fetch_config(
         except EntryNotFoundError:
             raise missing from None
         return SAE.load_from_disk(Path(path).parent).cfg.to_dict()
-    return checkpoints.load(path, checkpoints.Source(provenance=provenance))[0]
+    return checkpoints.load(path, Source(provenance=provenance))[0]
 
 
 def published_table() -> pd.DataFrame:
-    """The published SAEs: release, id, base model, cell, size, and whether it is in the cache.
+    """A table of the published SAEs: release, id, base model, cell (layer:head), size, in the cache or not.
 
-    Sizes are asked of the Hub, or of the cache where that is out of reach.
+    Sizes come from the Hub or, where the Hub is out of reach, from the cache.
     """
     sizes, cached = _files(REPOSITORY), _cached(REPOSITORY)
     rows = []
     for name, release in releases().items():
         for sae_id, folder in release.saes_map.items():
             size = next((sizes[file] for file in _files_below(sizes, folder)), 0)
-            layer, head = re.findall(r"\d+", sae_id)
+            cell = cell_of_path(sae_id)
+            assert cell is not None
             rows.append(
                 {
                     "release": name,
                     "id": sae_id,
                     "base model": release.model,
-                    "cell": f"{layer}:{head}",
+                    "cell": f"{cell[0]}:{cell[1]}",
                     "size": f"{size / 1e6:.1f} MB" if size else "?",
                     "cached": "yes" if _files_below(cached, folder) else "no",
                 }
@@ -181,7 +189,7 @@ def load_published(
 ) -> Loaded:
     """A published checkpoint from the Hub, in the form of SAELens's loaders."""
     path, provenance = fetch(repo_id, folder_name, None, force_download, local_files_only)
-    cfg, weights = checkpoints.load(path, checkpoints.Source(provenance=provenance))
+    cfg, weights = checkpoints.load(path, Source(provenance=provenance))
     given = {name: value for name, value in (cfg_overrides or {}).items() if value is not None}
     cfg |= {"device": device} | given
     dtype = str_to_dtype(cfg["dtype"])
@@ -196,18 +204,18 @@ def published_config(
     cfg_overrides: dict[str, Any] | None = None,
     local_files_only: bool = False,
 ) -> dict[str, Any]:
-    """Its configuration alone, which lies in the same file."""
+    """The configuration of a published checkpoint, in the form of SAELens's loaders of configurations."""
     cfg = load_published(repo_id, folder_name, "cpu", force_download, cfg_overrides, local_files_only)[0]
     return cfg | ({} if device is None else {"device": device})
 
 
 def _either(ours: Callable[..., _R], theirs: Callable[..., _R], arguments: tuple[Any, ...]) -> _R:
-    """What SAELens's function finds; where it finds none of its files, what ours does."""
+    """The result of SAELens's function or, where it finds none of its files, of ours."""
     try:
         return theirs(*arguments)
     except EntryNotFoundError as missing:
         try:
-            # The Hub that SAELens did not reach is not waited for a second time.
+            # If SAELens did not reach the Hub, only the cache is searched: no second wait for the Hub.
             return ours(*arguments, local_files_only=isinstance(missing, LocalEntryNotFoundError))
         except EntryNotFoundError:
             raise missing from None
@@ -220,7 +228,7 @@ def load_any(
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
 ) -> Loaded:
-    """SAELens's own loader; where it finds none of its files, a published checkpoint."""
+    """An SAE in SAELens's form by SAELens's own loader or, where there is none, a published checkpoint."""
     arguments = (repo_id, folder_name, device, force_download, cfg_overrides)
     return _either(load_published, saelens.sae_lens_huggingface_loader, arguments)
 
@@ -232,6 +240,6 @@ def any_config(
     force_download: bool = False,
     cfg_overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """As `load_any`, for the configuration alone."""
+    """The configuration alone of the SAE that `load_any` loads."""
     arguments = (repo_id, folder_name, device, force_download, cfg_overrides)
     return _either(published_config, saelens.get_sae_lens_config_from_hf, arguments)

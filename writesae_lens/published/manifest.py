@@ -1,4 +1,4 @@
-"""``manifest.json``: what a repository of checkpoints says of its files."""
+"""``manifest.json``: the SHA-256 of every file in a repository of checkpoints."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from writesae_lens.errors import WriteSAEError
 MANIFEST = "manifest.json"
 _LARGEST = 4 * 2**20
 _DIGEST = re.compile("(?:sha256:)?([0-9a-fA-F]{64})")
-# What a digest and a file's name may be called, in an entry of their own.
+# Keys of a digest and of a file's name, where an entry of the manifest has keys for them.
 _FIELDS = {"sha256", "sha_256", "hash", "digest", "checksum"}
 _NAMES = ("tag", "path", "file", "filename", "name")
 
 
-def check(manifest: Path, file: str, found: str) -> bool:
-    """Whether a manifest vouches for a file.
+def check(manifest: Path, file: str, digest: str) -> bool:
+    """Whether a manifest lists a file with this SHA-256.
 
     Args:
         manifest: JSON with a SHA-256 beside each tag, at any depth. A file's tag is its path in the
             repository or its folder's, in any punctuation.
         file: the file's path in the repository.
-        found: its SHA-256.
+        digest: the file's SHA-256.
 
     Returns:
-        True if the file's tag has this SHA-256, or, where no tag is the file's, another one has.
+        True if the file's tag has this SHA-256 or, in a manifest without a tag for the file, any tag has.
 
     Raises:
         WriteSAEError: the file's tag has another SHA-256, or two; or the manifest cannot be read.
@@ -37,32 +37,37 @@ def check(manifest: Path, file: str, found: str) -> bool:
     if manifest.stat().st_size > _LARGEST:
         raise WriteSAEError(f"{manifest} has more than {_LARGEST:,} bytes: not a manifest")
     try:
-        listed = list(_digests(json.loads(manifest.read_text(encoding="utf-8")), ()))
+        entries = list(_digests(json.loads(manifest.read_text(encoding="utf-8")), ()))
     except (ValueError, RecursionError) as error:
         raise WriteSAEError(f"{manifest} is not JSON: {file} cannot be checked against it") from error
     names = {file, file.rpartition("/")[0]}
     for same in (lambda tag: tag in names, lambda tag: _plain(tag) in {_plain(name) for name in names}):
-        said = {digest for tags, digest in listed if any(same(tag) for tag in tags)}
-        if said - {found}:
-            expected = " and ".join(sorted(said))
+        listed = {entry for tags, entry in entries if any(same(tag) for tag in tags)}
+        if listed - {digest}:
+            expected = " and ".join(sorted(listed))
             raise WriteSAEError(
-                f"{file} has SHA-256 {found}, but {MANIFEST} says {expected}: damaged on the way, or "
+                f"{file} has SHA-256 {digest}, but {MANIFEST} says {expected}: damaged on the way, or "
                 "changed; fetch it again (force_download=True), and if that does not help do not use it"
             )
-        if said:
+        if listed:
             return True
-    return any(digest == found for _, digest in listed)
+    return any(entry == digest for _, entry in entries)
 
 
-def _digests(held: Any, keys: tuple[str, ...]) -> Iterator[tuple[list[str], str]]:
-    """Every SHA-256, with what may be the tag that it belongs to."""
-    if isinstance(held, list):
-        for item in held:
+def _digests(content: Any, keys: tuple[str, ...]) -> Iterator[tuple[list[str], str]]:
+    """Every SHA-256 in a manifest, each with all strings that may be its tag.
+
+    Args:
+        content: the manifest, or a part of it.
+        keys: the keys that lead to this part.
+    """
+    if isinstance(content, list):
+        for item in content:
             yield from _digests(item, keys)
-    if not isinstance(held, dict):
+    if not isinstance(content, dict):
         return
-    named = [held[name] for name in _NAMES if isinstance(held.get(name), str)]
-    for key, value in held.items():
+    named = [content[name] for name in _NAMES if isinstance(content.get(name), str)]
+    for key, value in content.items():
         here = keys if _plain(key) in _FIELDS else (*keys, key)
         digest = _DIGEST.fullmatch(value) if isinstance(value, str) else None
         if digest is None:
@@ -72,7 +77,7 @@ def _digests(held: Any, keys: tuple[str, ...]) -> Iterator[tuple[list[str], str]
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """The SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -81,4 +86,5 @@ def sha256(path: Path) -> str:
 
 
 def _plain(tag: str) -> str:
+    """A tag in lower case, with one ``_`` for any punctuation."""
     return re.sub(r"[\W_]+", "_", tag).strip("_").lower()

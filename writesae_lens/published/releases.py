@@ -1,4 +1,4 @@
-"""What is published: the base models of WriteSAEs, and releases for SAELens's directory."""
+"""The published SAEs: their base models, and their releases for SAELens's directory."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import NamedTuple
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
 REPOSITORY = "JackYoung27/writesae-ckpts"
-# SAELens's name for the functions that load these files.
+# The name under which SAELens finds the functions that load these files.
 LOADER = "writesae"
+_CELL = re.compile(r"(?<![^/\\_])L(\d{1,5})_H(\d{1,5})(?![^/\\_])")
 
 
 class BaseModel(NamedTuple):
-    """What must be known of a model to put a published SAE on its site."""
+    """The facts about a model that put a published SAE on its hook without loading the model."""
 
     name: str  # as HookedRecurrent boots it
-    mixer: str  # the part of hook names between layer and hook
+    mixer: str  # the recurrent layer's name within a block, as it stands in hook names
     d_k: int
     d_v: int
-    # Whether the library's cache, on which SAEs were trained, keeps a head's state as [d_v, d_k].
+    # Whether transformers' cache, on whose states the SAEs were trained, keeps a head's state as [d_v, d_k].
     transposed: bool = False
 
     def hook_name(self, layer: int, head: int) -> str:
-        """The head's state, in `HookedRecurrent`'s names."""
+        """The name of the hook on a head's state, as `HookedRecurrent.state_hook_name` returns it."""
         return f"blocks.{layer}.{self.mixer}.hook_state.{head}"
 
 
-# By the name that folders of checkpoints bear.
+# By the model's name in the folders of checkpoints.
 BASE_MODELS = {
     "qwen0p8b": BaseModel("Qwen/Qwen3.5-0.8B", "linear_attn", 128, 128),
     "qwen4b": BaseModel("Qwen/Qwen3.5-4B", "linear_attn", 128, 128),
@@ -41,6 +42,8 @@ BASE_MODELS = {
     "tiny-rwkv7": BaseModel("tiny-rwkv7", "attn", 32, 32),
 }
 
+# Of each release: the model's name in the folders, the cells of its WriteSAEs, the cells of its flat
+# baselines.
 _PUBLISHED = {
     "writesae-qwen3.5-0.8b": ("qwen0p8b", ("L1_H4", "L9_H4", "L17_H4"), ("L9_H4",)),
     "writesae-qwen3.5-4b": ("qwen4b", ("L12_H8",), ()),
@@ -53,8 +56,8 @@ _PUBLISHED = {
 
 
 def releases() -> dict[str, PretrainedSAELookup]:
-    """The published SAEs, as entries of SAELens's directory: ids are cells, ``L9_H4``, and ``L9_H4_flat``."""
-    return {name: _lookup(name, *what) for name, what in _PUBLISHED.items()}
+    """The published SAEs as entries of SAELens's directory. An id is a cell, ``L9_H4``, or ``L9_H4_flat``."""
+    return {release: _lookup(release, *rest) for release, rest in _PUBLISHED.items()}
 
 
 def _lookup(release: str, tag: str, cells: tuple[str, ...], flat: tuple[str, ...]) -> PretrainedSAELookup:
@@ -66,7 +69,7 @@ def _lookup(release: str, tag: str, cells: tuple[str, ...], flat: tuple[str, ...
         model=BASE_MODELS[tag].name,
         conversion_func=LOADER,
         saes_map=paths,
-        expected_var_explained=dict.fromkeys(paths, 1.0),  # SAELens's values of what is not known
+        expected_var_explained=dict.fromkeys(paths, 1.0),  # the values with which SAELens marks them unknown
         expected_l0=dict.fromkeys(paths, 0.0),
         neuronpedia_id={},
         norm_scaling_factor={},
@@ -75,13 +78,19 @@ def _lookup(release: str, tag: str, cells: tuple[str, ...], flat: tuple[str, ...
 
 
 def base_model(text: str) -> BaseModel | None:
-    """The base model that a path or a model's name names, if it is one of these; the last one counts."""
+    """The base model with this name, or the last one that is named in this path (None: none is)."""
     by_name = {model.name.lower(): model for model in BASE_MODELS.values()}
     if text.lower() in by_name:
         return by_name[text.lower()]
-    places = {
+    positions = {
         match.start(): model
         for tag, model in BASE_MODELS.items()
         for match in re.finditer(rf"(?<![^/\\_]){re.escape(tag)}(?![^/\\_-])", text)
     }
-    return places[max(places)] if places else None
+    return positions[max(positions)] if positions else None
+
+
+def cell_of_path(path: str) -> tuple[int, int] | None:
+    """(layer, head) of the last cell that a path or id names, as in ``L9_H4_flat`` (None: it names none)."""
+    cells = list(_CELL.finditer(path))
+    return (int(cells[-1][1]), int(cells[-1][2])) if cells else None

@@ -1,4 +1,4 @@
-"""Publishing SAEs: SAELens's own upload, and a model card with what was measured."""
+"""Publishing SAEs: SAELens's own upload, and a model card with the results of the replacement test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CARD = "README.md"
 
 
 def default_id(sae: SAE[Any]) -> str:
-    """``L9_H4`` for an SAE on layer 9 head 4, as published SAEs are called; ``sae`` if it names no cell."""
+    """``L9_H4`` for an SAE on layer 9, head 4, as published ids are; ``sae`` if its hook names no cell."""
     cell = re.search(r"blocks\.(\d+)\..*\.(\d+)$", sae.cfg.metadata.hook_name or "")
     return f"L{cell[1]}_H{cell[2]}" if cell else "sae"
 
@@ -36,24 +36,27 @@ def push(
     revision: str = "main",
     private: bool = False,
 ) -> str:
-    """Publish an SAE: safetensors, cfg.json, and its section of the repository's model card.
+    """Publish an SAE on the Hub: its weights, ``cfg.json``, and its section of the repository's model card.
 
-    It comes back with ``SAE.from_pretrained(repo_id, sae_id)`` where this package is imported.
+    ``SAE.from_pretrained(repo_id, sae_id)`` loads it again, after ``import writesae_lens``.
 
     Args:
-        sae: of any type.
-        repo_id: owner/name; made if it does not exist.
-        sae_id: its folder in the repository; default: its cell, ``L9_H4``.
-        results: folder that a replacement test was saved in; goes into the card, and beside the SAE.
-        revision: branch.
-        private: for a repository made now.
+        sae: an SAE of any type.
+        repo_id: owner/name of the repository, which is created if it does not exist.
+        sae_id: the SAE's folder in the repository; by default its cell, ``L9_H4``.
+        results: the folder of a saved replacement test of this SAE. Its figures go into the card, its summary
+            beside the SAE.
+        revision: the branch.
+        private: whether a repository that is created now is private.
 
     Returns:
         the SAE's id.
 
     Raises:
-        WriteSAEError: the results are not of a replacement test or of another SAE, the id is no path in a
-            repository, or the connection broke off. `huggingface_hub`'s own errors for missing rights.
+        WriteSAEError: the results are not those of a replacement test or belong to another hook, the id
+        cannot
+            be a path in a repository, or the connection broke. `huggingface_hub` raises its own errors for
+            missing rights.
     """
     check_sae(sae)
     sae_id = default_id(sae) if sae_id is None else str(sae_id).strip("/")
@@ -88,17 +91,18 @@ def push(
 
 
 def _summary(results: Path, sae: SAE[Any]) -> dict[str, Any]:
+    """The summary of a saved replacement test, after a check that it was measured on the SAE's hook."""
     path = results / SUMMARY if results.is_dir() else results
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         low, high = summary["win_rate_ci"]
         numbers = [summary[name] for name in ("win_rate", "strict_chain_rate", "n_firings")] + [low, high]
-        fits = all(math.isfinite(x) for x in numbers + summary["kl_ratio_atom_delete_random"])
+        finite = all(math.isfinite(x) for x in numbers + summary["kl_ratio_atom_delete_random"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WriteSAEError(f"{path} is not what a replacement test saved ({error!r})") from error
-    if not fits:
+    if not finite:
         raise WriteSAEError(
-            f"{path} is not what a replacement test saved: some of its figures are no numbers"
+            f"{path} is not what a replacement test saved: some of its figures are not numbers"
         )
     hook = sae.cfg.metadata.hook_name
     if summary.get("hook_name") != hook:
@@ -109,7 +113,7 @@ def _summary(results: Path, sae: SAE[Any]) -> dict[str, Any]:
 
 
 def _card(repo_id: str, revision: str, sae: SAE[Any]) -> str:
-    """The repository's card as it is, or the head of a new one."""
+    """The repository's card, or the head of a new one."""
     try:
         return Path(hf_hub_download(repo_id, _CARD, revision=revision)).read_text(encoding="utf-8")
     except EntryNotFoundError:
@@ -126,27 +130,30 @@ def _card(repo_id: str, revision: str, sae: SAE[Any]) -> str:
 
 
 def _with_section(card: str, sae_id: str, section: str) -> str:
+    """The card with an SAE's section replaced, or added at the end; all other text stays."""
     begin, end = f"<!-- {sae_id} -->", f"<!-- end of {sae_id} -->"
     marked = f"{begin}\n{section}\n{end}"
-    before, found, rest = card.partition(begin)
-    if found and end in rest:
+    before, marker, rest = card.partition(begin)
+    if marker and end in rest:
         return before + marked + rest.partition(end)[2]
     return f"{card.rstrip()}\n\n{marked}\n"
 
 
 def _section(sae: SAE[Any], repo_id: str, sae_id: str, summary: dict[str, Any] | None) -> str:
+    """An SAE's section of the card: a table of facts, how to load it, and the replacement test's figures."""
     cfg, metadata = sae.cfg, sae.cfg.metadata
-    what = f"{cfg.architecture()}, {cfg.d_sae:,} atoms"
+    dictionary = f"{cfg.architecture()}, {cfg.d_sae:,} atoms"
     if cfg.architecture() == "writesae":
-        what += f" for {cfg.d_k} x {cfg.d_v} matrices, rank {cfg.rank}"
-        what += f"; encoder {cfg.encoder}, decoder {cfg.decoder}, activation {cfg.activation}, k {cfg.k}"
-    rows = {"base model": metadata.model_name, "hook": metadata.hook_name, "dictionary": what}
+        dictionary += f" for {cfg.d_k} x {cfg.d_v} matrices, rank {cfg.rank}"
+        dictionary += f"; encoder {cfg.encoder}, decoder {cfg.decoder}, activation {cfg.activation}"
+        dictionary += f", k {cfg.k}"
+    rows = {"base model": metadata.model_name, "hook": metadata.hook_name, "dictionary": dictionary}
     source = metadata.provenance
     if isinstance(source, dict):
         origin = (source.get("repository"), source.get("file"), f"SHA-256 {source.get('sha256')}")
         rows["converted from"] = ", ".join(str(part) for part in origin if part)
     lines = [f"## {sae_id}", "", "| | |", "|---|---|"]
-    # An SAE may have been made by others: nothing in it may become more of the card than a cell.
+    # The SAE may come from strangers: none of its strings may become markup of the card.
     cells = {name: re.sub(r"[`|<>]", "?", printable(str(value))) for name, value in rows.items() if value}
     lines += [f"| {name} | `{value}` |" for name, value in cells.items()]
     code = ["import writesae_lens  # registers the type with SAELens", "from sae_lens import SAE", ""]
