@@ -1,7 +1,7 @@
-"""What a WriteSAE must be better than (paper, experiment 10): other dictionaries, in the same form.
+"""Baselines that a WriteSAE is compared with (paper, experiment 10): other dictionaries of the same cell.
 
-Each is an SAE with the cell's hook in its metadata, so that every experiment takes it. The dense-encoder
-variant is ``WriteSAETrainingConfig(encoder="dense")``.
+Each is an SAE with the cell's hook in its metadata, so every experiment takes it. The paper's variant with a
+dense encoder is trained with ``WriteSAETrainingConfig(encoder="dense")``.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from writesae_lens.saes.activations import for_training
 from writesae_lens.saes.config import WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.saes.sae import WriteSAE
 
-# Writes that the principal component is taken of: their Gram matrix has the square of it.
+# How many writes the principal component is computed from; their Gram matrix has the square of it in entries.
 _MAX_WRITES = 4096
 
 
 @torch.no_grad()
 def flat_svd(sae: SAE[Any], d_k: int | None = None, d_v: int | None = None) -> WriteSAE:
-    """The leading singular pairs of a flat TopK SAE's atoms, at their singular values.
+    """A flat TopK SAE with each atom replaced by its best rank-1 approximation (its leading singular pair).
 
-    Encoder, selection and decoder bias stay those of the flat SAE, so its coefficients do.
+    Encoder, selection and decoder bias are those of the flat SAE, so every coefficient stays the same.
 
     Args:
         sae: SAELens's ``topk``, or a `WriteSAE` with dense encoder and decoder.
-        d_k, d_v: the cell's sides, where the SAE does not tell.
+        d_k, d_v: sides of the cell, if neither the SAE's config nor its metadata has them.
 
     Raises:
-        WriteSAEError: it is no such SAE, or its sides are not known.
+        WriteSAEError: the SAE is of another kind, or its sides are unknown.
     """
     check_sae(sae)
     check(Count | None, d_k=d_k, d_v=d_v)
@@ -60,7 +60,7 @@ def flat_svd(sae: SAE[Any], d_k: int | None = None, d_v: int | None = None) -> W
     atoms, encoder, bias, decoder_bias = (getattr(sae, name).float() for name in names)
     if sae.cfg.apply_b_dec_to_input:
         bias = bias - decoder_bias @ encoder
-    if sae.cfg.rescale_acts_by_decoder_norm:  # selection is by the coefficients of atoms of norm 1
+    if sae.cfg.rescale_acts_by_decoder_norm:  # atoms are selected as if all had norm 1
         norm = atoms.norm(dim=-1).clamp(min=1e-8)
         atoms, encoder, bias = atoms / norm[:, None], encoder * norm, bias * norm
     left, singular, right = torch.linalg.svd(atoms.view(-1, *sides), full_matrices=False)
@@ -91,14 +91,17 @@ def principal_component(
     context_size: int | None = None,
     seed: int = 0,
 ) -> WriteSAE:
-    """The leading principal component of a cell's writes (not centred): an SAE of two atoms, it and minus it.
+    """An SAE of two atoms: the leading principal component of a cell's writes (not centred), and minus it.
 
     Args:
         model: the model.
         layer, head: the cell.
-        tokens: passages to read writes in, or a text; of more than 4,096 writes a random choice counts.
+        tokens: passages whose writes are used, or a text; of more than 4,096 writes a random sample is used.
         context_size: tokens of a passage, for text (None: 256).
-        seed: of the choice.
+        seed: of the sample.
+
+    Raises:
+        HookedModelError: the model has no such cell, or the text is shorter than a passage.
     """
     check_model(model)
     check(Natural, seed=seed)
@@ -108,7 +111,7 @@ def principal_component(
     key, value = (torch.cat(x).double() for x in zip(*writes, strict=True))
     chosen = torch.randperm(len(key), generator=torch.Generator().manual_seed(seed))[:_MAX_WRITES]
     key, value = key[chosen.to(key.device)], value[chosen.to(key.device)]
-    # The component lies in the writes' span: it comes from their Gram matrix, for which none is built.
+    # The component is a weighted sum of the writes; factors give the Gram matrix that has the weights.
     weights = torch.linalg.eigh((key @ key.T) * (value @ value.T)).eigenvectors[:, -1]
     component = (key * weights[:, None]).T @ value
     component = component / component.norm().clamp(min=1e-30)
@@ -122,18 +125,18 @@ def principal_component(
 
 
 def matched_d_sae(cfg: WriteSAETrainingConfig, encoder: str, decoder: str) -> int:
-    """Atoms of another member of the family with (at most) as many parameters: a parameter-matched control.
+    """How many atoms a dictionary of another kind has with as many parameters, or just fewer.
 
     Args:
-        cfg: of the dictionary to match.
-        encoder, decoder: of the other one, as in the config.
+        cfg: config of the dictionary to match.
+        encoder, decoder: kind of the other dictionary, as in the config.
 
     Raises:
         WriteSAEError: there is no such encoder or decoder.
     """
     check(Literal["bilinear", "tied", "dense"], encoder=encoder)
     check(Literal["factored", "dense"], decoder=decoder)
-    # Of the activation: thresholds, gates.
+    # Parameters of the activation per atom: thresholds, gates.
     learnt = sum(p.numel() for p in for_training(cfg, torch.zeros(1)).parameters())
 
     def per_atom(encoder: str, decoder: str) -> int:

@@ -97,7 +97,9 @@ def run_training(
     options = {
         f.name: getattr(cfg, f.name) for f in dataclasses.fields(LanguageModelSAERunnerConfig) if f.init
     }
-    options["checkpoint_path"] = str(Path(cfg.checkpoint_path).parent)  # SAELens appends the run's id, again
+    options["checkpoint_path"] = str(
+        Path(str(cfg.checkpoint_path)).parent
+    )  # SAELens appends the run's id, again
     for name in ("sae", "hook_name"):
         del options[name]
     if "--prepend_bos" not in given:

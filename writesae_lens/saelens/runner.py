@@ -176,7 +176,9 @@ def _dataset(cfg: LanguageModelSAERunnerConfig[Any], text: Dataset | Sequence[st
                 f"{cfg.model_name} ships with no text: give --dataset_path, in Python text=..."
             )
         text, cfg.dataset_path = zoo.shipped_text()[0], zoo.TEXT_NAME
-    return text if text is None or isinstance(text, Dataset) else Dataset.from_dict({"text": list(text)})
+    if text is None or isinstance(text, Dataset):
+        return text
+    return Dataset.from_dict({"text": [text] if isinstance(text, str) else list(text)})
 
 
 def _config_of_several(
@@ -187,15 +189,17 @@ def _config_of_several(
     if unsupported:
         raise WriteSAEError(f"{', '.join(unsupported)} work for one cell at a time only")
     fields = {f.name for f in dataclasses.fields(MultiSAETrainingRunnerConfig) if not f.name.startswith("_")}
-    shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in fields}
+    shared: dict[str, Any] = {
+        f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in fields
+    }
     if cfg.checkpoint_path is not None:  # both configs append the run's id to it
         shared["checkpoint_path"] = str(Path(cfg.checkpoint_path).parent)
-    common = Path(os.path.commonpath([folder.parent for folder in folders]))
+    shared["output_path"] = common = os.path.commonpath([folder.parent for folder in folders])
     names = [folder.relative_to(common).as_posix() for folder in folders]
     return MultiSAETrainingRunnerConfig(
         saes=dict(zip(names, saes, strict=True)),
         hook_names=dict(zip(names, hooks, strict=True)),
-        **shared | {"output_path": str(common)},
+        **shared,
     )
 
 
