@@ -94,7 +94,8 @@ def train_cells(
     """
     if isinstance(model, str):
         options = {"model_name": model} | options
-        model = HookedRecurrent.boot_transformers(model, device=device)
+        kwargs = options.get("model_from_pretrained_kwargs") or {}
+        model = HookedRecurrent.boot_transformers(model, device=options.get("llm_device", device), **kwargs)
     hooks = [_hook_name(model, cell, site) for cell in cells]
     chosen = [model.site(hook).cell for hook in hooks]
     folders = _folders(output_path, chosen)
