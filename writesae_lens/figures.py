@@ -1,4 +1,4 @@
-"""What all figures share: colours, panels, PNG bytes; and the curves of a training."""
+"""Shared parts of all figures (colours, panels, PNG bytes), and the curves of a training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ATOM, DELETE, RANDOM, INK = "#2166ac", "#b2182b", "#8c8c8c", "#222222"
-# KLs below this are rounding noise of the logits; log axes need a floor.
 KL_FLOOR = 1e-12
+"""Smallest KL on log axes; smaller ones are rounding noise of the logits."""
 
 
 class _Shown(Figure):
@@ -25,15 +25,16 @@ class _Shown(Figure):
 
 
 def as_png(figure: Figure, dpi: int = 100) -> bytes:
-    """The picture's bytes."""
+    """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
 def new_figure(width: float, height: float, panels: int) -> tuple[Figure, list]:
+    """A figure of some width and height in inches, and the axes of its panels, side by side."""
     figure = _Shown(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the user's backend
+    FigureCanvasAgg(figure)  # draws without a window, whatever the user's backend is
     axes = list(np.atleast_1d(figure.subplots(1, panels)))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -42,7 +43,11 @@ def new_figure(width: float, height: float, panels: int) -> tuple[Figure, list]:
 
 
 def plot_training(history: pd.DataFrame) -> Figure:
-    """Loss, unexplained share, cosine of the dominant atom, L0 and dead atoms over the steps, as recorded."""
+    """Draw the columns of a training.csv over the steps.
+
+    Args:
+        history: with a column ``step`` and any of loss, unexplained, cosine (of the dominant atom), l0, dead.
+    """
     panels = (
         ("loss", "loss", (0, None)),
         ("unexplained", "share of |X|² unexplained", (0, 1.05)),
@@ -50,11 +55,11 @@ def plot_training(history: pd.DataFrame) -> Figure:
         ("l0", "atoms per write (L0)", (0, None)),
         ("dead", "dead atoms", (0, None)),
     )
-    known = [
+    recorded = [
         panel for panel in panels if panel[0] in history and bool(history[panel[0]].notna().to_numpy().any())
     ]
-    figure, axes = new_figure(2.6 * len(known), 2.8, len(known))
-    for axis, (column, title, limits) in zip(axes, known, strict=True):
+    figure, axes = new_figure(2.6 * len(recorded), 2.8, len(recorded))
+    for axis, (column, title, limits) in zip(axes, recorded, strict=True):
         axis.plot(history["step"], history[column], color=ATOM, lw=1.4)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set(xlabel="step", ylim=limits)

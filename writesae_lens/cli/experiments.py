@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -135,6 +135,8 @@ def _typer_type(annotation: Any) -> tuple[Any, dict[str, Any]]:
     """The type that typer has for an option's, and what else it must be told."""
     arguments = get_args(annotation)
     if get_origin(annotation) in (tuple, Sequence):
+        if get_origin(arguments[0]) is Literal:  # typer has no such lists: the experiment refuses
+            return list[str], {"metavar": "|".join(get_args(arguments[0]))}
         element, how = _typer_type(arguments[0])
         return list[element], how
     if get_origin(annotation) in (Union, types.UnionType):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 from typing import Any, NamedTuple
 from unittest import mock
@@ -17,8 +18,8 @@ class Done(NamedTuple):
 
 
 def run(*arguments: Any, cwd: Any = None) -> Done:
-    """What ``writesae-lens ARGUMENTS`` returns and prints."""
-    out, err, before, code = io.StringIO(), io.StringIO(), os.getcwd(), 0
+    """Exit status and output of ``writesae-lens ARGUMENTS``."""
+    out, err, before, status = io.StringIO(), io.StringIO(), os.getcwd(), 0
     argv = ["writesae-lens", *map(str, arguments)]
     try:
         os.chdir(cwd or before)
@@ -29,7 +30,12 @@ def run(*arguments: Any, cwd: Any = None) -> Done:
         ):
             writesae_lens_cli.main()
     except SystemExit as left:
-        code = int(left.code or 0)
+        status = int(left.code or 0)
     finally:
         os.chdir(before)
-    return Done(code, out.getvalue(), err.getvalue())
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def words(text: str) -> str:
+    """The words of an output, without the frames and line ends of a terminal."""
+    return " ".join(re.sub(r"[^\x00-\x7f]", " ", text).split())

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.writesae_lens.cli.command_line import run
 from writesae_lens import WriteSAE, WriteSAEConfig
+from writesae_lens.experiments.catalogue import EXPERIMENTS
 
 HOOK = "blocks.1.linear_attn.hook_write.2"
 
@@ -46,6 +47,8 @@ def places(tmp_path_factory):
         save_file({n: t for n, t in load_file(folder / weights).items() if n != "dec_key"}, folder / weights)
 
     copy("NO_KEY", lose_a_tensor)
+    copy("NO_JSON", lambda *_: None)
+    (root / "NO_JSON" / "cfg.json").write_text("{")
     for name, lines in (("NO_COLUMN", '{"words": "hello"}\n' * 50), ("FEW_ROWS", '{"text": "hello"}\n' * 5)):
         (root / name).mkdir()
         (root / name / "rows.jsonl").write_text(lines)
@@ -54,6 +57,7 @@ def places(tmp_path_factory):
 
 TRAIN = ("train", "--model_name", "tiny-gdn", "--cells", "1:2", "--d_sae", "16", "--k", "2")
 REPLACE = ("replace", "--sae", "SAE")
+CELL = ("--cell", "1:2", "--model", "tiny-gdn")
 CASES = [
     (("repl",), "No such command 'repl'. Did you mean 'replace'"),
     (("--verbose",), "No such option: --verbose (Possible options: --version); see writesae-lens --help"),
@@ -65,6 +69,7 @@ CASES = [
     (("replace", "--sae", "HALF"), "could not load the SAE in"),
     (("replace", "--sae", "NO_KEY"), "could not load the SAE in"),
     (("replace", "--sae", "NO_TYPE"), "could not load the SAE in"),
+    (("replace", "--sae", "NO_JSON"), "could not load the SAE in"),
     (("replace", "--sae", "NO_HOOK"), "the SAE does not say which hook it belongs to"),
     (("replace", "--sae", "NO_MODEL"), "does not say which model it belongs to: give --model"),
     (("replace", "--sae", "WRONG_HEAD"), "no cell at layer 1, head 9; this model has layer 0: heads 0-3"),
@@ -81,12 +86,29 @@ CASES = [
     ((*REPLACE, "--device", "gpu"), "device 'gpu' cannot be used"),
     ((*REPLACE, "--max-firings", "many"), "Invalid value for '--max-firings'"),
     ((*REPLACE, "--max-passages", "0"), "Invalid value for '--max-passages'"),
+    ((*REPLACE, "--max-firings", "0"), "Invalid value for '--max-firings'"),
+    ((*REPLACE, "--context-size", "0"), "Invalid value for '--context-size'"),
     ((*REPLACE, "--scale", "big"), "'big' is not one of 'coefficient', 'matched_norm'"),
     ((*REPLACE, "--seed", "-1"), "Invalid value for '--seed'"),
     ((*REPLACE, "--out", "FILE"), "Not a directory"),
     ((*REPLACE, "more"), "unexpected extra argument"),
     ((*REPLACE, "--sea", "1"), "No such option: --sea (Possible options: --sae"),
-    (("install", "--cell", "one", "--model", "tiny-gdn"), "a cell is written LAYER:HEAD, for example 1:0, got 'one'"),
+    ((*REPLACE, "--cell", "1:2"), "No such option: --cell"),
+    (("compare",), "Missing option '--sae'"),
+    (("sign",), "which cell? Give one of --sae and --cell"),
+    (("sign", "--sae", "SAE", *CELL), "which cell? Give one of --sae and --cell"),
+    (("sign", "--cell", "2:0", "--model", "tiny-gdn"), "no cell at layer 2"),
+    (("sign", *CELL, "--direction", "up"), "'up' is not one of"),
+    (("install", "--cell", "1:2"), "--cell names no model: give --model"),
+    (("install", "--cell", "1", "--model", "tiny-gdn"), "a cell is written LAYER:HEAD, for example 1:0, got '1'"),
+    (("install", *CELL, "--targets", "unquestionably strange"), "is not one token but"),
+    (("install", *CELL, "--targets", "99999"), "token 99999 does not exist"),
+    (("erase", "--sae", "SAE", "--token", "unquestionably strange"), "is not one token but"),
+    (("erase", "--sae", "SAE", "--atom", "16"), "atom 16 does not exist: the SAE has atoms 0 to 15"),
+    (("amplify", "--sae", "SAE", "--atom", "16"), "atom 16 does not exist: the SAE has atoms 0 to 15"),
+    (("formula", "--sae", "SAE", "--epsilons", "-1"), "epsilons"),
+    (("formula", "--sae", "SAE", "--epsilons", "x"), "Invalid value for '--epsilons'"),
+    (("compare", "--sae", "SAE", "--random", "gauss"), "'gauss' is unknown"),
     (("compare", "--sae", "SAE", "--sae", "SAE"), "one --sae is given twice"),
     (("models", "--model", "EMPTY"), "EMPTY is a folder without config.json"),
     (("pull", "nothing"), "no release 'nothing': there are writesae-qwen3.5-0.8b"),
@@ -98,10 +120,11 @@ CASES = [
     (("report", "--sae", "SAE", "--results", "no/where"), "no/where holds no result of an experiment"),
     (("report", "--sae", "SAE", "--text", "SHORT"), "the text is too short"),
     (("reproduce", "--config", "mine"), "no configuration 'mine': there are qwen3.5-0.8b-L1H4"),
-    (("reproduce", "--config", "gla-1.3b-L12H0", "--recipe", "mine"), "--recipe is default or paper, got 'mine'"),
-    (("reproduce", "--config", "gla-1.3b-L12H0", "--model", "tiny-gdn", "--experiments", "all"), "no experiment all"),
+    (("reproduce", "--config", "gla-1.3b-L12H0", "--recipe", "mine"), "'mine' is not one of 'default', 'paper'"),
+    (("reproduce", "--config", "gla-1.3b-L12H0", "--model", "tiny-gdn", "--experiments", "all"), "no experiment is called 'all'"),
     (("demo", "--model", "gpt2"), "the demo runs on shipped models (tiny-gdn, tiny-mamba2, tiny-rwkv7), got 'gpt2'"),
-    (("demo", "--cell", "9:9"), "no cell at layer 9, head 9; this model has"),
+    (("demo", "--cell", "2:0"), "no cell at layer 2, head 0; this model has layer 0: heads 0-3"),
+    (("demo", "--cell", "x"), "a cell is written LAYER:HEAD, for example 1:0, got 'x'"),
     (("demo", "--k", "5000"), "k=5000 atoms cannot be active out of d_sae=2048"),
     (("demo", "--training-tokens", "5"), "Invalid value for '--training-tokens'"),
     (("demo", "--out", "FILE"), "Not a directory"),
@@ -114,7 +137,7 @@ CASES = [
     ((*TRAIN, "--lr", "fast"), "argument --lr: invalid float value: 'fast'"),
     ((*TRAIN, "--encoder", "magic"), "argument --encoder: invalid choice: 'magic'"),
     ((*TRAIN, "--foo", "1"), "unrecognized arguments: --foo 1; writesae-lens train --saelens-help lists the flags"),
-    ((*TRAIN, "--site", "both"), "--site is write or state, got 'both'"),
+    ((*TRAIN, "--site", "both"), "'both' is not one of 'write', 'state'"),
     ((*TRAIN, "--win-rate", "3"), "the win rate is logged to W&B: give --log_to_wandb true"),
     ((*TRAIN, "--device", "gpu"), "device 'gpu' cannot be used"),
     ((*TRAIN, "--dataset_path", "NO_COLUMN"), "Dataset must have a 'tokens', 'input_ids', 'text', or 'problem' column"),
@@ -131,8 +154,13 @@ def test_one_line_says_what_is_wrong(arguments, message, places, tmp_path):
     named = {path.name: path for path in places.iterdir()}
     done = run(*(named.get(argument, argument) for argument in arguments), cwd=tmp_path)
     assert done.returncode == 2, done
-    lines = done.stderr.replace("\r", "\n").splitlines()
-    lines = [line for line in lines if line.startswith("writesae-lens: ")]
-    assert len(lines) == 1, done.stderr
-    assert message in lines[0]
     assert "Traceback" not in done.stderr
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    if arguments[0] in EXPERIMENTS:  # which print nothing else but progress bars, and leave nothing behind
+        lines = [line for line in lines if line.strip() and "%|" not in line and "it/s" not in line]
+        assert not any(path.name.startswith("writesae-") for path in tmp_path.iterdir())
+    else:
+        lines = [line for line in lines if line.startswith("writesae-lens: ")]
+    (line,) = lines
+    assert line.startswith("writesae-lens: ")
+    assert message in line

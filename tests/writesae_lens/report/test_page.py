@@ -1,65 +1,32 @@
-"""The report: its numbers against plain loops, and the page in a real browser."""
+"""The report: which results it shows, and the page in a real browser."""
 
 import json
 import os
 import re
 import shutil
 
-import numpy as np
 import pandas as pd
 import pytest
-import torch
 from playwright.sync_api import sync_playwright
 
-from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run
-from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError
-from writesae_lens.experiments import ExperimentResult, partition_atoms, replacement_test, top_contexts
-from writesae_lens.experiments.passages import as_passages
-from writesae_lens.report.atoms import profiles, statistics_of_atoms
-from writesae_lens.report.page import QUESTIONS, make_report, saved_results, verdict
+from writesae_lens import WriteSAEError
+from writesae_lens.experiments import ExperimentResult
+from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment, figure
+from writesae_lens.figures import new_figure
+from writesae_lens.report.page import NEEDED, make_report, saved_results
+from writesae_lens.report.sections import verdict
 
-LAYER, HEAD, N_ATOMS = 1, 3, 2048
 EVIL = '</script><script>document.title = "taken"</script><img src=x onerror="document.title = 1">'
 
 
 @pytest.fixture(scope="module")
-def model():
-    return HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def passages(model):
-    return as_passages(model, zoo.held_out_text()[-40_000:], 64)[-24:]
-
-
-@pytest.fixture(scope="module")
-def sae(model):
-    """Atoms that are native writes of other text."""
-    name, cell = model.write_hook_name(LAYER, HEAD), model.cell(LAYER, HEAD)
-    ids = as_passages(model, zoo.held_out_text()[:60_000], 512)[:8]
-    with torch.no_grad():
-        writes = model.run_with_cache(ids, names_filter=[name])[1][name].flatten(0, 1)[::2][:N_ATOMS]
-    left, _, right = torch.linalg.svd(writes.unflatten(-1, (cell.d_k, cell.d_v)), full_matrices=False)
-    sae = WriteSAE(WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, d_sae=N_ATOMS, k=4, encoder="tied"))
-    with torch.no_grad():
-        sae.dec_key.copy_(left[:, :, :1].mT)
-        sae.dec_value.copy_(right[:, :1])
-    metadata = sae.cfg.metadata
-    metadata.model_name, metadata.hook_name, metadata.context_size = "tiny-gdn", name, 64
-    return sae
-
-
-@pytest.fixture(scope="module")
 def results(model, sae, passages):
-    """What the page needs; one context holds markup."""
-    found = [
-        experiment(model, sae, passages, verbose=False)
-        for experiment in (replacement_test, partition_atoms, top_contexts)
-    ]
-    records = found[2].records
+    """The results that the page cannot be made without, by name; one context holds markup."""
+    results = {name: EXPERIMENTS[name].function(model, sae, passages, verbose=False) for name in NEEDED}
+    records = results["contexts"].records
     records.loc[records.atom == records.atom.iloc[0], "text_before"] = EVIL
-    return {result.name: result for result in found}
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +37,8 @@ def page(model, sae, passages, results, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(page):
-    held = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"))
-    return json.loads(held[1])
+    script = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"))
+    return json.loads(script[1])
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +87,17 @@ def column(tab, name):
 
 
 def test_overview_shows_the_figures(tab, results):
-    summary = results["replacement"].summary
+    summary = results["replace"].summary
     assert f"{summary['win_rate']:.1%}" in tab.locator(".verdict").inner_text()
     shown = tab.locator("#page-overview h2").all_inner_texts()
-    assert [q for q in QUESTIONS.values() if q in shown] == [
-        QUESTIONS[n] for n in ("replacement", "partition", "contexts")
+    questions = [experiment.question for experiment in EXPERIMENTS.values()]
+    assert [question for question in shown if question in questions] == [
+        question for name, question in zip(EXPERIMENTS, questions) if name in NEEDED
     ]
     images = tab.locator("#page-overview img")
     assert images.count() == 4
     assert all(images.evaluate_all("all => all.map(i => i.naturalWidth > 400)"))
-    assert tab.locator("#map .point").count() == results["replacement"].records.atom.nunique()
+    assert tab.locator("#map .point").count() == results["replace"].records.atom.nunique()
     assert tab.locator("pre").inner_text() == "again()"
     assert tab.locator("#page-atoms").is_hidden()
 
@@ -210,7 +178,7 @@ def test_the_page_of_an_atom(tab, data, results):
     assert tab.locator("#near tbody tr").count() == 8
     assert tab.locator("#profile .hm").count() == 1
     assert tab.locator("#profile .bars .point").count() == data["d_k"] + data["d_v"]
-    tested = results["replacement"].records
+    tested = results["replace"].records
     n_tested = min(300, int((tested.atom == int(first)).sum()))
     assert tab.locator("#kls .point").count() == n_tested
     tab.click("#next")
@@ -240,82 +208,9 @@ def test_dead_atoms_and_wrong_addresses(tab, results):
     assert tab.locator("#page-overview").is_visible()
 
 
-def test_tokens_signs_and_neighbours_are_those_of_plain_loops(model, sae, passages):
-    cell = model.cell(LAYER, HEAD)
-    found = profiles(model, sae, cell, passages, n_tokens=5, n_near=3, verbose=False)
-    name = f"blocks.{LAYER}.linear_attn.hook_read"
-    with torch.no_grad():
-        reads = (
-            model.run_with_cache(passages, names_filter=[name])[1][name][:, :, HEAD].flatten(0, 1).double()
-        )
-    native = model.original_model
-    output = native.model.layers[LAYER].linear_attn.out_proj.weight.double()
-    output = output[:, HEAD * cell.d_v : (HEAD + 1) * cell.d_v]
-    unembedding = native.get_output_embeddings().weight.double()
-    matrices = sae.W_dec.detach().double().view(-1, cell.d_k, cell.d_v)
-    flat = matrices.flatten(1) / matrices.flatten(1).norm(dim=1, keepdim=True)
-    for atom in range(0, N_ATOMS, 173):
-        left, _, right = torch.linalg.svd(matrices[atom])
-        key, value = left[:, 0], right[0]
-        share = float((reads @ key > 0).double().mean())
-        if share < 0.5:
-            key, value, share = -key, -value, 1 - share
-        if abs(share - 0.5) > 1e-3:
-            torch.testing.assert_close(found.key[atom].double(), key, atol=1e-4, rtol=0)
-            logits = unembedding @ (output @ value)
-            torch.testing.assert_close(
-                found.logits[atom, :5].double(), logits.topk(5).values, atol=1e-4, rtol=0
-            )
-            torch.testing.assert_close(
-                logits[found.tokens[atom]], found.logits[atom].double(), atol=1e-4, rtol=0
-            )
-            torch.testing.assert_close(
-                found.logits[atom, 5:].double(), logits.topk(5, largest=False).values, atol=1e-4, rtol=0
-            )
-        assert float(found.read_share[atom]) == pytest.approx(share, abs=2e-3)
-        cosines = flat @ flat[atom]
-        cosines[atom] = 0
-        best = cosines.abs().topk(3).values
-        torch.testing.assert_close(found.cosines[atom].abs().double(), best, atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            cosines[found.neighbours[atom]], found.cosines[atom].double(), atol=1e-5, rtol=0
-        )
-    torch.testing.assert_close(found.rank1_share, torch.ones(N_ATOMS), atol=1e-4, rtol=0)
-
-
-def test_a_dense_dictionary_is_shown_by_its_leading_pairs(model, passages):
-    cell = model.cell(LAYER, HEAD)
-    torch.manual_seed(0)
-    sae = WriteSAE(
-        WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, d_sae=12, k=2, encoder="dense", decoder="dense")
-    )
-    found = profiles(model, sae, cell, passages[:2], n_near=20, verbose=False)
-    matrices = sae.W_dec.detach().view(-1, cell.d_k, cell.d_v)
-    sizes = torch.linalg.svdvals(matrices).square()
-    torch.testing.assert_close(found.rank1_share, sizes[:, 0] / sizes.sum(1), atol=1e-4, rtol=0)
-    assert found.neighbours.shape == (12, 11)
-
-
-def test_statistics_are_loops_over_the_records():
-    partition = pd.DataFrame(
-        {"atom": [0, 1, 2], "class": ["register", "bundle", "dead"], "n_firings": [3, 1, 0]}
-    ).assign(median_cosine=[0.9, 0.2, np.nan])
-    replacement = pd.DataFrame({"atom": [0, 0, 1], "kl_atom": [1.0, 3.0, 2.0], "kl_delete": [2.0, 2.0, 1.0]})
-    contexts = pd.DataFrame(
-        {"atom": [0, 0, 0, 2], "coefficient": [4.0, 5.0, 1.0, 7.0], "text": ["a", "b", "b", None]}
-    )
-    table = statistics_of_atoms(partition, replacement, contexts)
-    assert table.win_rate.tolist()[:2] == [0.5, 0.0]
-    assert table.kl_atom.tolist()[:2] == [2.0, 2.0]
-    assert table.coefficient.tolist()[::2] == [5.0, 7.0]
-    assert table.token.tolist()[0] == "b"
-    assert table.n_tested.tolist() == [2, 1, 0]
-    assert table.loc[[1, 2], "token"].isna().all()
-
-
 def test_the_command_runs_what_is_missing_and_takes_what_is_there(sae, results, tmp_path):
     sae.save_model(tmp_path / "sae")
-    results["replacement"].save(tmp_path / "saved" / "one")
+    results["replace"].save(tmp_path / "saved" / "one")
     results["contexts"].save(tmp_path / "saved" / "two")
     pd.DataFrame({"step": [0, 10], "loss": [2.0, 1.0], "l0": [4, 4]}).to_csv(
         tmp_path / "sae" / "training.csv"
@@ -352,17 +247,17 @@ def test_results_that_do_not_fit_are_refused(model, sae, passages, results, tmp_
         with pytest.raises(WriteSAEError, match=message):
             make_report(tmp_path, model, sae, passages, given, verbose=False)
 
-    good = results["replacement"]
+    good = results["replace"]
     elsewhere = model.write_hook_name(0, 0)
     refused(
         f"of {elsewhere}",
-        ExperimentResult("replacement", good.records, {**good.summary, "hook_name": elsewhere}),
+        ExperimentResult("replace", good.records, good.summary | {"hook_name": elsewhere}),
     )
     refused(
         "of other-model",
-        ExperimentResult("replacement", good.records, {**good.summary, "model": "other-model"}),
+        ExperimentResult("replace", good.records, good.summary | {"model": "other-model"}),
     )
-    refused("of another SAE", ExperimentResult("replacement", good.records.assign(atom=9999), good.summary))
+    refused("of another SAE", ExperimentResult("replace", good.records.assign(atom=9999), good.summary))
     refused("of another SAE", ExperimentResult("partition", results["partition"].records[:7], good.summary))
     refused("no experiment is called 'x'", ExperimentResult("x", good.records, good.summary))
     with pytest.raises(WriteSAEError, match="holds no results of experiments"):
@@ -375,30 +270,59 @@ def test_results_that_do_not_fit_are_refused(model, sae, passages, results, tmp_
         saved_results(folder)
 
 
-def test_what_a_verdict_says():
-    summary = {"win_rate": 0.219, "win_rate_ci_by_passage": [0.156, 0.281], "architecture": "mamba2"}
-    said = verdict(summary)
-    assert said.startswith(
-        "No: deleting the write does less harm than putting the atom in its place. The atom does"
+def test_the_words_of_a_verdict():
+    no = {"win_rate": 0.219, "win_rate_ci_by_passage": [0.156, 0.281], "architecture": "mamba2"}
+    assert verdict(no) == (
+        "No: deleting the write does less harm than putting the atom in its place. The atom does less harm "
+        "at 21.9% of firings (95% interval over passages 15.6% to 28.1%). That is below the 88.1% that the "
+        "paper reports on Mamba-2-370M."
     )
-    assert (
-        "less harm at 21.9% of firings (95% interval over passages 15.6% to 28.1%). That is below the 88.1%"
-        in said
-    )
-    alone = {
-        "win_rate_ci_by_passage": None,
-        "win_rate_ci": [0.4, 0.6],
-        "win_rate": 0.5,
-        "architecture": "rwkv7",
-    }
-    assert verdict(alone).startswith("Undecided")
-    assert "over firings 40.0% to 60.0%" in verdict(alone)
+    one_passage = {"win_rate_ci_by_passage": None, "win_rate_ci": [0.4, 0.6], "win_rate": 0.5}
+    text = verdict(one_passage | {"architecture": "rwkv7"})
+    assert text.startswith("Undecided")
+    assert "over firings 40.0% to 60.0%" in text
+    assert text.endswith("above the 45.3% that the paper reports on RWKV-7-1.5B.")
+    # Of an architecture that the paper does not have, nothing is said of the paper.
+    assert "paper" not in verdict(one_passage | {"architecture": "kda"})
+
+
+def test_a_declared_experiment_is_shown_like_any_other(model, sae, passages, results, tmp_path):
+    """Nothing but its declaration names it: question, place, what a record is, figures."""
+    before = dict(EXPERIMENTS)
+
+    @experiment("toy", question="How long are the passages?", row="a passage")
+    def toy_experiment(model, sae, tokens, context_size=None, seed=0, progress_folder=None, verbose=True):
+        """Measure passages."""
+
+    @figure("toy")
+    def plot_toy(result):
+        drawn, (axis,) = new_figure(4.0, 3.0, 1)
+        axis.plot(result.records.length)
+        return drawn
+
+    try:
+        about = {n: results["replace"].summary[n] for n in ("model", "hook_name", "sae_fingerprints")}
+        toy = ExperimentResult(
+            "toy", pd.DataFrame({"length": [64, 64]}), about | {"headline": "64 tokens", "n": 2}
+        )
+        text = make_report(tmp_path, model, sae, passages, [toy, *results.values()], verbose=False).read_text(
+            "utf-8"
+        )
+    finally:
+        EXPERIMENTS.clear()
+        EXPERIMENTS.update(before)
+    headings = re.findall("<h2>(.*?)</h2>", text)
+    assert headings.index("How long are the passages?") > headings.index(EXPERIMENTS["contexts"].question)
+    section = text.split("<h2>How long are the passages?</h2>")[1]
+    assert '<p class="headline">64 tokens</p>' in section
+    assert "2 records, each of them a passage" in section
+    assert section.count("<img ") == 1
 
 
 def test_two_results_of_one_experiment_both_show(model, sae, passages, results, tmp_path):
     twice = [*results.values(), results["partition"]]
     text = make_report(tmp_path, model, sae, passages, twice, verbose=False).read_text("utf-8")
-    assert text.count(f"<h2>{QUESTIONS['partition']}</h2>") == 2
+    assert text.count(f"<h2>{EXPERIMENTS['partition'].question}</h2>") == 2
 
 
 def test_counts_are_whole(tab, data, results):
@@ -406,5 +330,5 @@ def test_counts_are_whole(tab, data, results):
     most = results["partition"].records.n_firings.max()
     assert column(tab, "n_firings")[0] == f"{most:,}"
     atom = int(column(tab, "atom")[0])
-    tested = int((results["replacement"].records.atom == atom).sum())
+    tested = int((results["replace"].records.atom == atom).sum())
     assert column(tab, "n_tested")[0] == f"{tested:,}"

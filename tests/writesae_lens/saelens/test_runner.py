@@ -208,7 +208,7 @@ def test_saelens_flags_are_listed(monkeypatch, capsys):
     ("arguments", "message"),
     [
         ([], "nothing to train"),
-        (["--cells", "1:0", "--site", "read"], "--site is write or state"),
+        (["--cells", "1:0", "--site", "read"], "'read' is not one of 'write', 'state'"),
         (["--model_name", "tiny-gdn", "--cells", "9:9", "--k", "4"], "no cell at layer 9"),
         (["--model_name", "tiny-gdn", "--cells", "1:0", "--no_such_flag", "4"], "no_such_flag"),
         (["--model_name", "tiny-gdn", "--cells", "1:0", "--k", "many"], "many"),
