@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from hooked_models.moved import OLD_NAMES, keep_old_names
+
 if TYPE_CHECKING:
     from hooked_models.architectures.gated_delta_net import HookedGatedDeltaNet
     from hooked_models.architectures.mamba2 import HookedMamba2
@@ -39,6 +41,8 @@ if tuple(int(part) for part in _installed.split(".")[:2]) >= _FIRST_WRONG_TRANSF
         f"hooked_models does not work with transformers {_installed}, where cached decoding would be wrong: "
         "pip install 'transformers>=5.9,<5.24'"
     )
+
+keep_old_names(OLD_NAMES)
 
 # Loaded on first use, so that the training recipe and the shipped files need no TransformerLens.
 _HOMES = {

@@ -11,7 +11,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import sae_lens as _  # noqa: F401
 
+from hooked_models.moved import keep_old_names
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.moved import OLD_NAMES
 from writesae_lens.saelens.registration import register
 from writesae_lens.saes.config import (
     PAPER_SCHEDULE,
@@ -36,3 +38,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 register()
+keep_old_names(OLD_NAMES)
