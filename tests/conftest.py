@@ -301,3 +301,12 @@ def vision_folder(build_folder: Build) -> Path:
         **{name: VOCABULARY - 1 - n for n, name in enumerate(specials)},
     )
     return build_folder("qwen3_5_vision", Qwen3_5ForConditionalGeneration(config), 3)
+
+
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model of an architecture that only the tests define: see `tests.toy_architecture`."""
+    from tests.toy_architecture import toy_in
+
+    with toy_in(tmp_path_factory.mktemp("models") / "toy") as folder:
+        yield folder

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens import TopKSAE, TopKSAEConfig
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -33,6 +34,28 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) 
         return
     error = float((found.detach().double() - expected.detach().double()).abs().max())
     assert error <= tolerance, f"off by {error:.2e}"
+
+
+def nothing(x: Tensor, hook: Any) -> None:
+    return None
+
+
+def one_line(error: Any, *parts: str) -> None:
+    """The message is a single line that has these parts."""
+    message = str(error.value)
+    assert "\n" not in message.strip()
+    for part in parts:
+        assert part in message
+
+
+def sae_at(name: str, d_in: int, seed: int = 0) -> TopKSAE:
+    torch.manual_seed(seed)
+    sae = TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=40, k=4, device="cpu", dtype="float32"))
+    sae.cfg.metadata.hook_name = name
+    with torch.no_grad():
+        for x in sae.parameters():
+            x.copy_(0.1 * torch.randn_like(x))
+    return sae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +99,11 @@ class Architecture:
         """The first and last head, the first and last layer, and one between."""
         first, *between, last = self.layers
         return [(first, self.heads - 1), *((layer, 2) for layer in between), (last, 0)]
+
+    @property
+    def list_of_cells(self) -> list[str]:
+        """The parts of an error message that lists the model's cells."""
+        return [f"layer {layer}: heads 0-{self.heads - 1}" for layer in self.layers]
 
     def point(self, layer: int, name: str) -> str:
         return f"blocks.{layer}.{self.slot}.hook_{name}"

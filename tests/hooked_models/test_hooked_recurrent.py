@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import TopKSAE, TopKSAEConfig
+from sae_lens import TopKSAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,21 +23,15 @@ import hooked_models
 from hooked_models import HookedRecurrent, RWKV7Config, zoo
 from hooked_models.errors import HookedModelError
 from tests.hooked_models.architectures import (
-    VOCABULARY,
     Pair,
     assert_close,
-    at_some_cells,
-    on_every_model,
+    nothing,
     once_per_architecture,
-    random,
+    one_line,
+    sae_at,
     some_tokens,
 )
 from tests.hooked_models.oracles import Edits, at
-
-
-def nothing(x: Tensor, hook: Any) -> None:
-    return None
-
 
 # Booting.
 
@@ -108,14 +102,6 @@ def test_hook_names_and_sites(pair: Pair):
 # Bad input: one exception, one line, what to do.
 
 
-def one_line(error: Any, *parts: str) -> None:
-    """The message is a single line that has these parts."""
-    message = str(error.value)
-    assert "\n" not in message.strip()
-    for part in parts:
-        assert part in message
-
-
 @once_per_architecture
 @pytest.mark.parametrize("ask", ["cell", "write_hook_name", "state_hook_name"])
 def test_a_cell_that_does_not_exist(pair: Pair, ask: str):
@@ -123,12 +109,7 @@ def test_a_cell_that_does_not_exist(pair: Pair, ask: str):
     for layer, head in (*softmax, (0, pair.heads), (0, -1), (pair.n_layers, 0), (-1, 0)):
         with pytest.raises(HookedModelError) as error:
             getattr(pair.model, ask)(layer, head)
-        one_line(error, f"layer {layer}, head {head}", *list_of_cells(pair))
-
-
-def list_of_cells(pair: Pair) -> list[str]:
-    """What an error message says of a model's cells."""
-    return [f"layer {layer}: heads 0-{pair.heads - 1}" for layer in pair.layers]
+        one_line(error, f"layer {layer}, head {head}", *pair.list_of_cells)
 
 
 @once_per_architecture
@@ -141,7 +122,7 @@ def test_a_site_that_does_not_exist(pair: Pair):
     for name in (pair.point(pair.n_layers, "write.1"), pair.point(1, f"state.{pair.heads}")):
         with pytest.raises(HookedModelError) as error:
             pair.model.site(name)
-        one_line(error, *list_of_cells(pair))
+        one_line(error, *pair.list_of_cells)
 
 
 @once_per_architecture
@@ -323,16 +304,6 @@ def test_permanent_hooks_survive_a_reset(pair: Pair):
 # SAELens.
 
 
-def sae_at(name: str, d_in: int, seed: int = 0) -> TopKSAE:
-    torch.manual_seed(seed)
-    sae = TopKSAE(TopKSAEConfig(d_in=d_in, d_sae=40, k=4, device="cpu", dtype="float32"))
-    sae.cfg.metadata.hook_name = name
-    with torch.no_grad():
-        for x in sae.parameters():
-            x.copy_(0.1 * torch.randn_like(x))
-    return sae
-
-
 def rebuilt(pair: Pair, sae: TopKSAE) -> Callable[[Tensor], Tensor]:
     """The SAE's reconstruction of [batch, pos, d_k, d_v]."""
     return lambda x: pair.unflatten(sae(x.flatten(-2).float())).double()
@@ -418,132 +389,7 @@ def test_names_are_restored_after_an_sae_anywhere(pair: Pair):
         assert fired == [name]
 
 
-# Many swapped writes in one pass.
-
-
-def one_pass_each(
-    pair: Pair,
-    tokens: Tensor,
-    layer: int,
-    head: int,
-    positions: list[int],
-    writes: Tensor,
-    erase: bool = True,
-) -> Tensor:
-    """The stock model with the loop for a layer: a row a branch, edited at its position and read there."""
-    rows = range(len(positions))
-
-    def change(native: Tensor) -> Tensor:
-        native = native.clone()
-        native[rows, positions, head] = writes.double()
-        return native
-
-    edits = Edits(writes=change)
-    if not erase:
-        nothing_erased = torch.zeros(len(rows), len(tokens), pair.d_k, pair.d_v)
-        edits.erases = pair.set_at(nothing_erased, head, *zip(rows, positions))
-    return pair.truth(tokens.expand(len(rows), -1), layer, edits)[0][rows, positions]
-
-
-@at_some_cells("gdn", "qwen3_next", "mamba2", "rwkv7", "mamba2_plain", "rwkv7_fused")
-@pytest.mark.parametrize(("rank", "erase"), [(0, True), (1, False), (2, True)])
-def test_swapped_writes_equal_one_edited_pass_each(pair: Pair, rank: int, erase: bool, layer: int, head: int):
-    """At the first and last token, next to a chunk's edge, unordered, and several at one position."""
-    tokens = some_tokens(70)
-    positions = [40, 0, 69, 63, 64, 40, 1, 40, 2, 65]
-    keys = random(len(positions), rank, pair.d_k) / 3
-    values = random(len(positions), rank, pair.d_v, seed=2) / 3
-    writes = torch.einsum("jrk,jrv->jkv", keys, values)
-    assert rank or not writes.any()
-    native, swapped = pair.model.run_with_swapped_writes(
-        tokens, layer, head, torch.tensor(positions), keys, values, erase=erase
-    )
-    plain = pair.logits(tokens[None])[0].detach()
-    assert_close(native, plain)
-    expected = one_pass_each(pair, tokens, layer, head, positions, writes, erase)
-    assert (expected - plain[positions]).abs().amax(-1).median() > 5e-3
-    assert_close(swapped, expected)
-    # The loop is float64 where the model is float32: both passes of the model itself agree closer.
-    rows = range(len(positions))
-
-    def edit(x: Tensor, hook: Any) -> None:
-        x[rows, positions] = writes.flatten(-2) if "write" in hook.name else 0
-
-    kinds = ("write", "erase") if pair.erases and not erase else ("write",)
-    with torch.no_grad():
-        hooked = pair.model.run_with_hooks(
-            tokens.expand(len(rows), -1),
-            fwd_hooks=[(pair.point(layer, f"{kind}.{head}"), edit) for kind in kinds],
-        )
-    # Of a head that neither holds nor writes anything, RWKV-7's norm magnifies what rounding leaves.
-    assert_close(swapped, hooked[rows, positions], 1e-5 if rank else 5e-5)
-
-
-@on_every_model
-def test_swapping_in_the_native_write_changes_nothing(pair: Pair):
-    tokens, positions = some_tokens(66), torch.arange(66)
-    names = [pair.point(1, f"write_{x}") for x in ("key", "value")]
-    with torch.no_grad():
-        _, cache = pair.model.run_with_cache(tokens[None], names_filter=names)
-    keys, values = (cache[name][0, :, 2:3] for name in names)
-    native, swapped = pair.model.run_with_swapped_writes(tokens, 1, 2, positions, keys, values)
-    assert_close(swapped, native, 1e-5)
-    assert_close(native, pair.logits(tokens[None])[0])
-
-
-@once_per_architecture
-@pytest.mark.parametrize("erase", [True, False])
-def test_a_passage_of_one_token_and_branches_of_none(pair: Pair, erase: bool):
-    tokens, keys, values = some_tokens(1), random(2, 1, pair.d_k), random(2, 1, pair.d_v)
-    native, swapped = pair.model.run_with_swapped_writes(
-        tokens, 0, 1, torch.tensor([0, 0]), keys, values, erase=erase
-    )
-    writes = torch.einsum("jrk,jrv->jkv", keys, values)
-    assert_close(swapped, one_pass_each(pair, tokens, 0, 1, [0, 0], writes, erase))
-    native, swapped = pair.model.run_with_swapped_writes(
-        some_tokens(5), 0, 1, torch.zeros(0, dtype=torch.long), keys[:0], values[:0], erase=erase
-    )
-    assert swapped.shape == (0, VOCABULARY)
-    assert_close(native, pair.logits(some_tokens(1, 5))[0])
-
-
-def swap_at(pair: Pair, position: int, layer: int = 1) -> tuple[Tensor, Tensor]:
-    """A run with one swapped write."""
-    keys, values = random(1, 1, pair.d_k), random(1, 1, pair.d_v)
-    return pair.model.run_with_swapped_writes(
-        some_tokens(9), layer, 2, torch.tensor([position]), keys, values
-    )
-
-
-@once_per_architecture
-def test_swapped_writes_refuse_hooks_in_their_way(pair: Pair):
-    """In any layer, on the mixer or elsewhere."""
-    before = pair.model(some_tokens(9))
-    here = [pair.point(1, name) for name in (*(f"{kind}.2" for kind in pair.kinds), "decay", "out")]
-    elsewhere = [pair.point(pair.layers[-1], "state.0"), "blocks.2.hook_in", "unembed.hook_in"]
-    for name in here + elsewhere:
-        with pytest.raises(HookedModelError) as error, pair.model.hooks(fwd_hooks=[(name, nothing)]):
-            swap_at(pair, 4)
-        one_line(error, name, "reset_hooks")
-        assert torch.equal(pair.model(some_tokens(9)), before)  # the model is as it was
-    swap_at(pair, 4)
-
-
-@once_per_architecture
-def test_swapped_writes_refuse_an_attached_sae(pair: Pair):
-    sae = sae_at(pair.point(1, "write.2"), pair.d_k * pair.d_v)
-    with pytest.raises(HookedModelError, match="reset_saes"), pair.model.saes([sae]):
-        swap_at(pair, 4)
-
-
-@once_per_architecture
-def test_swapped_writes_need_a_cell_and_a_position(pair: Pair):
-    with pytest.raises(HookedModelError) as error:
-        swap_at(pair, 4, layer=pair.n_layers)
-    one_line(error, *list_of_cells(pair))
-    for position in (-1, 9):
-        with pytest.raises((HookedModelError, IndexError), match=str(position)):
-            swap_at(pair, position)
+# The package's names.
 
 
 @pytest.mark.parametrize("name", hooked_models.__all__)

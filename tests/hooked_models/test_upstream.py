@@ -1,0 +1,130 @@
+"""The parts of transformers, TransformerLens and SAELens in the table of `upstream` are as it says.
+
+`test_new_architectures` tests that submodules are set up after the component.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from torch import nn
+from transformer_lens.factories import architecture_adapter_factory as factory
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge, bridge
+from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
+
+from hooked_models import HookedModelError, HookedRecurrent, upstream
+from hooked_models.architectures import adapters
+from hooked_models.caches import cached
+from hooked_models.mixers import HookedMixer
+from tests.hooked_models.architectures import Pair, nothing, once_per_architecture, some_tokens
+
+TABLES = {
+    "adapters": factory.ArchitectureAdapterFactory._adapters,
+    "model classes": factory.SUPPORTED_ARCHITECTURES,
+}
+
+
+class Adapter:
+    def __init__(self, cfg: Any) -> None: ...
+
+
+def test_transformer_lens_looks_model_classes_up_in_both_tables():
+    for name, row in adapters.ADAPTERS.items():
+        assert all(table[name] is row.adapter for table in TABLES.values())
+    config = SimpleNamespace(architectures=["Nobodys"], architecture="Nobodys")
+    with upstream.registered({"Nobodys": Adapter}):
+        assert determine_architecture_from_hf_config(config) == "Nobodys"
+        select = factory.ArchitectureAdapterFactory.select_architecture_adapter
+        assert isinstance(select(config), Adapter)
+
+
+def test_adapters_have_the_slots_and_methods_that_rows_replace(mamba2_model: Any):
+    for row in adapters.ADAPTERS.values():
+        stock = row.adapter
+        assert callable(stock.prepare_loading)
+        assert callable(stock.create_stateful_cache)
+    assert set(mamba2_model.adapter.component_mapping["blocks"].submodules) >= {"mixer"}
+
+
+def test_other_bridges_keep_their_own_adapters(gdn_folder: Path, mamba2_folder: Path):
+    """Neither importing the package nor booting a model replaces anything of TransformerLens."""
+    before = {name: dict(table) for name, table in TABLES.items()}
+    with upstream.registered({"Qwen3_5ForCausalLM": int, "NobodysForCausalLM": float}):
+        for table in TABLES.values():
+            assert (table["Qwen3_5ForCausalLM"], table["NobodysForCausalLM"]) == (int, float)
+    assert before == TABLES
+    with pytest.raises(ZeroDivisionError), adapters.registered():
+        _ = 1 / int(before == TABLES)
+    assert before == TABLES
+    for folder in (gdn_folder, mamba2_folder):
+        HookedRecurrent.boot_transformers(str(folder), device="cpu")
+        assert before == TABLES
+        other = TransformerBridge.boot_transformers(str(folder), device="cpu")
+        assert not [x for x in other.modules() if isinstance(x, HookedMixer)]
+
+
+def test_every_model_is_loaded_through_what_complete_checkpoints_replaces(gdn_folder: Path):
+    before = PreTrainedModel.from_pretrained
+    with upstream.complete_checkpoints():
+        assert before.__func__ is not PreTrainedModel.from_pretrained.__func__
+        _, info = AutoModelForCausalLM.from_pretrained(gdn_folder, output_loading_info=True)
+        assert {"missing_keys", "mismatched_keys"} <= set(info)
+        with pytest.raises(HookedModelError, match="wrong shape"):
+            AutoModelForCausalLM.from_pretrained(
+                gdn_folder, intermediate_size=97, ignore_mismatched_sizes=True
+            )
+    assert PreTrainedModel.from_pretrained == before
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_hooks_of_a_hook_point_are_torchs(direction: Any):
+    point = HookPoint()
+    assert not upstream.is_listened_to(point)
+    for is_permanent in (False, True):
+        point.add_hook(nothing, dir=direction, is_permanent=is_permanent)
+        assert upstream.is_listened_to(point)
+        point.remove_hooks(direction, including_permanent=True)
+        assert not upstream.is_listened_to(point)
+    assert upstream.is_listened_to(nn.Identity())  # as an SAE in its place
+
+
+def test_the_position_axis_is_found_by_the_conversion():
+    point = HookPoint()
+    assert bridge._pos_axis_for_hook("blocks.0.mixer.hook_read", point) == -2
+    point.hook_conversion = upstream.HeadSplit()
+    assert bridge._pos_axis_for_hook("blocks.0.mixer.hook_read", point) == -3
+    x = torch.randn(2, 3)
+    assert point.hook_conversion.revert(point.hook_conversion.convert(x)) is x
+
+
+@once_per_architecture
+def test_the_bridge_has_the_private_parts_that_its_subclass_uses(pair: Pair):
+    for name in ("_add_aliases_to_hooks", "_resolve_hook_name", "_reset_sae"):
+        assert callable(getattr(SAETransformerBridge, name)), name
+    assert pair.model._acts_to_saes == {}
+    assert pair.model._hook_registry.keys() <= pair.model.hook_dict.keys()
+    assert "self._reset_sae(" in inspect.getsource(SAETransformerBridge.reset_saes)
+
+
+@once_per_architecture
+@torch.no_grad()
+def test_caches_hold_what_is_read_from_them(pair: Pair):
+    assert callable(DynamicCache.has_previous_state)
+    cache = pair.model.new_cache()
+    assert cached(cache, 0, "recurrent_states") is None
+    pair.model(some_tokens(2, 5), past_key_values=cache, use_cache=True)
+    layer = cache.layers[0]
+    assert isinstance(layer, LinearAttentionLayer)
+    for name in ("conv_states", "recurrent_states"):
+        held = getattr(layer, name)
+        assert cached(cache, 0, name) is (held[0] if isinstance(held, dict) else held)
+        assert len(cached(cache, 0, name)) == 2
