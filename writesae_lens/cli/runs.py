@@ -11,7 +11,6 @@ from writesae_lens import demo
 from writesae_lens import reproduce as paper
 from writesae_lens.cli.subjects import Subject, load, parse_cell
 from writesae_lens.errors import interruptible
-from writesae_lens.experiments.catalogue import EXPERIMENTS
 from writesae_lens.report.page import make_report, saved_results
 
 _RESUMES = "the same command goes on where it stopped"
@@ -61,7 +60,7 @@ def reproduce(
     seed: int,
 ) -> None:
     """Run a configuration of the paper, and print its table."""
-    names = tuple(EXPERIMENTS) if experiments is None else tuple(experiments.split(","))
+    names = None if experiments is None else experiments.split(",")
     folder = out or Path(f"reproduce-{config}")
     with interruptible(_RESUMES):
         table = paper.reproduce(config, folder, model, recipe, training_tokens, names, device, dtype, seed)
