@@ -45,7 +45,7 @@ PROMPT = "It was a fine morning, and"
 
 
 def shared_fields(vocab_size: int, end_id: int) -> dict[str, Any]:
-    """What the configurations of all models say alike."""
+    """The fields that the configurations of all models share."""
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_id)
     return {"vocab_size": vocab_size, "tie_word_embeddings": True, **tokens}
 
@@ -131,7 +131,7 @@ def start_with_long_memory(A_log: Tensor, dt_bias: Tensor) -> None:
 
 
 def read_train_and_validation(path: Path) -> tuple[str, str]:
-    """Training text, and the text of every 50th block of 16 kB, which is left out of it."""
+    """The training text without every 50th block of 16 kB, and the validation text: those blocks."""
     text = path.read_text(encoding="utf-8")
     blocks = [text[start : start + BLOCK] for start in range(0, len(text), BLOCK)]
     validation = blocks[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
@@ -207,9 +207,9 @@ def text_loss(
 def training_windows(
     stream: Tensor, context: int, batch_size: int, end_id: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random cuts of the stream, and their next tokens, without end.
+    """An endless sequence of batches: random windows of the token stream, and the next token of each token.
 
-    Half the windows start with `<|endoftext|>`, so that the model expects it before any text.
+    Half the windows start with `<|endoftext|>`, so that the model learns to see it before any text.
     """
     device = stream.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -233,7 +233,7 @@ def make_optimizer(model: Any) -> torch.optim.AdamW:
 
 
 def learning_rate(fraction: float) -> float:
-    """Linear warm-up, and a cosine to 2% as the fraction of the run done goes to 1."""
+    """The learning rate at a fraction of the run: a linear warm-up, then a cosine down to 2%."""
     cosine = 0.51 + 0.49 * math.cos(math.pi * fraction)
     return LEARNING_RATE * min(1.0, fraction / WARMUP_FRACTION) * cosine
 
@@ -244,10 +244,10 @@ def train(
     texts: dict[str, str],
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Train in place on `texts["train"]`, and return how it went.
+    """Train the model in place on `texts["train"]`, and return the figures of the run.
 
-    Ends with the weights of the best loss on `texts["validation"]`; `texts["held_out"]` is only
-    watched.
+    The model ends with the weights that had the lowest loss on `texts["validation"]`. The loss on
+    `texts["held_out"]` is printed and decides nothing.
     """
     stream = encode(tokenizer, texts["train"]).to(args.device)
     batches = training_windows(stream, args.context, args.batch_size, tokenizer.eos_token_id, args.seed)
@@ -299,7 +299,7 @@ def train(
 
 
 def samples(model: Any, tokenizer: Any) -> dict[str, str]:
-    """Two 60-token continuations of a fixed prompt, greedy and at temperature 0.7."""
+    """Two continuations of a fixed prompt by 60 tokens: greedy, and at temperature 0.7."""
     ids = tokenizer(tokenizer.bos_token + PROMPT, return_tensors="pt").input_ids
     texts = {}
     for name, options in {
