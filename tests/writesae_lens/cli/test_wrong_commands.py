@@ -143,7 +143,8 @@ CASES = [
     ((*TRAIN, "--dataset_path", "NO_COLUMN"), "Dataset must have a 'tokens', 'input_ids', 'text', or 'problem' column"),
     ((*TRAIN, "--dataset_path", "EMPTY"), "EMPTY doesn't contain any data files"),
     ((*TRAIN, "--dataset_path", "no/where"), "no/where"),
-    ((*TRAIN, "--dataset_path", "FEW_ROWS"), "is the text shorter than one batch of writes?"),
+    ((*TRAIN, "--dataset_path", "FEW_ROWS"), "Dataset may be too small"),
+    ((*TRAIN, "--train_batch_size_tokens", "100000"), "is the text shorter than one batch of writes?"),
     ((*TRAIN, "--resume_from_checkpoint", "no/where"), "no/where is no checkpoint: give the folder"),
 ]  # fmt: skip
 
