@@ -18,12 +18,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hooked_models import HookedRecurrent
+from hooked_models import HookedRecurrent, zoo
 from tests.benchmarks.timing import Row, speedup
 from writesae_lens import WriteSAE, WriteSAEConfig, baselines, experiments
-from writesae_lens.cli.experiments import COMMANDS
-from writesae_lens.experiments import install
-from writesae_lens.reproduce import run as reproduce
+from writesae_lens.experiments import EXPERIMENTS, as_passages, install
 
 LAYER, HEAD = 1, 2
 QUIET: dict[str, Any] = {"verbose": False}
@@ -46,7 +44,8 @@ class Bench:
         self.hook = self.model.write_hook_name(LAYER, HEAD)
         self.sae, self.other = self.make_sae(), self.make_sae()
         self.atoms = self.sae.W_dec.detach()
-        self.train, self.text = reproduce.texts("tiny-gdn")
+        self.train, test = zoo.shipped_text()
+        self.text = "\n\n".join(test)
         self.ids = self.model.to_tokens(self.text[:60_000], prepend_bos=False, truncate=False)[0]
         self.model(self.passages(1, 256))
         self.seconds: list[float] = []
@@ -390,10 +389,12 @@ def suite(bench: Bench) -> Row:
     subjects: dict[str, Any] = {"compare": {"writesae": sae, "principal_component": pc}, "splice": [sae]}
     took, cpu = {}, time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        for name in COMMANDS:
+        for name, experiment in EXPERIMENTS.items():
             start = time.perf_counter()
-            subject = subjects.get(name, sae)
-            reproduce._run(name, model, subject, sae, bench.text, "default", Path(folder) / name, 0)
+            passages = as_passages(model, bench.text, experiment.context_size or 256)
+            passages, place = passages[-experiment.max_passages :], Path(folder) / name
+            kept = {"progress_folder": str(place / "progress"), **QUIET}
+            experiment.function(model, subjects.get(name, sae), passages, **kept).save(place)
             took[name] = time.perf_counter() - start
     longest = sorted(took, key=lambda name: -took[name])[:3]
     what = f"all {len(took)} experiments with their defaults, one cell"

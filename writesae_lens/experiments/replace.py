@@ -39,7 +39,7 @@ CONDITIONS = ("atom", "delete", "random")
 @experiment(
     "replace",
     paper=1,
-    question="Can its atoms take the place of native writes?",
+    question="Can atoms take the place of native writes?",
     row="a firing",
     table=("win_rate", "strict_chain_rate", "median_kl_atom", "median_kl_delete", "median_cosine"),
     former_names=("replacement",),
