@@ -91,9 +91,10 @@ class HookedRecurrent(upstream.CheckedBridge):
             raise HookedModelError(f"could not load {model_name}: {line}") from error
         assert isinstance(model, HookedRecurrent)
         if not model.mixers:
+            model_class = model.cfg.architecture
             raise HookedModelError(
-                f"{model_name} ({model.cfg.architecture}) has no recurrent layers that this package knows; "
-                f"it hooks {', '.join(adapters.ADAPTERS)}; for other models use TransformerLens itself"
+                f"{model_name} ({model_class}) has no recurrent layers that this package knows: it hooks "
+                f"{', '.join(adapters.ADAPTERS)}; for other models use TransformerLens itself"
             )
         model.cfg.model_name = model_name
         if model_name in zoo.SHIPPED:  # TransformerLens's defaults differ by architecture

@@ -90,13 +90,38 @@ def test_cells(pair: Pair):
 
 @once_per_architecture
 def test_hook_names_and_sites(pair: Pair):
-    assert pair.model.write_hook_name(1, 2) == f"blocks.1.{pair.slot}.hook_write.2"
-    for cell in pair.model.cells:
-        for kind in ("write", "state"):
-            name = getattr(pair.model, f"{kind}_hook_name")(cell.layer, cell.head)
-            assert name == pair.point(cell.layer, f"{kind}.{cell.head}")
-            assert pair.model.hook_dict[name].name == name
-            assert pair.model.site(name) == (cell, kind)
+    model = pair.model
+    for layer, name in itertools.product(pair.layers, pair.shapes):
+        hook, _, head = name.partition(".")
+        full = model.hook_name(layer, hook, int(head) if head else None)
+        assert full == pair.point(layer, name)
+        assert model.hook_dict[full].name == full
+    assert model.write_factor_hook_names(1) == tuple(
+        pair.point(1, name) for name in ("write_key", "write_value", "read")
+    )
+    for cell, kind in itertools.product(model.cells, ("write", "state")):
+        name = getattr(model, f"{kind}_hook_name")(cell.layer, cell.head)
+        assert name == pair.point(cell.layer, f"{kind}.{cell.head}")
+        assert model.site(name) == (cell, kind)
+
+
+@once_per_architecture
+@pytest.mark.parametrize(
+    ("hook", "head"), [("dekay", None), ("decay", 1), ("write", None), ("wirte", 0), ("hook_decay", None)]
+)
+def test_a_hook_that_a_layer_lacks(pair: Pair, hook: str, head: int | None):
+    with pytest.raises(HookedModelError) as error:
+        pair.model.hook_name(1, hook, head)
+    of_heads, of_layer = ", ".join(pair.kinds), ("decay", "in", "out", "read", "recurrence_out", "write_key")
+    one_line(error, f"layer 1 has no hook {hook!r}", *of_layer, f"head=0 to {pair.heads - 1} {of_heads}")
+
+
+@once_per_architecture
+@pytest.mark.parametrize("layer", [-1, 9])
+def test_a_hook_of_a_layer_that_is_not_recurrent(pair: Pair, layer: int):
+    with pytest.raises(HookedModelError) as error:
+        pair.model.hook_name(layer, "decay")
+    one_line(error, f"layer {layer!r} is not recurrent", *pair.list_of_cells)
 
 
 # Bad input: one exception, one line, what to do.
@@ -160,52 +185,50 @@ def test_nothing_is_erased_in_mamba_2(mamba2_model: Any):
         mamba2_model.run_with_cache(some_tokens(1, 3), names_filter="blocks.1.mixer.hook_erase.2")
 
 
-def boot_error(source: str) -> pytest.ExceptionInfo[HookedModelError]:
-    with pytest.raises(HookedModelError) as error:
-        HookedRecurrent.boot_transformers(source, device="cpu")
-    return error
+# More sources that cannot be booted are in tests/test_wrong_inputs.py.
 
 
-def test_a_model_without_recurrent_layers(llama_folder: Path):
-    one_line(boot_error(str(llama_folder)), "no recurrent layers", "LlamaForCausalLM", "Qwen3_5ForCausalLM")
-
-
-def test_a_folder_without_configuration(tmp_path: Path):
-    one_line(boot_error(str(tmp_path)), str(tmp_path), "config.json", "tiny-gdn")
-
-
-@pytest.mark.parametrize("name", ["tiny-gnd", "gpt2", "./nowhere", "/no/where/at/all", "~/models/none"])
+@pytest.mark.parametrize("name", ["tiny-gnd", "gpt2", "./nowhere", "~/models/none"])
 def test_an_unknown_model_name(name: str):
-    one_line(boot_error(name), name, "tiny-gdn")
+    with pytest.raises(HookedModelError) as error:
+        HookedRecurrent.boot_transformers(name, device="cpu")
+    one_line(error, name, "tiny-gdn")
 
 
-def test_a_hub_id_out_of_reach():
-    one_line(boot_error("nobody/nothing-of-this-name"), "nobody/nothing-of-this-name", "configuration")
+PROJECTION = "model.layers.0.linear_attn.in_proj_qkv.weight"
 
 
-def test_a_broken_configuration(tmp_path: Path):
-    (tmp_path / "config.json").write_text("{oops")
-    one_line(boot_error(str(tmp_path)), str(tmp_path), "JSON")
+def lack(folder: Path, tensors: dict[str, Tensor]) -> None:
+    del tensors[PROJECTION]
 
 
-def test_a_model_type_that_nobody_knows(tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "quux", "architectures": ["Quux"]}))
-    one_line(boot_error(str(tmp_path)), "quux")
+def cut(folder: Path, tensors: dict[str, Tensor]) -> None:
+    tensors[PROJECTION] = tensors[PROJECTION][:, :-1].contiguous()
 
 
-def test_a_folder_without_weights(gdn_folder: Path, tmp_path: Path):
-    shutil.copy(gdn_folder / "config.json", tmp_path)
-    one_line(boot_error(str(tmp_path)), str(tmp_path), "model.safetensors")
+def name_unknown(folder: Path, tensors: dict[str, Tensor]) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "quux", "architectures": ["Quux"]}))
 
 
-def test_a_checkpoint_that_lacks_a_tensor(gdn_folder: Path, tmp_path: Path):
-    """Random numbers in its place would go unnoticed."""
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lack, ("lacks 1 tensor", PROJECTION)),
+        (cut, ("wrong shape for 1 tensor", PROJECTION)),
+        (name_unknown, ("quux",)),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(
+    gdn_folder: Path, tmp_path: Path, damage: Any, words: tuple[str, ...]
+):
+    """Random numbers in a tensor's place would go unnoticed."""
     shutil.copytree(gdn_folder, tmp_path, dirs_exist_ok=True)
-    held = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.0.linear_attn.in_proj_qkv.weight"
-    del held[name]
-    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    one_line(boot_error(str(tmp_path)), name)
+    tensors = load_file(tmp_path / "model.safetensors")
+    damage(tmp_path, tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HookedModelError) as error:
+        HookedRecurrent.boot_transformers(str(tmp_path), device="cpu")
+    one_line(error, words, *((PROJECTION,) if damage is not name_unknown else ()))
 
 
 def test_the_exception_is_a_value_error():
@@ -430,34 +453,6 @@ def test_rwkv_7_layers_have_values_of_one_width(value_dim: Any):
 def test_a_dtype_may_be_given_by_name(gdn_folder):
     model = HookedRecurrent.boot_transformers(str(gdn_folder), device="cpu", dtype="bfloat16")
     assert next(model.original_model.parameters()).dtype == torch.bfloat16
-    with pytest.raises(HookedModelError, match="dtype 'float12' is unknown"):
-        HookedRecurrent.boot_transformers(str(gdn_folder), device="cpu", dtype="float12")
-
-
-def test_a_tensor_of_the_wrong_shape_is_named(gdn_folder, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path / "broken"
-    shutil.copytree(gdn_folder, folder)
-    tensors = load_file(folder / "model.safetensors")
-    name = next(n for n in tensors if n.endswith("linear_attn.out_proj.weight"))
-    tensors[name] = tensors[name][:, :-1].contiguous()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(HookedModelError, match=r"wrong shape for 1 tensor.*out_proj"):
-        HookedRecurrent.boot_transformers(str(folder), device="cpu")
-    (folder / "model.safetensors").write_bytes(b"not a safetensors file")
-    with pytest.raises(HookedModelError, match="could not load"):
-        HookedRecurrent.boot_transformers(str(folder), device="cpu")
-
-
-@once_per_architecture
-@pytest.mark.parametrize("name", ["read", "decay", "write_value", "recurrence_out"])
-def test_a_hook_that_returns_another_shape_is_named(pair: Pair, name: str):
-    hooks = [(pair.point(1, name), lambda x, hook: x[:, :1])]
-    with pytest.raises(HookedModelError, match=f"hook_{name} returned shape"):
-        pair.model.run_with_hooks(torch.arange(8)[None], fwd_hooks=hooks)
 
 
 def test_qwen3_5_with_experts_is_hooked_too(build_folder):
@@ -537,3 +532,19 @@ def test_shipped_models_read_the_same_text_as_the_same_tokens():
         for name in zoo.SHIPPED
     ]
     assert read[0] == read[1] == read[2]
+
+
+@once_per_architecture
+@torch.no_grad()
+def test_stopped_decay(pair: Pair):
+    """Every decay is 1; a mixer that has no such form refuses."""
+    model = HookedRecurrent.boot_transformers(str(pair.folder), device="cpu")
+    if pair.name != "gated_delta_net":
+        with pytest.raises(HookedModelError, match=f"decay of {pair.name} layers cannot be stopped"):
+            model.mixers[0].stop_decay()
+        return
+    model.mixers[1].stop_decay()
+    names = [pair.point(layer, "decay") for layer in (0, 1)]
+    _, cache = model.run_with_cache(some_tokens(1, 9), names_filter=names)
+    assert (cache[names[1]] == 1).all()
+    assert (cache[names[0]] < 1).any()
