@@ -1,4 +1,4 @@
-"""A model of an architecture that the package does not ship is trained on, tested and reported like any other."""
+"""A model of an architecture that the package does not ship: trained on, tested, reported."""
 
 from __future__ import annotations
 
