@@ -174,7 +174,7 @@ def test_the_unembedding_direction_is_native_key_and_the_targets_unembedding(mod
     records = install_tokens(model, (LAYER, HEAD), prompts, targets, magnitude=2.0, **HOW).records
     assert records.target.tolist() == targets * 2
     assert set(records.stratum) == {"given"}
-    cell, layer = model.cell(LAYER, HEAD), model.mixers[LAYER]._layer
+    cell, layer = model.cell(LAYER, HEAD), model.mixers[LAYER].original_component
     w_o = (getattr(layer, "out_proj", None) or layer.o_proj).weight.detach().double()
     w_o = w_o[:, HEAD * cell.d_v : (HEAD + 1) * cell.d_v]
     w_u = model.original_model.get_output_embeddings().weight.detach().double()
