@@ -15,15 +15,15 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from subprocess import PIPE, Popen, TimeoutExpired
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 Files = dict[str, bytes]
 EMPTY = sha1().hexdigest()  # the commit that every repository begins with
-VERBS = "revision|tree|paths-info|preupload|commit|branch"
-MODEL = re.compile(rf"/api/models/([^/]+(?:/[^/]+)??)(?:/({VERBS})/([^/]+)(?:/(.+))?)?")
+VERBS = "revision|preupload|commit|branch"
+MODEL = re.compile(rf"/api/models/([^/]+(?:/[^/]+)??)(?:/({VERBS})/([^/]+))?")
 FILE = re.compile(r"/([^/]+(?:/[^/]+)?)/(resolve)/([^/]+)/(.+)")
 GATES = {
     401: "You must have access to it and be authenticated to access it. Please log in.",
@@ -80,8 +80,8 @@ class Hub(ThreadingHTTPServer):
         there.names.setdefault(revision, there.names["main"])
         return there.commit(revision, self.files(repo, revision) | new)
 
-    def tag(self, repo: str, name: str, commit: str | None = None) -> None:
-        self.repos[repo].names[name] = self.repos[repo].find(commit or "main")
+    def tag(self, repo: str, name: str) -> None:
+        self.repos[repo].names[name] = self.repos[repo].find("main")
 
     def files(self, repo: str, revision: str = "main") -> Files:
         return dict(self.repos[repo].commits[self.repos[repo].find(revision)])
@@ -148,34 +148,25 @@ class Answer(BaseHTTPRequestHandler):
             cut = min(after, len(data) - 1)
         self.answer(data, status, cut, **headers)
 
-    def model(self, repo: Repo, name: str, verb: str, revision: str, path: str, data: bytes) -> Any:
+    def model(self, repo: Repo, name: str, verb: str, revision: str, data: bytes) -> Any:
         if verb == "branch":
             if revision in repo.names:
                 raise Refused(409, "", "Reference already exists")
             repo.names[revision] = repo.find(json.loads(data).get("startingPoint", "main"))
             return {}
         commit = repo.find(revision or "main")
-        files, tree = dict(repo.commits[commit]), listing(repo.commits[commit])
-        if verb == "tree":
-            if path and tree.get(path, {}).get("type") != "directory":
-                raise Refused(404, "EntryNotFound", "Entry not found")
-            inside = [entry for entry in tree if entry.startswith(path and f"{path}/")]
-            deep, level = "recursive=true" in self.path, path.count("/") + bool(path)
-            return [tree[entry] for entry in inside if deep or entry.count("/") == level]
-        if verb == "paths-info":
-            return [tree[entry] for entry in parse_qs(data.decode())["paths"] if entry in tree]
+        files = dict(repo.commits[commit])
         if verb == "preupload":
             plain = {"uploadMode": "regular", "shouldIgnore": False}
             asked = [file["path"] for file in json.loads(data)["files"]]
             # By the oid the client leaves out of its commit what is there already.
-            return {"files": [plain | {"path": file, "oid": tree.get(file, {}).get("oid")} for file in asked]}
+            oids = {file: sha1(b"blob %d\0" % len(x) + x).hexdigest() for file, x in files.items()}
+            return {"files": [plain | {"path": file, "oid": oids.get(file)} for file in asked]}
         if verb == "commit":
             for change in map(json.loads, data.splitlines()):
                 key, value = change["key"], change["value"]
                 if key == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
-                elif key == "deletedFile" and value["path"] in files:
-                    del files[value["path"]]
                 elif key != "header":
                     raise Refused(404, "EntryNotFound", f"Cannot commit {value}")
             commit = repo.commit(revision, files)
@@ -187,8 +178,6 @@ class Answer(BaseHTTPRequestHandler):
     def other(self, path: str, data: bytes) -> tuple[Any, int]:
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}, 200
-        if path == "/api/whoami-v2":
-            return {"type": "user", "name": "user", "orgs": []}, 200
         if path != "/api/repos/create":
             raise Refused(404, "", "Not found")
         asked = json.loads(data)
@@ -196,16 +185,6 @@ class Answer(BaseHTTPRequestHandler):
         new = Repo(asked.get("visibility") == "private" or asked.get("private", False))
         status = 200 if self.server.repos.setdefault(name, new) is new else 409
         return {"url": f"{self.server.endpoint}/{name}"}, status  # with exist_ok, read at 409 too
-
-
-def listing(files: Files) -> dict[str, dict[str, Any]]:
-    """Every folder and file by its path, as the Hub describes it."""
-    folders = {str(folder) for path in files for folder in PurePosixPath(path).parents if folder.name}
-    tree = {path: {"type": "directory", "oid": EMPTY, "size": 0, "path": path} for path in folders}
-    for path, data in files.items():
-        oid = sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        tree[path] = {"type": "file", "oid": oid, "size": len(data), "path": path}
-    return dict(sorted(tree.items()))
 
 
 LOOP = """

@@ -11,15 +11,7 @@ from torch import Tensor
 
 # What a type has beside `steps_since_active`, by how it encodes and decodes.
 DENSE = ("flat", "rank1")
-KINDS = (
-    "flat",
-    "rank1",
-    "bilinear",
-    "bilinear_tied",
-    "bilinear_flat",
-    "bilinear_gated",
-    "bilinear_jumprelu",
-)
+KINDS = ("flat", "rank1", "bilinear", "bilinear_tied", "bilinear_flat", "bilinear_gated", "bilinear_jumprelu")
 TOPK = KINDS[:5]
 
 

@@ -201,11 +201,7 @@ def test_metadata_of_other_activations(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("folder", "said", "expected"),
-    [
-        ("writesae_L9_H4_nf2048_k7_s42", {"k": 6}, 6),
-        ("writesae_L9_H4_nf2048_k7_s42", {}, 7),
-        ("x", {}, 32),
-    ],
+    [("writesae_L9_H4_nf2048_k7_s42", {"k": 6}, 6), ("writesae_L9_H4_nf2048_k7_s42", {}, 7), ("x", {}, 32)],
 )
 @pytest.mark.parametrize("kind", TOPK)
 def test_k(tmp_path, kind, folder, said, expected):
@@ -224,39 +220,13 @@ def test_the_cell_comes_from_the_folder_or_the_caller(tmp_path):
     assert (said.layer, said.head) == (0, 3)
 
 
-TAGS = [
-    f"{CELL}/best.pt",
-    str(CELL),
-    "writesae_qwen0p8b_L9_H4",
-    "WriteSAE/qwen0p8b-L9-H4",
-    "writesae-qwen0p8b-l9.h4",
-]
-
-
-@pytest.mark.parametrize("tag", TAGS)
-@pytest.mark.parametrize(
-    "entry", [lambda x: {"sha256": x}, lambda x: {"SHA-256": x.upper(), "size": 1}, lambda x: x]
-)
-def test_manifest(tmp_path, tag, entry):
+def test_a_manifest_above_the_file(tmp_path):
+    """Every layout of a manifest: test_manifest.py."""
     file = save(tmp_path / CELL, checkpoint("rank1"))
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    manifest = tmp_path / "manifest.json"
-    for wrapped in (lambda x: x, lambda x: {"checkpoints": x}):
-        manifest.write_text(json.dumps(wrapped({"other": {"sha256": 64 * "0"}, tag: entry(digest)})))
-        assert WriteSAE.from_checkpoint(file).cfg.metadata.provenance["sha256_checked"] is True
-        manifest.write_text(json.dumps(wrapped({tag: entry(64 * "a")})))
-        message = refused(file)
-        assert digest in message
-        assert 64 * "a" in message
-        for other, vouched in ((digest, True), (64 * "a", False)):
-            manifest.write_text(json.dumps(wrapped({"other": entry(other)})))
-            assert WriteSAE.from_checkpoint(file).cfg.metadata.provenance["sha256_checked"] is vouched
-
-
-@pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "\udcff"])
-def test_a_broken_manifest_is_an_error(tmp_path, content):
-    file = save(tmp_path / CELL, checkpoint("rank1"))
-    (tmp_path / "manifest.json").write_bytes(content.encode(errors="surrogateescape"))
+    (tmp_path / "manifest.json").write_text(json.dumps({str(CELL): digest}))
+    assert WriteSAE.from_checkpoint(file).cfg.metadata.provenance["sha256_checked"] is True
+    (tmp_path / "manifest.json").write_text("{")
     assert "manifest.json" in refused(file, name="manifest.json")
 
 
