@@ -92,11 +92,10 @@ def dominant_atoms(model: Any, sae: Any, tokens: Tensor) -> set[int]:
 
 def output_weights(model: Any, layer: int, head: int) -> tuple[Tensor, Tensor]:
     """W_O of a head, [d_model, d_v], and W_U, [d_vocab, d_model], from the native model's weights in float64."""
-    d_v, weights = model.cell(layer, head).d_v, model.original_model.state_dict()
     pattern = re.compile(rf".*\blayers\.{layer}\..*\bo(ut)?_proj\..*weight")
-    (w_o,) = {id(x): x for name, x in weights.items() if pattern.fullmatch(name)}.values()
-    w_u = model.original_model.get_output_embeddings().weight
-    return w_o[:, head * d_v : (head + 1) * d_v].double(), w_u.detach().double()
+    (w_o,) = (x for name, x in model.original_model.named_parameters() if pattern.fullmatch(name))
+    w_u, d_v = model.original_model.get_output_embeddings().weight, model.cell(layer, head).d_v
+    return w_o[:, head * d_v : (head + 1) * d_v].detach().double(), w_u.detach().double()
 
 
 def logits_with_added(
