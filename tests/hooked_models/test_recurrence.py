@@ -157,21 +157,18 @@ def test_uninitialised_memory_is_poisoned():
 # The scan.
 
 
-@given(problems())
-def test_scan_equals_the_loop(problem: Problem):
-    outputs, final_state = scan(problem.recurrence, problem.initial, problem.chunk_size)
+def assert_run(found: tuple[Tensor, Tensor], problem: Problem) -> None:
+    """Outputs and final state are the loop's, in the problem's dtype."""
     truth = problem.loop()
-    assert outputs.dtype == final_state.dtype == problem.recurrence.dtype
-    assert_close(outputs, truth.outputs, problem.tolerance)
-    assert_close(final_state, truth.final_state, problem.tolerance)
+    for x, expected in zip(found, (truth.outputs, truth.final_state), strict=True):
+        assert x.dtype == problem.recurrence.dtype
+        assert_close(x, expected, problem.tolerance)
 
 
 @given(problems())
-def test_sequential_scan_equals_the_loop(problem: Problem):
-    outputs, final_state = scan_sequential(problem.recurrence, problem.initial)
-    truth = problem.loop()
-    assert_close(outputs, truth.outputs, problem.tolerance)
-    assert_close(final_state, truth.final_state, problem.tolerance)
+def test_both_scans_equal_the_loop(problem: Problem):
+    assert_run(scan(problem.recurrence, problem.initial, problem.chunk_size), problem)
+    assert_run(scan_sequential(problem.recurrence, problem.initial), problem)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
@@ -181,10 +178,7 @@ def test_scan_at_the_size_of_real_heads(dtype: torch.dtype, erase: str, per_chan
     problem = make(
         batch=1, length=200, heads=2, sizes=(64, 48), erase=erase, per_channel=per_channel, dtype=dtype
     )
-    outputs, final_state = scan(problem.recurrence, problem.initial)
-    truth = problem.loop()
-    assert_close(outputs, truth.outputs, problem.tolerance)
-    assert_close(final_state, truth.final_state, problem.tolerance)
+    assert_run(scan(problem.recurrence, problem.initial), problem)
 
 
 @given(problems(dtype=torch.float64), st.floats(0, 1))
@@ -192,13 +186,10 @@ def test_a_scan_may_be_cut_anywhere(problem: Problem, where: float):
     rec, length = problem.recurrence, problem.recurrence.k.shape[1]
     cut = 1 + int(where * (length - 1))
     first, state = scan(rec.positions(slice(cut)), problem.initial, problem.chunk_size)
-    parts = [first]
+    second = first[:, :0]
     if cut < length:
         second, state = scan(rec.positions(slice(cut, None)), state, problem.chunk_size)
-        parts.append(second)
-    truth = problem.loop()
-    assert_close(torch.cat(parts, 1), truth.outputs, 1e-9)
-    assert_close(state, truth.final_state, 1e-9)
+    assert_run((torch.cat([first, second], 1), state), problem)
 
 
 @given(problems(dtype=torch.float64, heads=3))
@@ -239,13 +230,9 @@ def test_a_decay_of_zero_forgets_without_nan(dtype: torch.dtype, erase: str, per
         g[:, position, 0] = float("-inf")
     g[:, 40] = -1e6
     problem.recurrence = dataclasses.replace(problem.recurrence, g=g)
+    assert_run(scan(problem.recurrence, problem.initial, 32), problem)
+    assert_run(scan_sequential(problem.recurrence, problem.initial), problem)
     truth = problem.loop()
-    for run in (
-        scan(problem.recurrence, problem.initial, 32),
-        scan_sequential(problem.recurrence, problem.initial),
-    ):
-        assert_close(run[0], truth.outputs, problem.tolerance)
-        assert_close(run[1], truth.final_state, problem.tolerance)
     states = Trajectory(problem.recurrence, problem.initial, chunk_size=32).states()
     assert_close(states, truth.states, problem.tolerance)
     difference = problem.random(*truth.writes.shape)
@@ -288,7 +275,7 @@ def test_decay_per_channel_about_what_one_reference_point_can_bear(
     assert_close(outputs, truth.outputs, problem.tolerance)
     assert_close(final_state, truth.final_state, problem.tolerance)
     assert_close(trajectory.states(), truth.states, problem.tolerance)
-    earlier = torch.cat([problem.initial[:, None].double(), truth.states[:, :-1]], 1)
+    earlier = states_before(problem, truth.states)
     expected = torch.einsum("bthkv,bthk->bthv", earlier, exact["q"])
     assert_close(trajectory.read(problem.recurrence.q, before=True), expected, problem.tolerance)
     difference = problem.random(*truth.writes.shape)
@@ -334,29 +321,19 @@ def layer_inputs(per_channel: bool = False) -> tuple[Tensor, ...]:
     return q, k, v, rate, g
 
 
-def test_gated_delta_net():
+@pytest.mark.parametrize("decays", [True, False], ids=["gated", "plain"])
+def test_delta_nets(decays: bool):
     q, k, v, beta, g = layer_inputs()
+    g = g if decays else torch.zeros_like(g)
     alpha = g.exp()
     state, expected = torch.zeros(2, 2, 5, 9, dtype=torch.float64), []
     for t in range(77):  # decay, then write what the key does not hold yet
         state = alpha[:, t, :, None, None] * state
-        held = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
-        news = beta[:, t, :, None] * (v[:, t] - held)
+        stored = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        news = beta[:, t, :, None] * (v[:, t] - stored)
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], news)
         expected.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
     outputs, final = scan(Recurrence(q, g, k, beta[..., None] * v, a=-alpha * beta, b=k))
-    assert_close(outputs, torch.stack(expected, 1), 1e-10)
-    assert_close(final, state, 1e-10)
-
-
-def test_delta_net():
-    q, k, v, beta, g = layer_inputs()
-    state, expected = torch.zeros(2, 2, 5, 9, dtype=torch.float64), []
-    for t in range(77):
-        held = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
-        state = state - torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * (held - v[:, t]))
-        expected.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
-    outputs, final = scan(Recurrence(q, torch.zeros_like(g), k, beta[..., None] * v, a=-beta, b=k))
     assert_close(outputs, torch.stack(expected, 1), 1e-10)
     assert_close(final, state, 1e-10)
 
@@ -446,6 +423,12 @@ def test_gradients_survive_a_decay_of_zero():
 # States and reads anywhere.
 
 
+def states_before(problem: Problem, states: Tensor) -> Tensor:
+    """S_{t-1} of every token."""
+    first = torch.zeros_like(states[:, :1]) if problem.initial is None else problem.initial.double()[:, None]
+    return torch.cat([first, states[:, :-1]], 1)
+
+
 @given(problems())
 def test_states_equal_the_loop(problem: Problem):
     trajectory = Trajectory(problem.recurrence, problem.initial, chunk_size=problem.chunk_size)
@@ -457,10 +440,7 @@ def test_reads_of_any_vector_after_and_before_a_token(problem: Problem):
     trajectory = Trajectory(problem.recurrence, problem.initial, chunk_size=problem.chunk_size)
     reads = problem.random(*problem.recurrence.q.shape)
     truth = problem.loop()
-    first = torch.zeros_like(truth.states[:, :1])
-    if problem.initial is not None:
-        first = problem.initial.double()[:, None]
-    earlier = torch.cat([first, truth.states[:, :-1]], 1)
+    earlier = states_before(problem, truth.states)
     for before, states in ((False, truth.states), (True, earlier)):
         expected = torch.einsum("bthkv,bthk->bthv", states, reads.double())
         scale = float(states.abs().max())
@@ -472,10 +452,7 @@ def test_pull_back_reads_the_state_before_through_the_transition(problem: Proble
     """S_t^T r = S_{t-1}^T (T_t^T r) + W_t^T r, whatever the read."""
     rec, truth = problem.recurrence, problem.loop()
     reads = problem.random(*rec.q.shape)
-    first = torch.zeros_like(truth.states[:, :1])
-    if problem.initial is not None:
-        first = problem.initial[:, None]
-    earlier = torch.cat([first, truth.states[:, :-1]], 1)
+    earlier = states_before(problem, truth.states)
     carried = torch.einsum("bthkv,bthk->bthv", earlier, rec.pull_back(reads))
     written = torch.einsum("bthkv,bthk->bthv", truth.writes, reads)
     expected = torch.einsum("bthkv,bthk->bthv", truth.states, reads)
@@ -590,24 +567,16 @@ ENGINE = pytest.mark.parametrize("what", ["scan", "scan_sequential", "trajectory
 @ENGINE
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
-def test_bfloat16_inputs_are_computed_in_float32(erase: str, per_channel: bool, what: str):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_inputs_and_autocast_are_computed_in_float32(
+    autocast: bool, erase: str, per_channel: bool, what: str
+):
     problem = make(erase=erase, per_channel=per_channel, dtype=torch.float32)
-    rounded = problem.recurrence.map(lambda x: x.bfloat16())
-    expected = expected_of_engine(rounded, problem.initial, what)
-    for x, y in zip(engine(rounded, problem.initial, what), expected, strict=True):
-        assert x.dtype == torch.float32
-        assert_close(x, y, 1e-4)
-
-
-@ENGINE
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
-def test_autocast_changes_nothing(erase: str, per_channel: bool, what: str):
-    problem = make(erase=erase, per_channel=per_channel, dtype=torch.float32)
-    expected = expected_of_engine(problem.recurrence, problem.initial, what)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16  # it is on
-        found = engine(problem.recurrence, problem.initial, what)
+    recurrence = problem.recurrence if autocast else problem.recurrence.map(lambda x: x.bfloat16())
+    expected = expected_of_engine(recurrence, problem.initial, what)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert ((torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16) == autocast  # it is on
+        found = engine(recurrence, problem.initial, what)
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == torch.float32
         assert_close(x, y, 1e-4)
