@@ -15,8 +15,8 @@ from tests.writesae_lens.cli.command_line import run, words
 from writesae_lens import WriteSAE
 from writesae_lens.cli.experiments import command_of
 from writesae_lens.experiments import replacement_test
-from writesae_lens.experiments.catalogue import EXPERIMENTS
-from writesae_lens.experiments.options import SHARED
+from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment
+from writesae_lens.experiments.options import SHARED, Count
 from writesae_lens.experiments.result import ExperimentResult, Progress
 
 SMALL = ("--max-passages", 2, "--context-size", 32)
@@ -208,3 +208,45 @@ def test_several_saes_are_compared_by_the_names_given(sae_folder, tmp_path, resu
     table = results[0].summary["table"]
     assert [row["name"] for row in table] == ["other", str(sae_folder), "orthogonal", "delete"]
     assert (tmp_path / "writesae-compare" / "compare.png").exists()
+
+
+def test_a_declared_experiment_is_a_command(sae_folder, tmp_path, monkeypatch):
+    """Nothing but its declaration names it: it is listed in --help, has its options, and runs."""
+    before = dict(EXPERIMENTS)
+    try:
+
+        @experiment("toy", question="How long are the passages?", row="a passage", max_passages=3)
+        def toy_experiment(
+            model,
+            sae,
+            tokens,
+            repeat: Count = 1,
+            context_size=None,
+            seed=0,
+            progress_folder=None,
+            verbose=True,
+        ):
+            """Measure passages.
+
+            Args:
+                repeat: how often each passage is measured.
+            """
+            records = pd.DataFrame({"length": [tokens.shape[1]] * len(tokens) * repeat})
+            summary = {"experiment": "toy", "headline": f"{len(records)} lengths", "seed": seed}
+            return ExperimentResult("toy", records, summary)
+
+        monkeypatch.setenv("COLUMNS", "200")
+        assert "toy How long are the passages?" in words(run("--help").stdout)
+        own_help = words(run("toy", "--help").stdout)
+        assert "Measure passages." in own_help
+        assert "How often each passage is measured." in own_help
+        done = run("toy", "--sae", sae_folder, "--repeat", 2, "--out", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "6 lengths"
+        assert (pd.read_csv(tmp_path / "out" / "records.csv").length == 32).all()
+        wrong = run("toy", "--sae", sae_folder, "--repeat", 0)
+        assert wrong.returncode == 2
+        assert "Invalid value for '--repeat'" in wrong.stderr
+    finally:
+        EXPERIMENTS.clear()
+        EXPERIMENTS.update(before)
