@@ -97,13 +97,14 @@ def run_training(
     options = {
         f.name: getattr(cfg, f.name) for f in dataclasses.fields(LanguageModelSAERunnerConfig) if f.init
     }
-    options["checkpoint_path"] = str(
-        Path(str(cfg.checkpoint_path)).parent
-    )  # SAELens appends the run's id, again
-    for name in ("sae", "hook_name"):
-        del options[name]
-    if "--prepend_bos" not in given:
-        del options["prepend_bos"]
+    # SAELens has appended the run's id, and will again.
+    options["checkpoint_path"] = str(Path(str(cfg.checkpoint_path)).parent)
+    # The recommended schedule applies as a whole: beside a flag of it the others have SAELens's defaults.
+    schedule = recommended_schedule(cfg.training_tokens)
+    if not isinstance(cfg.sae, WriteSAETrainingConfig) or any(f"--{name}" in given for name in schedule):
+        schedule = {}
+    for name in ("sae", "hook_name", *schedule, *({"--prepend_bos"} - set(given))):
+        del options[name.removeprefix("--")]
     chosen = [cfg.hook_name] if cells is None else parse_cells(model, cells)
     if len(chosen) == 1 and cfg.use_cached_activations and "--cached_activations_path" not in given:
         raise WriteSAEError("say where the cache is: --cached_activations_path")
@@ -112,7 +113,7 @@ def run_training(
         chosen,
         sae=lambda cell: _sized(cfg.sae, cell),
         site=site,
-        schedule={},
+        schedule=schedule,
         win_rate_passages=win_rate_passages,
         **options,
     )
@@ -129,10 +130,6 @@ def _parse(arguments: Sequence[str], given: dict[str, str]) -> LanguageModelSAER
         recipe = WriteSAETrainingConfig.recommended(d_k=1, d_v=1)
         # The parser wants the sides before the model is loaded; `_sized` puts in the cell's.
         defaults |= {"--d_k": "1", "--d_v": "1", "--d_sae": str(recipe.d_sae)}
-        tokens = given.get("--training_tokens", str(LanguageModelSAERunnerConfig.training_tokens))
-        schedule = {f"--{n}": v for n, v in recommended_schedule(int(float(tokens))).items()}
-        if not set(schedule) & set(given):
-            defaults |= {flag: str(value) for flag, value in schedule.items()}
     added = [x for flag, value in defaults.items() if flag not in given for x in (flag, value)]
     usage = io.StringIO()  # SAELens's parser prints its usage in full before it says what is wrong
     try:

@@ -1,95 +1,100 @@
-"""``writesae-lens train``: SAELens's flags on named cells, several from one forward pass."""
+"""`train_cells`: an SAE on each of some cells, with their curves and win rates."""
 
-import sys
-
+import pandas as pd
 import pytest
 import torch
-from sae_lens import SAE, LanguageModelSAETrainingRunner, MultiSAETrainingRunner
+from sae_lens import (
+    SAE,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    MultiSAETrainingRunner,
+    TopKTrainingSAEConfig,
+)
 from sae_lens.training.activation_scaler import ActivationScaler
-from typer.testing import CliRunner
 
-from hooked_models import HookedModelError, HookedRecurrent
-from writesae_lens import WriteSAE, WriteSAEError, WriteTrainingSAE
-from writesae_lens.cli import app, main
+from hooked_models import HookedModelError, HookedRecurrent, zoo
+from tests.writesae_lens.saelens.runs import sae_config
+from writesae_lens import WriteSAE, WriteSAEError, WriteTrainingSAE, recommended_schedule
 from writesae_lens.experiments import replacement_test
-from writesae_lens.saelens import runner as train
-from writesae_lens.saelens.runner import parse_cells, run_training
+from writesae_lens.saelens.runner import train_cells
+
+QUICK = {
+    "training_tokens": 1024,
+    "sae": sae_config(),
+    "schedule": {"lr": 2e-3, "train_batch_size_tokens": 128},
+    "context_size": 32,
+    "store_batch_size_prompts": 8,
+    "n_batches_in_buffer": 8,
+    "verbose": False,
+}
+LAYER = [(1, head) for head in range(4)]
 
 
-def concat_passages(model, documents, size, count):
-    """The first passages of the text as SAELens cuts them: documents one after another, BOS between."""
-    ids = []
-    for document in documents:
-        ids += [] if not ids else [model.tokenizer.bos_token_id]
-        ids += model.to_tokens(document, prepend_bos=False, truncate=False)[0].tolist()
-        if len(ids) >= size * count:
-            break
-    return torch.tensor(ids[: size * count]).view(count, size)
+def train(model, cells, folder, **options):
+    return train_cells(model, cells, folder, **(QUICK | options))
 
 
-def flags(folder, **options):
-    options = {
-        "model_name": "tiny-gdn",
-        "d_sae": 64,
-        "k": 4,
-        "lr": 2e-3,
-        "context_size": 32,
-        "training_tokens": 1024,
-        "train_batch_size_tokens": 128,
-        "store_batch_size_prompts": 8,
-        "n_batches_in_buffer": 8,
-        "output_path": folder / "saes",
-        "checkpoint_path": folder / "checkpoints",
-        "verbose": "false",
-    } | options
-    return [x for name, value in options.items() for x in (f"--{name}", str(value))]
+def config_of(monkeypatch, *args, **options):
+    """The config of the runner that a call makes, which is not run."""
+    made = []
+    for runner_class in (LanguageModelSAETrainingRunner, MultiSAETrainingRunner):
+        monkeypatch.setattr(runner_class, "run", lambda self: made.append(self))
+    train_cells(*args, **options)
+    return made[0]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
-
-
-def test_all_heads_of_a_layer_train_from_one_command(tmp_path, monkeypatch):
+def test_all_heads_of_a_layer_train_from_one_forward_pass(model, tmp_path, monkeypatch):
     """Each in a folder of its own, at its own hook; the model runs once a batch of prompts."""
-    passes = []
-    run_with_cache = HookedRecurrent.run_with_cache
+    passes, run_with_cache = [], HookedRecurrent.run_with_cache
     monkeypatch.setattr(
         HookedRecurrent,
         "run_with_cache",
         lambda self, tokens, *a, **k: passes.append(len(tokens)) or run_with_cache(self, tokens, *a, **k),
     )
-    folders = run_training(flags(tmp_path), cells="1:*")
+    folders = train(model, LAYER, tmp_path)
     assert [f.name for f in folders] == ["L1H0", "L1H1", "L1H2", "L1H3"]
     assert sum(passes) * 32 <= 2 * 1024
     saes = [SAE.load_from_disk(folder) for folder in folders]
-    assert [s.cfg.metadata.hook_name for s in saes] == [
-        f"blocks.1.linear_attn.hook_write.{h}" for h in range(4)
-    ]
+    assert [s.cfg.metadata.hook_name for s in saes] == [model.write_hook_name(*cell) for cell in LAYER]
     assert all(isinstance(s, WriteSAE) and (s.cfg.d_k, s.cfg.d_v, s.cfg.d_sae) == (32, 48, 64) for s in saes)
     assert len({float(s.W_dec.detach().sum()) for s in saes}) == 4
+    assert {s.cfg.metadata.dataset_path for s in saes} == {zoo.TEXT_NAME}
 
 
 @pytest.mark.parametrize(
-    ("options", "how", "hook", "d_in"),
+    ("name", "cell", "options", "hook", "d_in"),
     [
-        ({"architecture": "topk"}, {"cells": "3:1"}, "blocks.3.linear_attn.hook_write.1", 1536),
-        ({}, {"cells": "0:2", "site": "state"}, "blocks.0.linear_attn.hook_state.2", 1536),
-        ({"hook_name": "blocks.0.linear_attn.hook_write.0"}, {}, "blocks.0.linear_attn.hook_write.0", 1536),
-        ({"model_name": "tiny-mamba2"}, {"cells": "4:4"}, "blocks.4.mixer.hook_write.4", 48 * 32),
+        ("tiny-gdn", (3, 1), {"sae": lambda c: TopKTrainingSAEConfig(d_in=c.d_k * c.d_v, d_sae=64, k=4)},
+         "blocks.3.linear_attn.hook_write.1", 1536),
+        ("tiny-gdn", (0, 2), {"site": "state"}, "blocks.0.linear_attn.hook_state.2", 1536),
+        ("tiny-gdn", "blocks.0.linear_attn.hook_write.0", {}, "blocks.0.linear_attn.hook_write.0", 1536),
+        ("tiny-mamba2", (4, 4), {"sae": None, "schedule": None, "n_batches_in_buffer": 64},
+         "blocks.4.mixer.hook_write.4", 48 * 32),
     ],
-    ids=["another architecture", "states", "a hook", "another model"],
-)
-def test_sizes_and_hooks_come_from_the_model(tmp_path, options, how, hook, d_in):
-    (folder,) = run_training(flags(tmp_path, training_tokens=256, **options), **how)
+    ids=["another architecture", "states", "a hook", "another model and the recommended recipe"],
+)  # fmt: skip
+def test_sizes_and_hooks_come_from_the_model(tmp_path, name, cell, options, hook, d_in):
+    (folder,) = train(name, [cell], tmp_path / "sae", training_tokens=512, **options)
     sae = SAE.load_from_disk(folder)
-    assert (sae.cfg.metadata.hook_name, sae.cfg.d_in) == (hook, d_in)
-    assert sae.cfg.architecture() == options.get("architecture", "writesae")
+    assert folder == tmp_path / "sae"
+    assert (sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name, sae.cfg.d_in) == (hook, name, d_in)
+    assert sae.cfg.architecture() == ("topk" if hook.startswith("blocks.3") else "writesae")
 
 
-def test_the_seed_decides(tmp_path):
+@pytest.mark.parametrize("cells", [[(1, 0)], LAYER])
+def test_the_recommended_recipe_is_the_default(model, tmp_path, monkeypatch, cells):
+    runner = config_of(monkeypatch, model, cells, tmp_path, 20_000)
+    schedule = recommended_schedule(20_000)
+    assert {name: getattr(runner.cfg, name) for name in schedule} == schedule
+    saes = [runner.sae] if len(cells) == 1 else runner.saes.values()
+    assert {(sae.cfg.d_sae, sae.cfg.k) for sae in saes} == {(2048, 4)}
+    assert (runner.cfg.context_size, runner.cfg.prepend_bos, runner.cfg.checkpoint_path) == (256, False, None)
+    assert not runner.cfg.logger.log_to_wandb
+
+
+def test_the_seed_decides(model, tmp_path):
     saes = [
-        SAE.load_from_disk(run_training(flags(tmp_path / str(i), seed=seed), cells="1:0")[0])
+        SAE.load_from_disk(train(model, [(1, 0)], tmp_path / str(i), seed=seed)[0])
         for i, seed in enumerate((0, 0, 1))
     ]
     first, again, other = (sae.W_dec.detach() for sae in saes)
@@ -97,48 +102,35 @@ def test_the_seed_decides(tmp_path):
     assert not torch.equal(first, other)
 
 
-def test_cells_are_parsed(model):
-    def cells(text):
-        return [(c.layer, c.head) for c in parse_cells(model, text)]
-
-    assert cells("1:2") == [(1, 2)]
-    assert cells(" 3:1, 0:*,3:1") == [(3, 1), (0, 0), (0, 1), (0, 2), (0, 3)]
-    assert cells("*:3") == [(0, 3), (1, 3), (3, 3)]
-    assert len(cells("*:*")) == 12
-
-
-@pytest.mark.parametrize("text", ["", "1", "1:", "a:b", "1:2;3:1", "1:-1", "1:2,", "1:²"])
-def test_cells_that_cannot_be_read_are_refused(model, text):
-    with pytest.raises(WriteSAEError, match="LAYER:HEAD"):
-        parse_cells(model, text)
-
-
-def test_cells_that_do_not_exist_are_refused(model):
-    with pytest.raises(HookedModelError, match="no cell at layer 2"):
-        parse_cells(model, "2:0")
-    with pytest.raises(WriteSAEError, match="recurrent layers are 0, 1, 3"):
-        parse_cells(model, "2:*")
+def test_text_and_folders_may_be_given(model, tmp_path):
+    folders = [tmp_path / "a" / "sae", tmp_path / "b" / "sae"]
+    text = [zoo.held_out_text()[:20_000]]
+    assert train(model, LAYER[:2], folders, text=text, dataset_path="mine", training_tokens=256) == folders
+    metadata = [SAE.load_from_disk(folder).cfg.metadata for folder in folders]
+    assert [(m.hook_name[-1], m.dataset_path) for m in metadata] == [("0", "mine"), ("1", "mine")]
 
 
 @pytest.mark.parametrize(
-    ("options", "cells", "message"),
+    ("cells", "options", "message"),
     [
-        ({"use_cached_activations": "true"}, "1:*", "use_cached_activations work for one cell"),
-        ({"model_class_name": "HookedTransformer"}, "1:0", "llm_sae_training_runner"),
-        ({"d_k": 8}, "1:0", "leave --d_k and --d_v out"),
-        ({"hook_name": "blocks.1.linear_attn.hook_write.0"}, "1:0", "give one of them"),
-        ({}, None, "give --cells or --hook_name"),
-        ({"use_cached_activations": "true"}, "1:0", "say where the cache is"),
-        ({"train_batch_size_tokens": 4096}, "1:0", "Buffer size must be"),
+        (LAYER, {"compile_sae": True}, "compile_sae work for one cell"),
+        ([(1, 0)], {"win_rate_passages": 2}, "logged to W&B"),
+        ([(1, 0)], {"resume_from_checkpoint": "no/where"}, "no/where is no checkpoint"),
+        ([(1, 0)], {"model_name": "mine"}, "mine ships with no text"),
+        ([(1, 0)], {"text": ["short"]}, "SAELens: .* Dataset may be too small"),
+        ([(1, 0), (1, 0)], {}, "2 cells to train on and 1 folders"),
+        ([], {}, "0 cells to train on"),
+        ([(2, 0)], {}, "no cell at layer 2"),
+        (["blocks.1.foo"], {}, "is not the hook of a cell's write or state"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(tmp_path, options, cells, message):
-    with pytest.raises(WriteSAEError, match=message):
-        run_training(flags(tmp_path, **options), cells=cells)
+def test_calls_that_cannot_work_are_refused(model, tmp_path, cells, options, message):
+    with pytest.raises(HookedModelError, match=message):
+        train(model, cells, tmp_path, **options)
 
 
-@pytest.mark.parametrize("cells", ["1:0", "1:*"])
-def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tmp_path, monkeypatch, cells):
+@pytest.mark.parametrize("cells", [[(1, 0)], LAYER])
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(model, tmp_path, monkeypatch, cells):
     step, count = WriteTrainingSAE.training_forward_pass, []
 
     def interrupted(self, step_input):
@@ -148,75 +140,96 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tmp_path, monkeypatch,
         return step(self, step_input)
 
     monkeypatch.setattr(WriteTrainingSAE, "training_forward_pass", interrupted)
-    with pytest.raises(WriteSAEError, match="interrupted; go on with the same command") as error:
-        run_training(flags(tmp_path, training_tokens=4096), cells=cells)
+    options = {"training_tokens": 4096, "checkpoint_path": str(tmp_path / "checkpoints")}
+    with pytest.raises(WriteSAEError, match="interrupted; go on with the same command and --resume") as error:
+        train(model, cells, tmp_path, **options)
     checkpoint = str(error.value).rsplit(" ", 1)[1]
-    folders = run_training(
-        flags(tmp_path, training_tokens=4096, resume_from_checkpoint=checkpoint), cells=cells
-    )
+    folders = train(model, cells, tmp_path, resume_from_checkpoint=checkpoint, **options)
     assert all(SAE.load_from_disk(folder).cfg.d_sae == 64 for folder in folders)
     # Both parts together made as many steps as a whole run, give or take the interrupted one.
-    per_sae = len(count) / len(folders)
-    assert 31 <= per_sae <= 34
+    assert 31 <= len(count) / len(folders) <= 34
 
 
-@pytest.mark.parametrize("runner_class", [LanguageModelSAETrainingRunner, MultiSAETrainingRunner])
-def test_the_win_rate_is_measured_on_demand(tmp_path, monkeypatch, model, runner_class):
+def test_an_interrupted_run_without_checkpoints_is_just_interrupted(model, tmp_path, monkeypatch):
+    def interrupted(self, step_input):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WriteTrainingSAE, "training_forward_pass", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [(1, 0)], tmp_path)
+
+
+def first_passages(model, size, count):
+    """The first passages of the text as SAELens cuts them: documents one after another, BOS between."""
+    ids = []
+    for document in zoo.shipped_text()[0]:
+        ids += [] if not ids else [model.tokenizer.bos_token_id]
+        ids += model.to_tokens(document, prepend_bos=False, truncate=False)[0].tolist()
+        if len(ids) >= size * count:
+            break
+    return torch.tensor(ids[: size * count]).view(count, size)
+
+
+@pytest.mark.parametrize("cells", [[(1, 0)], [(1, 0), (1, 1)]])
+def test_the_win_rate_is_measured_on_demand(model, tmp_path, monkeypatch, cells):
     """As `replacement_test` gives it on the same passages, beside SAELens's own evaluations."""
-    made = []
-    monkeypatch.setattr(runner_class, "run", lambda self: made.append(self))
-    cells = "1:0" if runner_class is LanguageModelSAETrainingRunner else "1:0,1:1"
-    run_training(flags(tmp_path, n_eval_batches=1, log_to_wandb="true"), cells=cells, win_rate_passages=2)
-    (runner,) = made
-    single = runner_class is LanguageModelSAETrainingRunner
-    saes = {"": runner.sae} if single else {f"{name}/": sae for name, sae in runner.saes.items()}
+    options = QUICK | {"n_eval_batches": 1, "logger": LoggingConfig(), "win_rate_passages": 2}
+    runner = config_of(monkeypatch, model, cells, tmp_path, **options)
     runner._set_sae_metadata()
-    if single:
+    if len(cells) == 1:
+        saes = {"": runner.sae}
         metrics = runner.evaluator(runner.sae, iter(()), ActivationScaler())
     else:
+        saes = {f"{name}/": sae for name, sae in runner.saes.items()}
         scalers = {name: ActivationScaler() for name in runner.saes}
         metrics = runner.evaluator(
             saes=runner.saes, data_provider=iter(()), activation_scalers=scalers, hook_names={}
         )
-    text = train.shipped_text()[0]
-    passages = concat_passages(model, text, 32, 2)
     for prefix, sae in saes.items():
-        expected = replacement_test(model, sae, passages, verbose=False).summary
+        expected = replacement_test(model, sae, first_passages(model, 32, 2), verbose=False).summary
         assert metrics[f"{prefix}replacement/win_rate"] == pytest.approx(expected["win_rate"])
         assert metrics[f"{prefix}replacement/median_cosine"] == pytest.approx(expected["median_cosine"])
     assert any(key.endswith("model_performance_preservation") for key in metrics)
 
 
-def test_help_lists_our_options_and_where_saelens_flags_are():
-    ours = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"})
-    assert ours.exit_code == 0
-    assert "--cells" in ours.stdout
-    assert "--saelens-help" in ours.stdout
+# Training curves on disk: rows as they come, of every type of SAE, and over an interruption.
+
+STEPS = 8
 
 
-def test_saelens_flags_are_listed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["writesae-lens", "train", "--saelens-help"])
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert not left.value.code
-    listed = capsys.readouterr().out
-    assert "--read_alignment_coefficient" in listed
-    assert "--training_tokens" in listed
+def rows_of(folder):
+    return pd.read_csv(folder / "training.csv")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "nothing to train"),
-        (["--cells", "1:0", "--site", "read"], "'read' is not one of 'write', 'state'"),
-        (["--model_name", "tiny-gdn", "--cells", "9:9", "--k", "4"], "no cell at layer 9"),
-        (["--model_name", "tiny-gdn", "--cells", "1:0", "--no_such_flag", "4"], "no_such_flag"),
-        (["--model_name", "tiny-gdn", "--cells", "1:0", "--k", "many"], "many"),
-    ],
-)
-def test_bad_command_lines_get_one_line_and_status_2(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["writesae-lens", "train", *arguments])
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert left.value.code == 2
-    assert message in capsys.readouterr().err
+def test_every_step_of_a_short_run_has_its_row(model, tmp_path):
+    for _ in range(2):  # a second run into the same folder begins a file of its own
+        (folder,) = train(model, [(1, 3)], tmp_path / "sae")
+        rows = rows_of(folder)
+        assert rows.step.tolist() == list(range(STEPS))
+    assert (rows.l0 <= 4).all()
+    assert rows.dead.iloc[0] == 0
+    assert rows.unexplained.between(0, 10).all()
+    assert rows.cosine.between(-1, 1).all()
+    terms = [name for name in rows if name.endswith("_loss")]
+    assert rows[terms].sum(axis=1).to_numpy() == pytest.approx(rows.loss.to_numpy(), rel=1e-5)
+
+
+@pytest.mark.parametrize("cells", [[(1, 3)], [(1, 2), (1, 3)]])
+def test_a_resumed_run_goes_on_in_its_file(model, cells, tmp_path):
+    options = {"n_checkpoints": 1, "checkpoint_path": str(tmp_path / "ck")}
+    before = rows_of(train(model, cells, tmp_path / "sae", **options)[-1])
+    checkpoint = min((tmp_path / "ck").glob("*/*"), key=lambda p: int(p.name.removeprefix("final_")))
+    steps = int(checkpoint.name) // 128
+    assert 0 < steps < STEPS
+    folders = train(model, cells, tmp_path / "sae", resume_from_checkpoint=checkpoint, **options)
+    after = rows_of(folders[-1])
+    assert after.step.tolist() == list(range(STEPS))
+    pd.testing.assert_frame_equal(after[: steps - 1], before[: steps - 1])
+
+
+def test_saelens_own_types_are_recorded_too(model, tmp_path):
+    sae = TopKTrainingSAEConfig(d_in=1536, d_sae=64, k=4)
+    rows = rows_of(train(model, [(1, 3)], tmp_path / "sae", sae=sae)[0])
+    assert rows.step.tolist() == list(range(STEPS))
+    assert rows.unexplained.notna().all()
+    assert "cosine" not in rows

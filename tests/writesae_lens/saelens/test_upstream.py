@@ -21,7 +21,7 @@ def find(where):
 
 @pytest.mark.parametrize("dependency", upstream.DEPENDENCIES, ids=lambda d: d.where)
 def test_a_dependency_has_not_moved_or_changed(dependency):
-    """Fails when an upgrade renames, moves or re-signs it, or takes another way past it: follow, here and there."""
+    """Fails when an upgrade renames, moves or re-signs it, or no longer calls it: follow here and there."""
     found = find(dependency.where)
     assert getattr(found, "replaced_by_writesae_lens", False) == dependency.replaced
     original = found.__wrapped__ if dependency.replaced else found
