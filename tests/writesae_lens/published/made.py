@@ -11,7 +11,8 @@ from torch import Tensor
 
 # What a type has beside `steps_since_active`, by how it encodes and decodes.
 DENSE = ("flat", "rank1")
-KINDS = ("flat", "rank1", "bilinear", "bilinear_tied", "bilinear_flat", "bilinear_gated", "bilinear_jumprelu")
+KINDS = ("flat", "rank1", "bilinear", "bilinear_tied", "bilinear_flat", "bilinear_gated")
+KINDS += ("bilinear_jumprelu",)
 TOPK = KINDS[:5]
 
 
@@ -79,24 +80,17 @@ def checkpoint(
             "bilinear_gated": {"lambda_sparsity": 0.01, "lambda_aux": 0.03},
             "bilinear_jumprelu": {"lambda_sparsity": 0.01, "bandwidth": 0.001, "init_threshold": 0.01},
         }
-        whole = {
-            "sae_type": kind,
-            "layer": 9,
-            "head": 4,
-            "n_features": d_sae,
-            "d_k": d_k,
-            "d_v": d_v,
-            "d_in": d_in,
-            "expansion_factor": 1,
-            "k": k,
-            "rank": rank,
-            "use_batchtopk": batchtopk,
+        whole = {"sae_type": kind, "layer": 9, "head": 4, "n_features": d_sae, "d_k": d_k, "d_v": d_v}
+        whole |= {"d_in": d_in, "expansion_factor": 1, "k": k, "rank": rank, "use_batchtopk": batchtopk}
+        whole |= {
             "seed": seed,
             "lr": 3e-4,
             "lr_min": 3e-5,
             "batch_size": 256,
             "epochs": 3,
             "total_steps": 100,
+        }
+        whole |= {
             "n_params": sum(x.numel() for x in state.values()),
             "device": "cuda:0",
             "code_sha": "0123abc",

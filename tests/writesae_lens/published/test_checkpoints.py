@@ -21,8 +21,8 @@ from sae_lens import SAE
 from sae_lens.saes.topk_sae import TopKSAE
 from torch import nn
 
+from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.published.made import (
-    DENSE,
     KINDS,
     TOPK,
     checkpoint,
@@ -33,6 +33,7 @@ from tests.writesae_lens.published.made import (
 )
 from writesae_lens import WriteSAE, WriteSAEError
 from writesae_lens.published import checkpoints
+from writesae_lens.published.releases import BASE_MODELS
 
 CELL = Path("writesae/qwen0p8b/L9_H4")
 
@@ -328,14 +329,15 @@ def test_saved_and_loaded_again(tmp_path, kind, batchtopk):
 
 def refused(path: Path, *args: Any, name: str = "best.pt", **options: Any) -> str:
     """The message of the error: one line that names the file."""
-    before = {file: file.stat().st_mtime_ns for file in path.parent.rglob("*")}
+    folder = path if path.is_dir() else path.parent
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     with pytest.raises(WriteSAEError) as caught:
         WriteSAE.from_checkpoint(path, *args, **options)
     message = str(caught.value)
     assert "\n" not in message
     assert len(message.replace(str(path), name)) < 500
     assert name in message
-    assert {file: file.stat().st_mtime_ns for file in path.parent.rglob("*")} == before
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
     return message
 
 
@@ -379,16 +381,13 @@ def test_k_above_the_number_of_atoms(tmp_path, kind):
 
 @pytest.mark.parametrize("what", ["layer", "head"])
 def test_a_cell_that_contradicts_another(tmp_path, what):
-    config = checkpoint("rank1", **{what: 3})
-    message = refused(save(tmp_path / CELL, config))
-    assert f"{what} 3" in message
-    assert f"{what} {9 if what == 'layer' else 4}" in message
-    file = save(tmp_path / "x", checkpoint("rank1"))
-    message = refused(file, **{what: 3})
-    assert f"{what} 3" in message
-    assert f"{what} {9 if what == 'layer' else 4}" in message
-    file = save(tmp_path / "y_L9_H4", checkpoint("rank1", config=False))
-    assert f"{what} 3" in refused(file, **{what: 3})
+    messages = [
+        refused(save(tmp_path / CELL, checkpoint("rank1", **{what: 3}))),
+        refused(save(tmp_path / "x", checkpoint("rank1")), **{what: 3}),
+        refused(save(tmp_path / "y_L9_H4", checkpoint("rank1", config=False)), **{what: 3}),
+    ]
+    for part in (f"{what} 3", f"{what} {9 if what == 'layer' else 4}"):
+        assert all(part in message for message in messages)
 
 
 def test_no_file_or_too_many(tmp_path):
@@ -446,11 +445,6 @@ def test_a_tensor_too_many(tmp_path, kind, configured):
     assert "V_new" in refused(save(tmp_path, held))
 
 
-@pytest.mark.parametrize("config", [[1], "text", 7, (1, 2), True, {"k": {"x": 1}}, {1: 2, "k": [5]}, 2.5])
-def test_a_config_that_is_none(tmp_path, config):
-    assert "config" in refused(save(tmp_path, checkpoint("rank1") | {"config": config}))
-
-
 SIZES = ("n_features", "d_k", "d_v", "d_in", "rank", "k", "layer", "head")
 
 
@@ -464,9 +458,36 @@ def test_sizes_that_are_none(tmp_path, name, value):
     assert name in refused(save(tmp_path, held))
 
 
-@pytest.mark.parametrize("value", [7, 2.5, True, [], {}, ["flat"], 10**5000, b"flat", "x\n" * 500], ids=label)
-def test_types_that_are_none(tmp_path, value):
-    refused(save(tmp_path, checkpoint("rank1", sae_type=value)))
+# What stands in a checkpoint of another kind, and a word of the message.
+SPOILT_CHECKPOINTS = [
+    *(
+        ({"config": x}, "config")
+        for x in ([1], "text", 7, (1, 2), True, {"k": {"x": 1}}, {1: 2, "k": [5]}, 2.5)
+    ),
+    *(({"sae_type": x}, "") for x in (7, 2.5, True, [], {}, ["flat"], 10**5000, b"flat", "x\n" * 500)),
+    *(({"use_batchtopk": x}, "use_batchtopk") for x in ("False", 1, [True], torch.ones(2))),
+    *(({x: 0}, f"must say {x} as a whole number") for x in ("k", "n_features", "d_in")),
+    *(({"tensor": x}, "") for x in (7, 10**5000, None, 2.5, b"V")),
+    *(
+        ({"all": x}, "")
+        for x in ([], {}, 7, "text", None, {"config": {}}, {"model_state_dict": [1]}, {"sae": None})
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "part"), SPOILT_CHECKPOINTS, ids=label)
+def test_a_checkpoint_of_something_else(tmp_path, change, part):
+    ((where, value),) = change.items()
+    held = checkpoint("bilinear" if where != "tensor" else "rank1")
+    if where == "all":
+        held = value
+    elif where == "tensor":
+        held["model_state_dict"][value] = torch.ones(3)
+    elif where == "config":
+        held["config"] = value
+    else:
+        held["config"][where] = value
+    assert part in refused(save(tmp_path, held))
 
 
 @pytest.mark.parametrize(
@@ -483,20 +504,6 @@ def test_what_else_a_config_says_does_no_harm(tmp_path, name, value):
     equal(SAE.load_from_disk(tmp_path / "saved"), held, matrices(3, 6, 4))
 
 
-@pytest.mark.parametrize("name", [7, 10**5000, None, 2.5, b"V"], ids=label)
-def test_tensors_by_other_names_than_text(tmp_path, name):
-    held = checkpoint("rank1")
-    held["model_state_dict"][name] = torch.ones(3)
-    refused(save(tmp_path, held))
-
-
-@pytest.mark.parametrize(
-    "held", [[], {}, 7, "text", None, {"config": {}}, {"model_state_dict": [1]}, {"sae": None}]
-)
-def test_no_checkpoint(tmp_path, held):
-    refused(save(tmp_path, held))
-
-
 class Evil:
     def __init__(self, marker: Path) -> None:
         self.command = f"touch {marker}"
@@ -510,23 +517,18 @@ class Evil:
     "where", ["config", "a value of config", "optimizer", "weights", "module", "key", "all"]
 )
 def test_code_is_refused(tmp_path, where, zipped):
-    evil = Evil(tmp_path / "marker")
-    held = checkpoint("rank1")
-    if where == "config":
-        held["config"] = evil
-    elif where == "a value of config":
-        held["config"]["device"] = evil
-    elif where == "optimizer":
-        held["optimizer_state_dict"]["state"][0]["exp_avg"] = evil
-    elif where == "weights":
-        held["model_state_dict"]["V"] = evil
-    elif where == "module":
+    evil, held = Evil(tmp_path / "marker"), checkpoint("rank1")
+    if where == "module":
         held["sae"] = module(held, False)
         held["sae"].hook = evil
-    elif where == "key":
-        held[evil] = 1
-    else:
+    elif where == "all":
         held = evil
+    else:
+        places = {"config": (held, "config"), "a value of config": (held["config"], "device")}
+        places |= {"weights": (held["model_state_dict"], "V"), "key": (held, evil)}
+        places["optimizer"] = (held["optimizer_state_dict"]["state"][0], "exp_avg")
+        place, name = places[where]
+        place[name] = evil
     message = refused(save(tmp_path, held, _use_new_zipfile_serialization=zipped))
     assert "system" in message
     assert not (tmp_path / "marker").exists()
@@ -565,15 +567,6 @@ def test_modules_held_many_times(tmp_path):
         refused(file)
 
 
-def test_dense_types_have_no_factors_to_encode(tmp_path):
-    """DENSE names what has a linear encoder; the others' encoders stay factored when loaded."""
-    for kind in KINDS[1:]:
-        sae = WriteSAE.from_checkpoint(save(tmp_path, checkpoint(kind)))
-        expected = "dense" if kind in DENSE else "tied" if kind == "bilinear_tied" else "bilinear"
-        assert sae.cfg.encoder == expected
-        assert sae.cfg.rescale_acts_by_decoder_norm is False
-
-
 def test_a_module_without_config_says_what_it_is_itself(tmp_path):
     held = checkpoint("bilinear", k=7, batchtopk=True)
     made = module(held, False)
@@ -598,18 +591,6 @@ def test_the_base_model_of_the_caller_and_of_the_path(tmp_path):
     other = WriteSAE.from_checkpoint(bare, "AntonV/mamba2-370m-hf").cfg.metadata
     assert other.hook_name == "blocks.9.mixer.hook_state.4"
     assert "transposed" in other.orientation
-
-
-@pytest.mark.parametrize("said", ["False", 1, [True], torch.ones(2)], ids=label)
-def test_selection_is_true_or_false(tmp_path, said):
-    assert "use_batchtopk" in refused(save(tmp_path, checkpoint("bilinear", use_batchtopk=said)))
-
-
-@pytest.mark.parametrize("name", ["k", "n_features", "d_in"])
-def test_sizes_begin_at_one(tmp_path, name):
-    assert f"must say {name} as a whole number" in refused(
-        save(tmp_path, checkpoint("bilinear", **{name: 0}))
-    )
 
 
 def test_only_the_end_of_a_path_is_read(tmp_path):
@@ -677,6 +658,8 @@ def test_norms_are_not_folded(tmp_path, kind):
         sae.fold_W_dec_norm()
     with pytest.raises(NotImplementedError):
         sae.fold_activation_norm_scaling_factor(2.0)
+    assert sae.cfg.rescale_acts_by_decoder_norm is False
+    assert sae.cfg.encoder == {"bilinear_tied": "tied", "rank1": "dense"}.get(kind, "bilinear")
     x = matrices(9, 6, 4).flatten(1)
     scores = x @ sae.W_enc + sae.b_enc
     hidden = []
@@ -723,3 +706,12 @@ def test_weights_that_were_changed(tmp_path, spoil, part):
     sae = WriteSAE.from_checkpoint(save(tmp_path, checkpoint("bilinear")))
     with pytest.raises(WriteSAEError, match=re.escape(part)):
         sae.process_state_dict_for_loading(spoil({name: x.clone() for name, x in sae.state_dict().items()}))
+
+
+@pytest.mark.parametrize("name", zoo.SHIPPED)
+def test_base_models_have_the_hooks_and_sides_of_their_models(name):
+    model, base = HookedRecurrent.boot_transformers(name, device="cpu"), BASE_MODELS[name]
+    for cell in model.cells:
+        assert base.hook_name(cell.layer, cell.head) == model.state_hook_name(cell.layer, cell.head)
+        assert (base.d_k, base.d_v) == (cell.d_k, cell.d_v)
+    assert base.transposed == model.mixers[model.cells[0].layer].state_is_transposed
