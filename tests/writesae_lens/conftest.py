@@ -18,6 +18,8 @@ def make_sae():
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
             if not sae.cfg.decoder_bias:
                 sae.b_dec.zero_()
+            if sae.cfg.encoder == "tied":
+                sae.enc_gain.fill_(0.6)
             sae.fold_W_dec_norm()
         return sae
 

@@ -1,4 +1,4 @@
-"""Configurations of the WriteSAE family, for inference and for training."""
+"""Configurations of the WriteSAE family, for inference and for training, and the two named recipes."""
 
 from __future__ import annotations
 
@@ -11,82 +11,29 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.saes.activations import ACTIVATIONS, BATCHWISE
 
 ARCHITECTURE = "writesae"
-# Settings of normalize_activations that leave the matrices as they come to the SAE.
+# Settings of normalize_activations under which an SAE receives the matrices as they are.
 PLAIN_INPUTS = ("none", "expected_average_only_in")
-# Options of training that count something.
-_COUNTS = ("k_aux", "renormalize_every", "resample_every", "l0_warm_up_steps", "l1_warm_up_steps")
 
 
-def _settle(cfg: Any, allowed_activations: tuple[str, ...] = ACTIVATIONS) -> None:
-    """Derive d_in and refuse contradictions; shared by the two config classes."""
-    for name in ("d_k", "d_v", "d_sae", "rank", "k"):
-        if type(getattr(cfg, name)) is not int:
-            raise WriteSAEError(f"{name} must be a whole number, got {getattr(cfg, name)!r:.40}")
-    if cfg.d_k < 1 or cfg.d_v < 1 or cfg.rank < 1 or cfg.d_sae < 1:
-        raise WriteSAEError(
-            f"d_k, d_v, d_sae and rank must be positive, got d_k={cfg.d_k}, d_v={cfg.d_v}, "
-            f"d_sae={cfg.d_sae}, rank={cfg.rank}"
-        )
-    cfg.d_in = cfg.d_k * cfg.d_v
-    if cfg.d_in * cfg.d_sae * cfg.rank >= 2**62:
-        raise WriteSAEError(
-            f"no dictionary has d_sae={cfg.d_sae} atoms of rank {cfg.rank} for {cfg.d_k} x {cfg.d_v} matrices"
-        )
-    if not 1 <= cfg.k <= cfg.d_sae:
-        raise WriteSAEError(
-            f"k={cfg.k} atoms cannot be active out of d_sae={cfg.d_sae}: give 1 <= k <= d_sae"
-        )
-    for name, allowed in (
-        ("encoder", ("bilinear", "tied", "dense")),
-        ("decoder", ("factored", "dense")),
-        ("activation", allowed_activations),
-    ):
-        if getattr(cfg, name) not in allowed:
-            found = str(getattr(cfg, name))[:40]
-            raise WriteSAEError(f"{name}={found!r} is unknown: choose {', '.join(allowed)}")
-    if cfg.normalize_activations == "covariance_whitening":
-        raise WriteSAEError(
-            "covariance_whitening would mix matrix entries, and whitened writes are no longer rank 1: "
-            "use normalize_activations='none' or 'expected_average_only_in'"
-        )
-    if cfg.reshape_activations != "none":
-        raise WriteSAEError(
-            "a WriteSAE takes flattened matrices as they are: leave reshape_activations 'none'"
-        )
-    if cfg.apply_b_dec_to_input:
-        raise WriteSAEError(
-            "a WriteSAE adds its decoder bias at decode and does not subtract it before encoding: "
-            "leave apply_b_dec_to_input False"
-        )
-
-
-# SAELens fills configs from dictionaries, metadata last: run-time type checks would refuse that.
+# SAELens fills configs from dictionaries and sets their metadata last, which run-time type checks refuse.
 @no_type_check
 @dataclass(kw_only=True)
-class WriteSAEConfig(SAEConfig):
-    """A WriteSAE for inference.
+class MatrixSAEConfig:
+    """The fields that `WriteSAEConfig` and `WriteSAETrainingConfig` share.
 
     Args:
-        d_k: key side of the cell (rows of the matrix).
-        d_v: value side of the cell (columns).
-        k: atoms active per input: at most (topk), on average in training (batchtopk, jumprelu).
-        rank: rank of the factored encoder and decoder; 1 is the shape of a native write.
-        encoder: bilinear (its own factors), tied (the atoms themselves, so a coefficient is the projection on
-            its atom) or dense (a linear map of the flattened matrix).
-        decoder: factored, or dense (any matrix of unit norm; no longer a stand-in for one write).
-        activation: topk, batchtopk (a threshold once trained), jumprelu, gated; or topk_of_batch, batchtopk
-            without a threshold as published checkpoints have it: k a row on average over what is encoded at
-            once.
-        rescale_acts_by_decoder_norm: the norms of atoms are units: atoms are selected by what their
-            coefficients would be if all had norm 1. False for published checkpoints, which select by the
-            coefficients as they are (as SAELens's TopK does by default).
-        gate_temperature: of gated: the gate is a sigmoid of this width (published checkpoints: 0.1); 0 is a
-            step.
-        d_in: always d_k * d_v; whatever is given is overwritten.
-
-    Raises:
-        WriteSAEError: k above d_sae, a size below 1, an unknown member of the family, whitening, or a bias
-            subtracted from the input.
+        d_k: key side of the cell: rows of a write.
+        d_v: value side of the cell: columns of a write.
+        k: atoms active per input: at most so many with topk, so many on average with batchtopk and jumprelu.
+        rank: rank of the factored encoder and decoder. 1 is the shape of a native write.
+        encoder: bilinear: a pair of factors per atom. tied: the atoms themselves times one gain, so that a
+            coefficient is the gain times the input's projection on its atom. dense: any linear map of the
+            flattened matrix.
+        decoder: factored: atoms of the given rank. dense: any matrix of norm 1, which can no longer stand in
+            for one write.
+        d_in: Always d_k * d_v. Any value given is overwritten.
+        apply_b_dec_to_input: Always False: a WriteSAE adds its decoder bias at decode and does not subtract
+            it before encoding.
     """
 
     d_k: int
@@ -95,18 +42,84 @@ class WriteSAEConfig(SAEConfig):
     rank: int = 1
     encoder: Literal["bilinear", "tied", "dense"] = "bilinear"
     decoder: Literal["factored", "dense"] = "factored"
+    d_in: int = 0
+    apply_b_dec_to_input: bool = False
+
+    def _check_family(self: Any, activations: tuple[str, ...]) -> None:
+        """Derive d_in; refuse sizes, members of the family and SAELens options that cannot be."""
+        for name in ("d_k", "d_v", "d_sae", "rank", "k"):
+            if type(getattr(self, name)) is not int:
+                raise WriteSAEError(f"{name} must be a whole number, got {getattr(self, name)!r:.40}")
+        d_sae = self.d_sae
+        if self.d_k < 1 or self.d_v < 1 or self.rank < 1 or d_sae < 1:
+            raise WriteSAEError(
+                f"d_k, d_v, d_sae and rank must be positive, got d_k={self.d_k}, d_v={self.d_v}, "
+                f"d_sae={d_sae}, rank={self.rank}"
+            )
+        self.d_in = self.d_k * self.d_v
+        if self.d_in * d_sae * self.rank >= 2**62:
+            raise WriteSAEError(
+                f"no dictionary has d_sae={d_sae} atoms of rank {self.rank} for "
+                f"{self.d_k} x {self.d_v} matrices"
+            )
+        if not 1 <= self.k <= d_sae:
+            raise WriteSAEError(
+                f"k={self.k} atoms cannot be active out of d_sae={d_sae}: give 1 <= k <= d_sae"
+            )
+        for name, allowed in (
+            ("encoder", ("bilinear", "tied", "dense")),
+            ("decoder", ("factored", "dense")),
+            ("activation", activations),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise WriteSAEError(f"{name}={str(value)[:40]!r} is unknown: choose {', '.join(allowed)}")
+        if self.normalize_activations == "covariance_whitening":
+            raise WriteSAEError(
+                "covariance_whitening would mix matrix entries, and whitened writes are no longer rank 1: "
+                "use normalize_activations='none' or 'expected_average_only_in'"
+            )
+        if self.reshape_activations != "none":
+            raise WriteSAEError(
+                "a WriteSAE takes flattened matrices as they are: leave reshape_activations 'none'"
+            )
+        if self.apply_b_dec_to_input:
+            raise WriteSAEError(
+                "a WriteSAE adds its decoder bias at decode and does not subtract it before encoding: "
+                "leave apply_b_dec_to_input False"
+            )
+
+
+@no_type_check
+@dataclass(kw_only=True)
+class WriteSAEConfig(MatrixSAEConfig, SAEConfig):
+    """A WriteSAE for inference.
+
+    Args:
+        activation: topk; batchtopk, which is a threshold once trained; jumprelu; gated; or topk_of_batch, the
+            BatchTopK of published checkpoints, which has no threshold: k per row on average over the rows
+            encoded at once.
+        rescale_acts_by_decoder_norm: True: an atom's norm is only the unit of its coefficient, and atoms are
+            selected by the coefficients that they would have at norm 1. False, in published checkpoints: they
+            are selected by the coefficients as they are.
+        gate_temperature: of gated: the gate is a sigmoid of this width (0.1 in published checkpoints); 0 is a
+            step.
+
+    Raises:
+        WriteSAEError: k above d_sae, a size below 1, an unknown member of the family, whitening, or a bias
+            subtracted from the input.
+    """
+
     activation: Literal["topk", "batchtopk", "jumprelu", "gated", "topk_of_batch"] = "topk"
     rescale_acts_by_decoder_norm: bool = True
     gate_temperature: float = 0.0
-    d_in: int = 0
-    apply_b_dec_to_input: bool = False
 
     @classmethod
     def architecture(cls) -> str:
         return ARCHITECTURE
 
     def __post_init__(self) -> None:
-        _settle(self, (*ACTIVATIONS, BATCHWISE))
+        self._check_family((*ACTIVATIONS, BATCHWISE))
         if type(self.rescale_acts_by_decoder_norm) is not bool:
             raise WriteSAEError("rescale_acts_by_decoder_norm must be True or False")
         if not self.rescale_acts_by_decoder_norm and self.normalize_activations != "none":
@@ -122,55 +135,54 @@ class WriteSAEConfig(SAEConfig):
 
 @no_type_check
 @dataclass(kw_only=True)
-class WriteSAETrainingConfig(TrainingSAEConfig):
-    """A WriteSAE in training; the first arguments are those of `WriteSAEConfig`.
+class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
+    """A WriteSAE in training. `recommended` and `paper` are two recipes by name.
 
     Args:
-        d_k, d_v, k, rank, encoder, decoder, activation, d_in: as in `WriteSAEConfig`.
-        init_from_writes: start the atoms as writes of the first batches (of states: their leading singular
-            pairs) rather than at random; then few die.
-        encoder_bias: learn a threshold for each atom. Without it (TopK needs none) the SAE is as good on
-            writes of norm 0.01 as of norm 10; with it atoms of small writes die, for a step of the
-            optimiser is large against their coefficients.
-        decoder_bias: learn the matrix B that is added at decode. Atoms stand in for writes better without
-            it: with a bias they learn differences from the mean write.
-        aux_loss_coefficient: weight of the dead-atom loss, the squared error with which dead atoms
-            reconstruct what the live ones left over.
-        k_aux: dead atoms that take part in it for an input, by pre-activation, out of the 4 * k_aux that the
-            batch excites most.
-        write_alignment_coefficient: weight of 1 - cos(X, A) of each input's dominant atom, in units of
-            the batch's mean |X|^2; 0 is the paper's recipe (MSE alone).
-        read_alignment_coefficient: weight, in the same units, of what the dominant atom gets wrong about the
-            write as its own token reads it: r / (1 + r) with r = |c A^T q / s - X^T q|^2 / |X^T q|^2, c its
-            coefficient. For writes of a `HookedRecurrent`, whose read vectors q the activation store
-            brings along; other inputs train without it.
-        dominant_share: s above, the share of a write that its dominant atom is to take; the other atoms
-            complete the reconstruction. At 0.5 an atom in the write's place beats deletion more often, at
-            1 it comes nearer to the native output. A tied encoder, whose coefficients are projections, has
-            share 1.
-        renormalize_every: steps after which the raw factors are put back to norm 1. The norms are units
-            and change no loss; this keeps the optimiser's steps as large as the learning rate says.
-        resample_every: steps after which atoms still dead start anew as the leading singular pairs of
-            badly reconstructed inputs, with the optimiser's moments cleared; 0 for never.
-        jumprelu_init_threshold: first threshold, in units of the inputs' root mean square norm.
+        activation: topk, batchtopk, jumprelu or gated.
+        init_from_writes: atoms start as writes of the first batches (of states: their leading singular
+            pairs), which keeps most of them alive. Their encoders get the size at which the first
+            reconstruction has least squared error. False: atoms and encoders start at random.
+        encoder_bias: learn a threshold for each atom. TopK needs none, and atoms of small writes die of it: a
+            step of the optimiser is large beside their coefficients.
+        decoder_bias: learn a matrix that is added at decode. Atoms then learn differences from the mean
+            write, and stand in for whole writes less well.
+        aux_loss_coefficient: weight of the dead-atom loss: the squared error with which dead atoms
+            reconstruct what the live ones miss.
+        k_aux: dead atoms in that loss per input: those with the largest scores, out of the 4 * k_aux dead
+            atoms that the batch excites most.
+        write_alignment_coefficient: weight, in units of the batch's mean |X|^2, of 1 - cos(X, A), where A is
+            the input's dominant atom.
+        read_alignment_coefficient: weight, in the same units, of the dominant atom's error where the write's
+            own token reads it: r / (1 + r) with r = |c A^T q / s - X^T q|^2 / |X^T q|^2, c its coefficient
+            and s the dominant_share. The activation store brings the read vectors q along with writes of a
+            `HookedRecurrent`; other inputs train without this term.
+        dominant_share: the share s of a write that its dominant atom should take; the other atoms complete
+            the reconstruction. At 0.5 an atom in the write's place beats deletion more often, at 1 it comes
+            nearer to the native output. With a tied encoder the share is always 1.
+        renormalize_every: steps between resets of the atoms' raw factors to norm 1 (0: never). No loss
+            depends on these norms, but the relative size of an optimiser's step does.
+        resample_every: steps after which dead atoms start anew as the leading singular pairs of badly
+            reconstructed inputs, with the optimiser's moments cleared (0: never).
+        jumprelu_init_threshold: first threshold of an atom whose encoder has norm 1, in units of the inputs'
+            root mean square norm.
         jumprelu_bandwidth: width of the straight-through estimate, in units of the threshold.
-        l0_coefficient, l0_warm_up_steps: weight of JumpReLU's (L0 / k - 1)^2, in units of mean |X|^2.
-        l1_coefficient, l1_warm_up_steps: weight of Gated's sum of gate activations, in units of the root
-            mean square norm.
+        l0_coefficient: weight of JumpReLU's (L0 / k - 1)^2, in units of mean |X|^2.
+        l0_warm_up_steps: steps in which that weight rises from 0.
+        l1_coefficient: weight of Gated's sum of gate activations, in units of the inputs' root mean square
+            norm.
+        l1_warm_up_steps: steps in which that weight rises from 0.
+
+    Raises:
+        WriteSAEError: as for `WriteSAEConfig`; a negative or undefined number; or losses that compare the raw
+            input with coefficients of an input normalised at run time.
     """
 
-    d_k: int
-    d_v: int
-    k: int = 4
-    rank: int = 1
-    encoder: Literal["bilinear", "tied", "dense"] = "bilinear"
-    decoder: Literal["factored", "dense"] = "factored"
     activation: Literal["topk", "batchtopk", "jumprelu", "gated"] = "topk"
     # SAELens copies every field of the inference config from here.
     rescale_acts_by_decoder_norm: ClassVar[bool] = True
     gate_temperature: ClassVar[float] = 0.0
-    d_in: int = 0
-    apply_b_dec_to_input: bool = False
+
     init_from_writes: bool = True
     encoder_bias: bool = False
     decoder_bias: bool = False
@@ -196,21 +208,22 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
     def recommended(cls, **options: Any) -> WriteSAETrainingConfig:
         """The recipe of the documentation's figures: 2,048 atoms, 4 active per input, and the defaults.
 
-        Its schedule belongs to the runner: ``LanguageModelSAERunnerConfig(sae=..., **RECOMMENDED_SCHEDULE)``.
+        The runner's part of it: ``LanguageModelSAERunnerConfig(sae=..., **RECOMMENDED_SCHEDULE)``.
 
         Args:
             **options: d_k and d_v, and any other field that should differ.
         """
-        return cls(**({"d_sae": 2048} | options))
+        recipe: dict[str, Any] = {"d_sae": 2048}
+        return cls(**(recipe | options))
 
     @classmethod
     def paper(cls, **options: Any) -> WriteSAETrainingConfig:
         """The paper's recipe (section "Training"): squared error and dead-atom loss on k = 32 of 2,048 atoms.
 
-        Its schedule belongs to the runner: ``LanguageModelSAERunnerConfig(sae=..., **PAPER_SCHEDULE)``.
+        The runner's part of it: ``LanguageModelSAERunnerConfig(sae=..., **PAPER_SCHEDULE)``.
 
         Args:
-            **options: d_k and d_v, and whatever else is to differ.
+            **options: d_k and d_v, and any other field that should differ.
         """
         recipe: dict[str, Any] = {
             "d_sae": 2048,
@@ -226,36 +239,8 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
         return cls(**(recipe | options))
 
     def __post_init__(self) -> None:
-        _settle(self)
-        least = {
-            "jumprelu_init_threshold": 1e-9,
-            "dominant_share": 1e-9,
-            "jumprelu_bandwidth": 1e-9,
-        } | dict.fromkeys(
-            (
-                *_COUNTS,
-                "aux_loss_coefficient",
-                "write_alignment_coefficient",
-                "read_alignment_coefficient",
-                "l0_coefficient",
-                "l1_coefficient",
-            ),
-            0,
-        )
-        for name in least:
-            value, kind = getattr(self, name), int if name in _COUNTS else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kind) or value == float("inf"):
-                what = "whole" if kind is int else "finite"
-                raise WriteSAEError(f"{name} must be a {what} number, got {value!r:.40}")
-        for name in ("init_from_writes", "encoder_bias", "decoder_bias"):
-            if type(getattr(self, name)) is not bool:
-                raise WriteSAEError(f"{name} must be True or False, got {getattr(self, name)!r:.40}")
-        too_low = [name for name, value in least.items() if not getattr(self, name) >= value]
-        if too_low:
-            raise WriteSAEError(
-                f"{' and '.join(too_low)} must not be negative (dominant_share and JumpReLU's threshold and "
-                "bandwidth: nor zero)"
-            )
+        self._check_family(ACTIVATIONS)
+        self._check_numbers()
         if self.activation == "gated" and self.normalize_activations not in PLAIN_INPUTS:
             raise WriteSAEError(
                 f"the gate's own reconstruction is compared with the raw input, which "
@@ -269,6 +254,30 @@ class WriteSAETrainingConfig(TrainingSAEConfig):
                 "aux_loss_coefficient=0 or normalize_activations='none'"
             )
         super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        """Refuse weights, counts, sizes and switches of a wrong kind, and negative ones."""
+        counts = ("k_aux", "renormalize_every", "resample_every", "l0_warm_up_steps", "l1_warm_up_steps")
+        weights = (
+            *("aux_loss_coefficient", "write_alignment_coefficient", "read_alignment_coefficient"),
+            *("l0_coefficient", "l1_coefficient"),
+        )
+        sizes = ("jumprelu_init_threshold", "dominant_share", "jumprelu_bandwidth")
+        for name in (*sizes, *counts, *weights):
+            value, kind = getattr(self, name), int if name in counts else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or value == float("inf"):
+                what = "whole" if kind is int else "finite"
+                raise WriteSAEError(f"{name} must be a {what} number, got {value!r:.40}")
+        for name in ("init_from_writes", "encoder_bias", "decoder_bias"):
+            if type(getattr(self, name)) is not bool:
+                raise WriteSAEError(f"{name} must be True or False, got {getattr(self, name)!r:.40}")
+        least = dict.fromkeys(sizes, 1e-9) | dict.fromkeys((*counts, *weights), 0)
+        too_low = [name for name, value in least.items() if not getattr(self, name) >= value]  # NaN too
+        if too_low:
+            raise WriteSAEError(
+                f"{' and '.join(too_low)} must not be negative (dominant_share and JumpReLU's threshold and "
+                "bandwidth: nor zero)"
+            )
 
 
 # What the paper's recipe sets in SAELens's runner config (paper, section "Training").
@@ -296,6 +305,6 @@ def recommended_schedule(training_tokens: int) -> dict[str, Any]:
     return RECOMMENDED_SCHEDULE | {"lr_decay_steps": steps // 2}
 
 
-# SAELens's command line reads the annotations of configs, which the mark would hide.
-for _config in (WriteSAEConfig, WriteSAETrainingConfig):
+# SAELens's command line reads the annotations of configs, which the mark of no_type_check would hide.
+for _config in (MatrixSAEConfig, WriteSAEConfig, WriteSAETrainingConfig):
     delattr(_config, "__no_type_check__")

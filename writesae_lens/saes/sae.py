@@ -27,7 +27,6 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor, nn
 
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.published import checkpoints
 from writesae_lens.saes import activations
 from writesae_lens.saes.config import PLAIN_INPUTS, WriteSAEConfig
 from writesae_lens.saes.packed import PackedWrites
@@ -53,6 +52,7 @@ class MatrixSAE(SAE[Any]):
     """What inference and training share: parameters, encode, decode, and matrix views."""
 
     b_enc: nn.Parameter
+    enc_gain: Tensor  # of a tied encoder
     activation_fn: activations.Activation
 
     def initialize_weights(self) -> None:
@@ -66,7 +66,9 @@ class MatrixSAE(SAE[Any]):
         for side, kind in (("dec", cfg.decoder), ("enc", cfg.encoder)):
             if kind == "dense":
                 setattr(self, f"{side}_matrix", nn.Parameter(start.normalized().matrix()))
-            elif kind != "tied":
+            elif kind == "tied":
+                self.register_buffer("enc_gain", torch.ones(1, dtype=self.dtype, device=self.device))
+            else:
                 setattr(self, f"{side}_key", nn.Parameter(start.key.clone()))
                 setattr(self, f"{side}_value", nn.Parameter(start.value.clone()))
         zeros = torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device)
@@ -109,7 +111,10 @@ class MatrixSAE(SAE[Any]):
         """What gives the scores."""
         if self.cfg.encoder != "tied":
             return self._side("enc", self.cfg.encoder)
-        return normalized(self.atoms()) if self.cfg.rescale_acts_by_decoder_norm else self.atoms()
+        atoms = normalized(self.atoms()) if self.cfg.rescale_acts_by_decoder_norm else self.atoms()
+        if isinstance(atoms, Factors):
+            return Factors(atoms.key * self.enc_gain, atoms.value)
+        return atoms * self.enc_gain
 
     def _units(self) -> Tensor:
         """What scores are divided by to give coefficients."""
@@ -227,6 +232,12 @@ class MatrixSAE(SAE[Any]):
         out = self.run_time_activation_norm_fn_out(out)
         return self.reshape_fn_out(out, self.d_head)
 
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        if self.cfg.encoder == "tied" and "b_enc" in state_dict:
+            # Published checkpoints, and SAEs that version 0.1.0 saved, have no gain.
+            state_dict.setdefault("enc_gain", torch.ones_like(state_dict["b_enc"][:1]))
+
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Absorb a factor that inputs were multiplied by in training: into the atoms, as SAELens does.
@@ -292,6 +303,8 @@ class WriteSAE(MatrixSAE):
             WriteSAEError: it is no such checkpoint, wants code to be run, contradicts itself, its path or
                 a ``manifest.json`` above it, or has tensors that are missing, misshapen or not finite.
         """
+        from writesae_lens.published import checkpoints  # here, for `published` is built on `saes`
+
         source = checkpoints.Source(model_name, layer, head)
 
         def converted(path: str | Path, device: str | None, cfg_overrides: dict[str, Any] | None) -> Any:

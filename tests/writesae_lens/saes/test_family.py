@@ -130,6 +130,7 @@ class Oracle:
 
     def __init__(self, sae):
         self.cfg = sae.cfg
+        self.gain = float(sae.enc_gain) if sae.cfg.encoder == "tied" else 1.0
         self.leaves = {
             n: p.detach().double().clone().requires_grad_(p.requires_grad) for n, p in sae.named_parameters()
         }
@@ -144,7 +145,8 @@ class Oracle:
         return raw / raw.square().sum((1, 2)).sqrt()[:, None, None]
 
     def scores(self, x):
-        encoder = self.atoms() if self.cfg.encoder == "tied" else self.built("enc")
+        tied = self.cfg.encoder == "tied"
+        encoder = self.atoms() * self.gain if tied else self.built("enc")
         return torch.einsum("nkv,fkv->nf", x.unflatten(-1, (D_K, D_V)), encoder) + self.leaves["b_enc"]
 
     def own(self, name):
