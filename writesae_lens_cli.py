@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,12 +22,10 @@ from typer.core import TyperCommand, TyperGroup
 
 from hooked_models.errors import HookedModelError, one_line, printable
 
-START, SHARE, REPORT = (
-    "Start here",
-    "Train, download and publish SAEs",
-    "All results of an SAE, all of the paper",
-)
+START = "Start here"
+SHARE = "Train, download and publish SAEs"
 TEST = "Experiments on an SAE: writesae-lens COMMAND --sae SAE"
+REPORT = "All results of an SAE, all results of the paper"
 PANELS = (START, SHARE, TEST, REPORT)  # the groups of commands in --help, in this order
 
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")]
@@ -48,18 +47,22 @@ def experiment_questions() -> dict[str, str]:
         return {name: experiment.question for name, experiment in catalogue.EXPERIMENTS.items()}
     package = importlib.util.find_spec("writesae_lens")  # finds a top-level package without importing it
     assert package is not None
-    folders = package.submodule_search_locations or []
-    declared = []
-    for path in Path(folders[0], "experiments").glob("*.py"):
-        for statement in ast.parse(path.read_bytes()).body:
-            for decorator in getattr(statement, "decorator_list", ()):
-                match decorator:
-                    case ast.Call(func=ast.Name(id="experiment"), args=[ast.Constant(value=name)]):
-                        values = {keyword.arg: keyword.value for keyword in decorator.keywords}
-                        question = ast.literal_eval(values["question"])
-                        paper = ast.literal_eval(values["paper"]) if "paper" in values else None
-                        declared.append((paper is None, paper or 0, name, question))
-    return {name: question for _, _, name, question in sorted(declared)}
+    assert package.submodule_search_locations is not None
+    folder = Path(package.submodule_search_locations[0], "experiments")
+    declared = sorted(declaration for path in folder.glob("*.py") for declaration in _declarations(path))
+    return {name: question for _, _, name, question in declared}
+
+
+def _declarations(path: Path) -> Iterator[tuple[bool, int, str, str]]:
+    """Experiments that a module declares: not in the paper, number in the paper, name, question."""
+    for statement in ast.parse(path.read_bytes()).body:
+        for decorator in getattr(statement, "decorator_list", ()):
+            match decorator:
+                case ast.Call(func=ast.Name(id="experiment"), args=[ast.Constant(value=str(name))]):
+                    literals = {keyword.arg: keyword.value for keyword in decorator.keywords}
+                    question = ast.literal_eval(literals["question"])
+                    paper = ast.literal_eval(literals["paper"]) if "paper" in literals else None
+                    yield paper is None, paper or 0, name, question
 
 
 class Commands(TyperGroup):
