@@ -1,4 +1,7 @@
-"""transformers' caches, whatever its version: the names they are passed under and what they hold."""
+"""The caches of transformers, of any supported version: the keywords for them, and the tensors in them.
+
+This module imports no TransformerLens, for the models in `modeling` need it too.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from torch import Tensor
 from hooked_models.errors import HookedModelError
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params", "cache")
-"""Keywords for a cache: of most models, of Mamba-2, and of everything from transformers 5.24 on."""
-# Keywords of transformers that concern other parts of a model, and change nothing in a recurrent layer.
+"""Keywords for a cache: of most models, of Mamba-2, and of all models from transformers 5.24 on."""
+# Keywords of transformers that concern other parts of a model and change nothing in a recurrent layer.
 _WITHOUT_EFFECT = {
     "cache_position",
     "num_items_in_batch",
@@ -25,7 +28,10 @@ _WITHOUT_EFFECT = {
 
 
 def the_cache(arguments: dict[str, Any]) -> Any:
-    """Take the cache out of keyword arguments, under whichever of `CACHE_ARGUMENTS` it is (None: no cache).
+    """Remove the cache from keyword arguments and return it (None: there is none).
+
+    Args:
+        arguments: a call's keywords; the cache may have any name of `CACHE_ARGUMENTS`.
 
     Raises:
         HookedModelError: two of the keywords name different caches.
@@ -38,10 +44,14 @@ def the_cache(arguments: dict[str, Any]) -> Any:
 
 
 def refuse_unknown(arguments: dict[str, Any], taker: str) -> None:
-    """Refuse keyword arguments that a layer or model would otherwise ignore, those like a cache first.
+    """Refuse keyword arguments that a layer or model would otherwise ignore.
+
+    Args:
+        arguments: the keywords that nothing took; those that concern other parts of a model may stay.
+        taker: the layer or model, for the message.
 
     Raises:
-        HookedModelError: there is one, unless it is known to concern other parts of the model.
+        HookedModelError: there is one. If there are several, the message names one that looks like a cache.
     """
     unknown = [name for name, value in arguments.items() if name not in _WITHOUT_EFFECT and value is not None]
     unknown.sort(key=lambda name: "cache" not in name and "past" not in name)
@@ -55,12 +65,12 @@ def refuse_unknown(arguments: dict[str, Any], taker: str) -> None:
 def cached(cache: Any, layer: int, name: str) -> Tensor | None:
     """The ``conv_states`` or ``recurrent_states`` of a layer in a cache, or None before the first token.
 
-    Before transformers 5.14 a layer held bare tensors, since then a dict of them.
+    Before transformers 5.14 a layer had bare tensors, since then it has dicts of them.
     """
     if cache is None or not cache.has_previous_state(layer):
         return None
-    held = getattr(cache.layers[layer], name)
-    return held[0] if isinstance(held, dict) else held
+    states = getattr(cache.layers[layer], name)
+    return states[0] if isinstance(states, dict) else states
 
 
 def repeated(cache: Any, count: int) -> Any:
@@ -70,12 +80,12 @@ def repeated(cache: Any, count: int) -> Any:
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
 
-    def repeat(held: Any) -> Any:
-        if isinstance(held, dict):
-            return {name: repeat(value) for name, value in held.items()}
-        return held.repeat_interleave(count, dim=0) if isinstance(held, Tensor) and held.ndim else held
+    def repeat(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: repeat(item) for name, item in value.items()}
+        return value.repeat_interleave(count, dim=0) if isinstance(value, Tensor) and value.ndim else value
 
     for layer in twin.layers:
-        for name, held in vars(layer).items():
-            setattr(layer, name, repeat(held))
+        for name, value in vars(layer).items():
+            setattr(layer, name, repeat(value))
     return twin

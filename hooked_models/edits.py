@@ -1,8 +1,8 @@
-"""Swapped and added writes: edits of what a cell writes that one forward pass carries for many positions.
+"""Swapped and added writes: many edits of a cell's writes in one forward pass.
 
-`hooked_models.edited_runs` runs them. `HookedRecurrent.forward` opens `carried` for the length of each call,
-with the call's edit or with none, and the layers that mix tokens ask here for it. So an edit ends with its
-call, and a call inside another one (from a hook), of another model or in another thread does not see it.
+`hooked_models.edited_runs` runs them. `HookedRecurrent.forward` opens `carried` for each call, with the
+call's edit or with none, and the layers that mix tokens look the edit up here. So an edit ends with its call,
+and a call inside another one (from a hook), of another model or in another thread does not see it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class SwappedWrites:
 
 @dataclasses.dataclass(frozen=True)
 class AddedWrites:
-    """What each row of a batch writes at one cell beside its native writes: key value^T at one position.
+    """One write key value^T a row of a batch, added at one position to a cell's native writes.
 
     Args:
         mixer, head: the cell.

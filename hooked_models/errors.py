@@ -4,9 +4,9 @@ _LONGEST = 2000
 
 
 class HookedModelError(ValueError):
-    """Bad input: the message says what was found, what was expected and what to do.
+    """Bad input. The message says what is wrong, what was expected and what to do.
 
-    It is one printable line, whatever the names are that it quotes.
+    It is one printable line, also where it quotes a name with line breaks or control characters.
     """
 
     def __init__(self, message: str) -> None:
@@ -14,11 +14,11 @@ class HookedModelError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Text of unknown origin as one line that no terminal takes for commands, not too long."""
+    """Text of unknown origin, cut to a few lines' length and without characters that control a terminal."""
     shown = "".join(c if c.isprintable() else "?" for c in text[: _LONGEST + 1])
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
 
 
 def one_line(error: Exception | str) -> str:
-    """A message without its line breaks, to go into another's."""
+    """An error's message without line breaks, to quote it in another one."""
     return " ".join(str(error).split())

@@ -226,7 +226,7 @@ class HookedRecurrent(upstream.CheckedBridge):
         """
         if head is not None:
             self.cell(layer, head)
-        if layer not in self.mixers:
+        if not isinstance(layer, Integral) or layer not in self.mixers:
             raise HookedModelError(f"layer {layer!r} is not recurrent; this model has {self._valid_cells()}")
         mixer = self.mixers[layer]
         of_heads = mixer.per_head_hooks

@@ -1,7 +1,8 @@
 """The mixer with hook points on its cache writes, common to all architectures.
 
-An architecture subclasses `HookedMixer`. It declares how to get a `Recurrence` from a hidden state and how to
-finish the layer; hooks and cached decoding are here, swapped and added writes in `edits`.
+An architecture is a subclass of `HookedMixer` that computes a `Recurrence` from a hidden state and finishes
+the layer. Hooks and cached decoding are here, the hooks of one head in `head_hooks`, swapped and added writes
+in `edits`.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class HookedMixer(GeneralizedComponent):
     def inputs(
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
     ) -> tuple[Recurrence, Any]:
-        """The recurrence's inputs, and the bypass: whatever else of the token `finish` needs.
+        """The recurrence's inputs, and the bypass: the tensors that `finish` needs besides its outputs.
 
         ``mask``, [batch, pos, 1] and 0 at padding, has been applied to ``hidden``. Convolutions and token
         shifts must go through `edits.mix_neighbours`, since ``hidden`` may end with branches.
@@ -191,7 +192,7 @@ class HookedMixer(GeneralizedComponent):
         return ("write", "erase", "state") if self.erases else ("write", "state")
 
     def get_hooks(self) -> dict[str, HookPoint]:
-        """All hook points by name; the per-head ones are read live, for an SAE may stand in their place."""
+        """All hook points by name. Per-head ones are looked up anew, for an SAE may have replaced one."""
         hooks = super().get_hooks()
         for name in self.per_head_hooks:
             for head, point in enumerate(getattr(self, f"hook_{name}")):
@@ -223,12 +224,12 @@ class HookedMixer(GeneralizedComponent):
         if not hidden_states.shape[1]:
             raise HookedModelError("there are no tokens to read: give one at least")
         swapped, added = edits.swapped_writes(), edits.added_writes(self)
-        # 1. The input. Zeros at padding write nothing.
+        # 1. The layer's input, zero at padding, which then writes nothing.
         hidden, mask = fire(self.hook_in, hidden_states), None
         if attention_mask is not None and attention_mask.ndim == 2:
             mask = attention_mask[:, -hidden.shape[1] :, None].to(hidden.dtype)
             hidden = hidden * mask
-        # 2. Of each token q, g, a, b, k and v.
+        # 2. q, g, a, b, k and v of each token.
         recurrence, bypass = self.inputs(hidden, cache, mask, **own)
         # 3. S_t = T_t S_{t-1} + W_t and o_t = S_t^T q_t.
         if swapped is not None:

@@ -4,8 +4,8 @@ Per batch row and head, with a state S of shape [d_k, d_v] (key side by value si
 
     S_t = T_t S_{t-1} + W_t      T_t = diag(exp g_t) + a_t b_t^T      W_t = k_t v_t^T      o_t = S_t^T q_t
 
-Inside a chunk of C tokens let G_t be the running sum of g. Writing w_s = S_{s-1}^T b_s for what the
-erase reads, the recurrence unrolls to
+Inside a chunk of C tokens let G_t be the running sum of g, and w_s = S_{s-1}^T b_s the vector that the erase
+reads. The recurrence unrolls to
 
     S_t = exp(G_t) S_0 + sum_{s<=t} exp(G_t - G_s) (a_s w_s^T + k_s v_s^T)
 
@@ -55,7 +55,7 @@ def full_precision(function: _F) -> _F:
 
 @dataclasses.dataclass(frozen=True)
 class Recurrence:
-    """What a layer feeds to the recurrence: reads, decay, erase and write factors of every token.
+    """The inputs of the recurrence: every token's read, decay, erase factors and write factors.
 
     Args:
         q: read vectors, ``[batch, pos, head, d_k]`` (any scale folded in).
@@ -114,7 +114,7 @@ class Recurrence:
         )
 
     def pull_back(self, reads: Float[Tensor, "batch pos head d_k"]) -> Float[Tensor, "batch pos head d_k"]:
-        """T_t^T r_t: what to read from S_{t-1} to learn what ``reads`` see of it in S_t."""
+        """T_t^T r_t: reading S_{t-1} with it gives the part of S_t^T r_t that comes from S_{t-1}."""
         dtype = torch.promote_types(self.dtype, reads.dtype)
         wide = self.map(lambda x: x.to(dtype))
         a, b = wide.with_erase_vector().a, wide.b

@@ -1,1 +1,1 @@
-"""One file an architecture, the hooked mixer that makes a recurrence of a hidden state; and their table."""
+"""Hooked mixers, one file an architecture, and the table of the model classes that have them (`adapters`)."""

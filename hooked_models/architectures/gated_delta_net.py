@@ -13,16 +13,16 @@ from hooked_models.recurrence import Recurrence
 
 
 class HookedGatedDeltaNet(HookedMixer):
-    __doc__ = f"""Stands for transformers' ``Qwen3_5GatedDeltaNet`` and ``Qwen3NextGatedDeltaNet``.
+    __doc__ = f"""Wraps transformers' ``Qwen3_5GatedDeltaNet`` and ``Qwen3NextGatedDeltaNet``.
 
     Per value head, with k and q of unit length (q then times d_k^-1/2), alpha = exp(g)::
 
         S_t = alpha_t (I - beta_t k_t k_t^T) S_{{t-1}} + beta_t k_t v_t^T
 
-    so the native write has key k and value beta v, and the erase reads along k (`recurrence`: a =
-    -alpha beta k, b = k). An edit of ``hook_decay`` moves alpha, hence the erase too; an edit of the
-    write's factors leaves the erase alone. Weights and projections of the wrapped module are used
-    as they are; nothing else of it is called but its gated norm.
+    So the native write has key k and value beta v, and the erase reads along k (in `recurrence`, a is
+    -alpha beta k and b is k). An edit of ``hook_decay`` changes alpha, hence the erase too; an edit of the
+    write's factors leaves the erase native. Of the wrapped module the weights, the projections and the gated
+    norm are used.
 
     {HookedMixer.__doc__}"""
 
@@ -43,13 +43,12 @@ class HookedGatedDeltaNet(HookedMixer):
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
     ) -> tuple[Recurrence, Tensor]:
         layer = self.wrapped
-        mixed, z, b, a = self._project(hidden)
+        mixed, z, b, a = self._project(hidden)  # [batch, pos, channel] twice, [batch, pos, head] twice
         mixed = torch.nn.functional.silu(causal_convolution(mixed, layer.conv1d, cache, self.layer_index))
         q, k, v = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
         d_k, d_v = self.write_shape
         repeats = layer.num_v_heads // layer.num_k_heads
-        # The recurrence is float32 at least, from here on.
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # of the recurrence, from here on
         q, k = (_unit(x.to(wide).unflatten(-1, (-1, d_k))) for x in (q, k))
         if repeats > 1:
             q, k = (x.repeat_interleave(repeats, dim=2) for x in (q, k))
@@ -88,5 +87,5 @@ class HookedGatedDeltaNet(HookedMixer):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + 1e-6), the layer's own normalisation (its epsilon is fixed)."""
+    """x / sqrt(|x|^2 + 1e-6): the normalisation of transformers' layer, with its fixed epsilon."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

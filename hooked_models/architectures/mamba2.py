@@ -14,16 +14,16 @@ from hooked_models.recurrence import Recurrence
 
 
 class HookedMamba2(HookedMixer):
-    __doc__ = f"""Stands for transformers' ``Mamba2Mixer``.
+    __doc__ = f"""Wraps transformers' ``Mamba2Mixer``.
 
     Per head, with x, B and C from the convolution and dt clamped to the configured limits::
 
         S_t = exp(dt_t A) S_{{t-1}} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t
 
-    so the native write has key B (shared by the heads of a group) and value dt x, and nothing is
-    erased but by decay. D x_t bypasses the state: a head without writes still puts it out. The step dt
-    is in decay and write; an edit of ``hook_decay`` moves the decay alone. The library keeps this state
-    transposed, [head_dim, d_state]; here it is [d_state, head_dim] = [d_k, d_v] like every other.
+    So the native write has key B (shared by the heads of a group) and value dt x, and the transition only
+    decays. D x_t bypasses the state: a head without writes still outputs it. The step dt is a factor of both
+    decay and write; an edit of ``hook_decay`` changes the decay alone. transformers caches the state
+    transposed, [head_dim, d_state]; here it is [d_state, head_dim] = [d_k, d_v], as in other architectures.
 
     {HookedMixer.__doc__}"""
 
@@ -53,13 +53,12 @@ class HookedMamba2(HookedMixer):
             [layer.intermediate_size, layer.intermediate_size + 2 * keys, layer.num_heads], dim=-1
         )
         if mask is not None and layer.in_proj.bias is not None:
-            mixed = mixed * mask  # or the padding's bias would enter the convolution of real tokens
+            mixed = mixed * mask  # else the projection's bias at padding would enter the convolution
         mixed = layer.act(causal_convolution(mixed, layer.conv1d, cache, self.layer_index))
         if mask is not None:
             mixed = mixed * mask  # the convolution has a bias of its own
         x, b, c = mixed.split([layer.intermediate_size, keys, keys], dim=-1)
-        # The recurrence is float32 at least, from here on.
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = torch.promote_types(hidden.dtype, torch.float32)  # of the recurrence, from here on
         x = x.unflatten(-1, (layer.num_heads, -1)).to(wide)
         b, c = (y.unflatten(-1, (groups, -1)).to(wide) for y in (b, c))
         if groups < layer.num_heads:

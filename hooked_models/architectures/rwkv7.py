@@ -18,16 +18,16 @@ from hooked_models.recurrence import Recurrence
 
 
 class HookedRWKV7(HookedMixer):
-    __doc__ = f"""Stands for the time mixing of `hooked_models.modeling.rwkv7`.
+    __doc__ = f"""Wraps the time mixing of `hooked_models.modeling.rwkv7`.
 
     Per head, with removal key u of unit length, rate a and decay w per key channel::
 
         S_t = (diag(w_t) - (u_t * a_t) u_t^T) S_{{t-1}} + k_t v_t^T
 
-    so the native write has key k (already scaled by the rate) and value v (already mixed with the first
+    So the native write has key k (after its scaling by the rate) and value v (after mixing with the first
     layer's), and the erase is another rank-1 term along other vectors: the whole update has rank 2, and
     ``hook_write`` and ``hook_erase`` show and edit its two terms. The bonus (r . r_k * k) v bypasses the
-    state: a head without writes still puts it out.
+    state: a head without writes still outputs it.
 
     {HookedMixer.__doc__}"""
 
@@ -70,7 +70,7 @@ class HookedRWKV7(HookedMixer):
 
 
 class HookedRWKV7FeedForward(GeneralizedComponent):
-    """Stands for the channel mixing, whose token shift mixes neighbours too."""
+    """Wraps the channel mixing, because its token shift mixes neighbours too."""
 
     def __init__(self, name: str, config: Any = None, optional: bool = False) -> None:
         super().__init__(

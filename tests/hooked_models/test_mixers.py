@@ -174,6 +174,15 @@ def test_cached_positions_can_be_sliced(pair: Pair):
 # Edits.
 
 
+def look_into(seen: dict[str, Tensor]) -> Callable[..., None]:
+    """A hook that puts copies of activations into ``seen``, by its name."""
+
+    def look(x: Tensor, hook: Any) -> None:
+        seen[hook.name] = x.clone()
+
+    return look
+
+
 def replace(position: int | slice | list[int], new: Tensor) -> Callable[..., Tensor]:
     """A hook on a write, erase or state that returns a new tensor."""
 
@@ -233,10 +242,7 @@ def test_edited_writes_at_every_position_of_two_heads_and_rows(pair: Pair):
 
     expected, trace = pair.truth(tokens, layer, Edits(writes=change))
     seen: dict[str, Tensor] = {}
-
-    def look(x: Tensor, hook: Any) -> None:
-        seen[hook.name] = x.clone()
-
+    look = look_into(seen)
     after = [kind for kind in pair.kinds if kind != "write"]
     logits = pair.model.run_with_hooks(
         tokens,
@@ -258,21 +264,18 @@ def test_edited_writes_at_every_position_of_two_heads_and_rows(pair: Pair):
 @torch.no_grad()
 def test_a_head_without_writes_reads_nothing(pair: Pair):
     _, cache = pair.model.run_with_cache(some_tokens(2, 20), names_filter=pair.point(0, "recurrence_out"))
-    seen = []
-
-    def look(x: Tensor, hook: Any) -> None:
-        seen.append(x.clone())
-
+    seen: dict[str, Tensor] = {}
     pair.model.run_with_hooks(
         some_tokens(2, 20),
         fwd_hooks=[
             (pair.point(0, "write.2"), lambda x, hook: torch.zeros_like(x)),
-            (pair.point(0, "recurrence_out"), look),
+            (pair.point(0, "recurrence_out"), look_into(seen)),
         ],
     )
+    (edited,) = seen.values()
     native, others = cache[pair.point(0, "recurrence_out")], [h for h in range(pair.heads) if h != 2]
-    assert seen[0][:, :, 2].abs().max() < 1e-5 < native[:, :, 2].abs().max()
-    assert torch.equal(seen[0][:, :, others], native[:, :, others])
+    assert edited[:, :, 2].abs().max() < 1e-5 < native[:, :, 2].abs().max()
+    assert torch.equal(edited[:, :, others], native[:, :, others])
 
 
 KINDS_OF_EDITS = [
@@ -439,29 +442,29 @@ FACTORS = {
 @pytest.mark.parametrize("name", FACTORS)
 @torch.no_grad()
 def test_edited_factors(pair: Pair, name: str):
-    """Keys and values leave the erase native, reads and outputs touch one token only."""
+    """Keys and values leave the erase native, reads and outputs touch one token only; later hooks see it."""
     tokens, window = some_tokens(2, 67), slice(30, 40)
     new = random(2, 10, pair.shapes[name][-1]) / 4
     native = pair.logits(tokens)
+
+    def edit(x: Tensor, hook: Any) -> Tensor:
+        x = x.clone()
+        x[:, window, 2] = new
+        return x
+
     for layer in pair.layers:
         edits = Edits(**{FACTORS[name]: at(window, 2, new.double())})
         expected, trace = pair.truth(tokens, layer, edits)
         assert (expected - native)[:, window].abs().max() > 100 * TOLERANCE
-        seen: list[Tensor] = []
-
-        def edit(x: Tensor, hook: Any) -> Tensor:
-            x = x.clone()
-            x[:, window, 2] = new
-            return x
-
-        def look(x: Tensor, hook: Any, seen: list[Tensor] = seen) -> None:
-            seen.append(x.clone())
-
+        kinds, seen = pair.kinds if layer else (), {}
+        looks = [pair.point(layer, x) for x in ("recurrence_out", *(f"{kind}.2" for kind in kinds))]
         logits = pair.model.run_with_hooks(
-            tokens, fwd_hooks=[(pair.point(layer, name), edit), (pair.point(layer, "recurrence_out"), look)]
+            tokens, fwd_hooks=[(pair.point(layer, name), edit), *((x, look_into(seen)) for x in looks)]
         )
         assert_close(logits, expected)
-        assert_close(seen[0], trace.recurrence_out)
+        assert_close(seen[looks[0]], trace.recurrence_out)
+        for kind, x in zip(kinds, looks[1:], strict=True):
+            assert_close(pair.unflatten(seen[x]), getattr(trace, f"{kind}s")[:, :, 2])
 
 
 @torch.no_grad()
@@ -482,22 +485,6 @@ def test_edited_decay(pair: Pair):
         assert (expected - native)[:, 30:].abs().max() > 100 * TOLERANCE
         hooks = [(pair.point(layer, "decay"), lambda x, hook: change(x))]
         assert_close(pair.model.run_with_hooks(tokens, fwd_hooks=hooks), expected)
-
-
-@torch.no_grad()
-def test_hooks_of_a_head_see_edited_factors(pair: Pair):
-    tokens, key = some_tokens(1, 20), random(pair.d_k)
-    seen = []
-
-    def edit_key(x: Tensor, hook: Any) -> None:
-        x[:, 7, 1] = key
-
-    expected, trace = pair.truth(tokens, 0, Edits(keys=at(7, 1, key.double())))
-    looks = [(pair.point(0, f"{kind}.1"), lambda x, hook: seen.append(x.clone())) for kind in pair.kinds]
-    logits = pair.model.run_with_hooks(tokens, fwd_hooks=[(pair.point(0, "write_key"), edit_key), *looks])
-    assert_close(logits, expected)
-    for kind, matrices in zip(pair.kinds, seen, strict=True):
-        assert_close(pair.unflatten(matrices), getattr(trace, f"{kind}s")[:, :, 1])
 
 
 @once_per_architecture
@@ -524,7 +511,7 @@ def pieces(length: int, *sizes: int) -> list[slice]:
 
 def decode(pair: Pair, tokens: Tensor, cuts: list[slice], hooks: Callable[[slice], list[Any]]) -> Tensor:
     """Logits of a passage read piece by piece from one cache, with hooks made for each piece."""
-    cache = pair.new_cache()
+    cache = {"past_key_values": pair.model.new_cache(), "use_cache": True}
     parts = [pair.model.run_with_hooks(tokens[:, cut], fwd_hooks=hooks(cut), **cache) for cut in cuts]
     return torch.cat(parts, 1)
 
@@ -652,14 +639,6 @@ def test_a_cache_can_pass_between_the_two_models(pair: Pair):
         for cut, model in zip(pieces(14, 9), itertools.cycle(models)):
             out = model(tokens[:, cut], **cache)
             assert_close(out if isinstance(out, Tensor) else out.logits, expected[:, cut])
-
-
-@torch.no_grad()
-def test_the_same_lines_decode_on_every_architecture(pair: Pair):
-    tokens, cache = some_tokens(2, 20), pair.model.new_cache()
-    cuts = (slice(9), slice(9, 16), slice(16, 17), slice(17, 20))
-    parts = [pair.model(tokens[:, cut], past_key_values=cache, use_cache=True) for cut in cuts]
-    assert_close(torch.cat(parts, 1), pair.logits(tokens))
 
 
 @torch.no_grad()
