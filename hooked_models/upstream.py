@@ -36,15 +36,16 @@ from hooked_models.files.layouts import listed
 
 
 @contextmanager
-def registered(adapters: dict[str, type]) -> Iterator[None]:
+def registered(adapters: dict[str, Callable[[Any], Any]]) -> Iterator[None]:
     """While open, TransformerLens builds bridges of these model classes with these adapters.
 
     Afterwards its own are back, so that importing this package changes no other bridge. (The entry points of
     TransformerLens would refuse to replace adapters that it already has.)
 
     Args:
-        adapters: by the name of the model class in Hugging Face's configuration. TransformerLens finds a
-            model's class in one dictionary and its adapter in another; both are filled.
+        adapters: functions from a bridge's config to an adapter, by the name of the model class in Hugging
+            Face's configuration. TransformerLens looks for that name in one dictionary and for the adapter in
+            another; both are filled.
     """
     tables: list[dict[str, Any]] = [
         factory.ArchitectureAdapterFactory._adapters,

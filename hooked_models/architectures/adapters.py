@@ -6,6 +6,7 @@ A new architecture is one file beside this one, with its mixer, and one row here
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,8 +21,16 @@ from hooked_models.architectures.rwkv7 import HookedRWKV7, HookedRWKV7FeedForwar
 from hooked_models.modeling.rwkv7 import RWKV7Cache
 
 
-def _dynamic_cache(hf_model: Any) -> DynamicCache:
+def _dynamic_cache(hf_model: Any, *_: Any, **__: Any) -> DynamicCache:
     return DynamicCache(config=hf_model.config)
+
+
+def _rwkv7_cache(hf_model: Any, *_: Any, **__: Any) -> RWKV7Cache:
+    return RWKV7Cache(hf_model.config.num_hidden_layers)
+
+
+def _prepare_nothing(model_name: str, model_kwargs: dict[str, Any]) -> None:
+    """Stands for an adapter's ``prepare_loading``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +41,14 @@ class Row:
         adapter: TransformerLens's adapter of the model class, or of one that is built alike.
         components: the hooked components that replace its own, by their slot in a block. Where a slot holds
             something else in other layers, as attention in a hybrid, the mixer leaves it as it is.
-        new_cache: makes an empty cache for a model (None: the adapter does).
+        new_cache: stands for the adapter's ``create_stateful_cache`` (None: its own stays).
         is_own_model: whether the model class is this package's own, so that what the adapter does to load
             another one is left out.
     """
 
     adapter: type
     components: dict[str, type]
-    new_cache: Callable[[Any], Any] | None = _dynamic_cache
+    new_cache: Callable[..., Any] | None = _dynamic_cache
     is_own_model: bool = False
 
 
@@ -52,35 +61,28 @@ ADAPTERS: dict[str, Row] = {
     "RWKV7ForCausalLM": Row(
         stock.RWKV7ArchitectureAdapter,
         {"attn": HookedRWKV7, "ffn": HookedRWKV7FeedForward},
-        new_cache=lambda hf_model: RWKV7Cache(hf_model.config.num_hidden_layers),
+        new_cache=_rwkv7_cache,
         is_own_model=True,
     ),
 }
 
 
-def hooked(row: Row) -> type:
-    """The row's adapter, with the hooked components in its blocks."""
-
-    class HookedAdapter(row.adapter):
-        def __init__(self, cfg: Any) -> None:
-            super().__init__(cfg)
-            slots = self.component_mapping["blocks"].submodules
-            for slot, component in row.components.items():
-                stock_one = slots[slot]
-                slots[slot] = component(name=stock_one.name, config=self.cfg, optional=stock_one.optional)
-
-        def create_stateful_cache(self, hf_model: Any, *args: Any, **kwargs: Any) -> Any:
-            if row.new_cache is None:
-                return super().create_stateful_cache(hf_model, *args, **kwargs)
-            return row.new_cache(hf_model)
-
-        def prepare_loading(self, model_name: str, model_kwargs: dict[str, Any]) -> None:
-            if not row.is_own_model:
-                super().prepare_loading(model_name, model_kwargs)
-
-    return HookedAdapter
+def hooked_adapter(row: Row, cfg: Any) -> Any:
+    """The row's adapter for a model, with the hooked components in its blocks."""
+    adapter = row.adapter(cfg)
+    slots = adapter.component_mapping["blocks"].submodules
+    for slot, component in row.components.items():
+        stock_one = slots[slot]
+        slots[slot] = component(name=stock_one.name, config=cfg, optional=stock_one.optional)
+    if row.new_cache is not None:
+        adapter.create_stateful_cache = row.new_cache
+    if row.is_own_model:
+        adapter.prepare_loading = _prepare_nothing
+    return adapter
 
 
 def registered() -> AbstractContextManager[None]:
     """While open, TransformerLens builds the bridges of the model classes in `ADAPTERS` with their rows."""
-    return upstream.registered({model_class: hooked(row) for model_class, row in ADAPTERS.items()})
+    return upstream.registered(
+        {model_class: functools.partial(hooked_adapter, row) for model_class, row in ADAPTERS.items()}
+    )

@@ -218,7 +218,7 @@ def test_what_is_assigned_to_the_cached_state_is_what_the_next_token_meets(model
 
         # A set state also changes what its own token outputs; that is over when a cached state is set.
         name = model.state_hook_name(layer, HEAD)
-        out = name.replace(f"hook_state.{HEAD}", "hook_recurrence_out")
+        out = model.hook_name(layer, "recurrence_out")
         _, kept = model.run_with_cache(tokens[:2], names_filter=[out])
 
         def set_state(states: Tensor, hook: Any, new: Tensor = new) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tests.hooked_models.architectures import (
     Pair,
     assert_close,
     nothing,
+    on,
     once_per_architecture,
     one_line,
     sae_at,
@@ -64,6 +66,15 @@ def test_boots_a_loaded_model(pair: Pair):
     tokens = some_tokens(1, 9)
     assert model.cells
     assert_close(model(tokens), pair.logits(tokens))
+
+
+@on("mamba2", "rwkv7")
+@torch.no_grad()
+def test_a_model_can_be_pickled(pair: Pair):
+    """Unless it has attention: TransformerLens's cannot be."""
+    twin, tokens = pickle.loads(pickle.dumps(pair.model)), some_tokens(1, 9)
+    assert torch.equal(twin(tokens), pair.model(tokens))
+    assert type(twin.new_cache()) is type(pair.model.new_cache())
 
 
 @torch.no_grad()
