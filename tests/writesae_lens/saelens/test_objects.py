@@ -13,16 +13,14 @@ from writesae_lens import WriteSAE, WriteTrainingSAE
 
 def test_from_dict_builds_the_same_kind_of_sae(run):
     sae = SAE.load_from_disk(run.saved)
-    for original, kind in ((sae, WriteSAE), (run.sae, WriteTrainingSAE)):
-        base = SAE if kind is WriteSAE else TrainingSAE
+    for original, kind, base in ((sae, WriteSAE, SAE), (run.sae, WriteTrainingSAE, TrainingSAE)):
         built = base.from_dict(original.cfg.to_dict())
         assert type(built) is kind
         assert built.cfg.to_dict() == original.cfg.to_dict()
         stored = base.from_dict(json.loads(json.dumps(original.cfg.to_dict())))
         assert json.dumps(stored.cfg.to_dict()) == json.dumps(original.cfg.to_dict())
-        assert {n: p.shape for n, p in built.named_parameters()} == {
-            n: p.shape for n, p in original.named_parameters()
-        }
+        shapes = [{n: p.shape for n, p in x.named_parameters()} for x in (built, original)]
+        assert shapes[0] == shapes[1]
 
 
 def test_copies_are_independent_and_conversions_complete(run, model, rows):
@@ -45,9 +43,7 @@ def test_copies_are_independent_and_conversions_complete(run, model, rows):
 @pytest.mark.parametrize("cls", [SAE, TrainingSAE])
 def test_loading_fills_every_tensor(run, tmp_path, cls):
     """SAELens builds on the meta device and then assigns: nothing may be left behind there."""
-    run.sae.save_model(tmp_path / "sae") if cls is TrainingSAE else run.sae.save_inference_model(
-        tmp_path / "sae"
-    )
+    (run.sae.save_model if cls is TrainingSAE else run.sae.save_inference_model)(tmp_path / "sae")
     sae = cls.load_from_disk(tmp_path / "sae", device="cpu")
     tensors = dict(sae.named_parameters()) | dict(sae.named_buffers())
     tensors |= {n: v for n, v in vars(sae).items() if isinstance(v, torch.Tensor)}

@@ -121,25 +121,29 @@ def test_run_evals_leaves_the_model_as_it_was(model, run, rows):
 # Splicing into the model
 
 
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(params=list(CELLS))
-def spliced(request, models, runs, token_rows):
+def spliced(request, models, runs, token_rows, no_gradients):
     """Model, its WriteSAE, passages; and afterwards a check that the model is as if nothing had been."""
     model, name = models[request.param], request.param
     sae = SAE.load_from_disk(runs(name).saved)
     tokens = token_rows[name][-3:]
     hook = sae.cfg.metadata.hook_name
     names = {key: point.name for key, point in model.hook_dict.items()}
-    with torch.no_grad():
-        native = model(tokens)
+    native = model(tokens)
     yield model, sae, hook, tokens, native
     assert model.acts_to_saes == {}
     assert {key: point.name for key, point in model.hook_dict.items()} == names
     fired = []
-    with torch.no_grad():
-        assert torch.equal(model(tokens), native)
-        again = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: fired.append(hook.name))])
-        zeroed = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: torch.zeros_like(x))])
-        _, cache = model.run_with_cache(tokens, names_filter=[hook])
+    assert torch.equal(model(tokens), native)
+    again = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: fired.append(hook.name))])
+    zeroed = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: torch.zeros_like(x))])
+    _, cache = model.run_with_cache(tokens, names_filter=[hook])
     assert fired == [hook]
     assert torch.equal(again, native)
     assert not torch.equal(zeroed, native)
@@ -150,10 +154,9 @@ def spliced(request, models, runs, token_rows):
 
 def test_run_with_saes_writes_the_reconstruction(spliced):
     model, sae, hook, tokens, native = spliced
-    with torch.no_grad():
-        logits = model.run_with_saes(tokens, saes=[sae])
-        exact = model.run_with_saes(tokens, saes=sae, use_error_term=True)
-        loss = model.run_with_saes(tokens, saes=sae, return_type="loss")
+    logits = model.run_with_saes(tokens, saes=[sae])
+    exact = model.run_with_saes(tokens, saes=sae, use_error_term=True)
+    loss = model.run_with_saes(tokens, saes=sae, return_type="loss")
     expected = run_with_dense(model, sae, hook, tokens)
     assert (expected - native).abs().max() > 1e-3
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
@@ -166,8 +169,7 @@ def test_run_with_saes_writes_the_reconstruction(spliced):
 def test_the_cache_of_a_spliced_run_is_the_dense_computation(spliced, error_term):
     model, sae, hook, tokens, _native = spliced
     x = writes(model, hook, tokens)
-    with torch.no_grad():
-        _, cache = model.run_with_cache_with_saes(tokens, saes=[sae], use_error_term=error_term)
+    _, cache = model.run_with_cache_with_saes(tokens, saes=[sae], use_error_term=error_term)
     acts = dense_encode(sae, x)
     recons = dense_decode(sae, acts)
     expected = {
@@ -197,15 +199,13 @@ def test_features_are_edited_while_spliced(spliced):
         acts[..., feature] = 0
         return acts
 
-    with torch.no_grad(), model.saes(saes=[sae], use_error_term=True):
-        logits = model.run_with_hooks(tokens, fwd_hooks=[(f"{hook}.hook_sae_acts_post", ablate)])
-        again = model.run_with_hooks_with_saes(
-            tokens, saes=[sae], fwd_hooks=[(f"{hook}.hook_sae_acts_post", ablate)]
-        )
+    ablating = [(f"{hook}.hook_sae_acts_post", ablate)]
+    with model.saes(saes=[sae], use_error_term=True):
+        logits = model.run_with_hooks(tokens, fwd_hooks=ablating)
+        again = model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=ablating)
     change = -acts[..., feature, None] * atom
-    with torch.no_grad():
-        expected = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: x + change)])
-        without = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: dense(sae, x) + change)])
+    expected = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: x + change)])
+    without = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: dense(sae, x) + change)])
     assert (expected - native).abs().max() > 1e-4
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(again, without, atol=1e-4, rtol=1e-4)
@@ -223,14 +223,9 @@ def test_steering_with_a_row_of_w_dec(spliced):
         acts[..., feature] += size
         return acts
 
-    with torch.no_grad():
-        steered = model.run_with_hooks(
-            tokens, fwd_hooks=[(hook, lambda x, hook: x + size * sae.W_dec[feature])]
-        )
-        with model.saes(saes=[sae], use_error_term=True):
-            raised = model.run_with_hooks(
-                tokens, fwd_hooks=[(f"{hook}.hook_sae_acts_post", raise_coefficient)]
-            )
+    steered = model.run_with_hooks(tokens, fwd_hooks=[(hook, lambda x, hook: x + size * sae.W_dec[feature])])
+    with model.saes(saes=[sae], use_error_term=True):
+        raised = model.run_with_hooks(tokens, fwd_hooks=[(f"{hook}.hook_sae_acts_post", raise_coefficient)])
     assert (steered - native).abs().max() > 1e-3
     torch.testing.assert_close(raised, steered, atol=1e-4, rtol=1e-4)
 
@@ -239,21 +234,19 @@ def test_added_saes_stay_until_reset(spliced):
     model, sae, hook, tokens, native = spliced
     expected = run_with_dense(model, sae, hook, tokens)
     other = copy.deepcopy(sae)
-    with torch.no_grad():
-        other.dec_value.neg_()
+    other.dec_value.neg_()
     opposite = run_with_dense(model, other, hook, tokens)
     model.add_sae(sae)
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=1e-4)
-        inner = model.run_with_saes(tokens, saes=[other])
-        torch.testing.assert_close(inner, opposite, atol=1e-4, rtol=1e-4)
-        assert model.acts_to_saes == {hook: sae}
-        torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=1e-4)
-        assert f"{hook}.hook_sae_acts_post" in model.hook_dict
-        model.reset_saes(hook)
-        assert torch.equal(model(tokens), native)
-        model.add_sae(sae, use_error_term=True)
-        torch.testing.assert_close(model(tokens), native, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=1e-4)
+    inner = model.run_with_saes(tokens, saes=[other])
+    torch.testing.assert_close(inner, opposite, atol=1e-4, rtol=1e-4)
+    assert model.acts_to_saes == {hook: sae}
+    torch.testing.assert_close(model(tokens), expected, atol=1e-4, rtol=1e-4)
+    assert f"{hook}.hook_sae_acts_post" in model.hook_dict
+    model.reset_saes(hook)
+    assert torch.equal(model(tokens), native)
+    model.add_sae(sae, use_error_term=True)
+    torch.testing.assert_close(model(tokens), native, atol=1e-4, rtol=1e-4)
     model.reset_saes()
 
 
@@ -262,12 +255,9 @@ def test_saes_at_several_heads_at_once(spliced):
     layer, head = model.site(hook).cell.layer, model.site(hook).cell.head
     second = copy.deepcopy(sae)
     second.cfg.metadata.hook_name = model.write_hook_name(layer, head + 1)
-    with torch.no_grad():
-        logits, cache = model.run_with_cache_with_saes(tokens, saes=[sae, second])
-        expected = model.run_with_hooks(
-            tokens,
-            fwd_hooks=[(s.cfg.metadata.hook_name, lambda x, hook, s=s: dense(s, x)) for s in (sae, second)],
-        )
+    logits, cache = model.run_with_cache_with_saes(tokens, saes=[sae, second])
+    hooks = [(s.cfg.metadata.hook_name, lambda x, hook, s=s: dense(s, x)) for s in (sae, second)]
+    expected = model.run_with_hooks(tokens, fwd_hooks=hooks)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     for s in (sae, second):
         assert cache[f"{s.cfg.metadata.hook_name}.hook_sae_acts_post"].shape == (3, CONTEXT, 64)
@@ -282,7 +272,7 @@ def test_generation_with_an_sae_is_that_of_whole_forward_passes(spliced):
         expected = torch.cat([expected, best], dim=1)
     options = {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False, "verbose": False}
     seen = []
-    with torch.no_grad(), model.saes(saes=[sae]):
+    with model.saes(saes=[sae]):
         with model.hooks(fwd_hooks=[(f"{hook}.hook_sae_acts_post", lambda x, hook: seen.append(x.shape[1]))]):
             generated = model.generate(prompt, return_type="tokens", **options)
         uncached = model.generate(prompt, return_type="tokens", use_past_kv_cache=False, **options)
@@ -301,9 +291,8 @@ def test_errors_while_spliced_leave_nothing_behind(spliced):
         model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=[(f"{hook}.hook_sae_acts_post", fails)])
     lost = copy.deepcopy(sae)
     lost.cfg.metadata.hook_name = hook.replace("write", "wrote")
-    with pytest.raises(HookedModelError, match="wrote"):
-        model.run_with_saes(tokens, saes=[sae, lost])
     for call in (
+        lambda: model.run_with_saes(tokens, saes=[sae, lost]),
         lambda: model.run_with_saes(tokens, saes=lost),
         lambda: model.run_with_cache_with_saes(tokens, saes=[lost]),
         lambda: model.add_sae(lost),
@@ -311,15 +300,16 @@ def test_errors_while_spliced_leave_nothing_behind(spliced):
         with pytest.raises(HookedModelError, match="wrote"):
             call()
     inner = f"{hook}.hook_sae_nothing"
-    with model.saes(saes=[sae]):
-        with pytest.raises(HookedModelError, match="hook_sae_nothing"):
-            model.run_with_hooks(tokens, fwd_hooks=[(inner, lambda x, hook: x)])
-        with pytest.raises(HookedModelError, match="hook_sae_nothing"):
-            model.run_with_cache(tokens, names_filter=[inner])
-        with pytest.raises(HookedModelError, match="hook_sae_nothing"):
-            model.add_hook(inner, lambda x, hook: x)
+    for call in (
+        lambda: model.run_with_hooks(tokens, fwd_hooks=[(inner, lambda x, hook: x)]),
+        lambda: model.run_with_cache(tokens, names_filter=[inner]),
+        lambda: model.add_hook(inner, lambda x, hook: x),
+    ):
+        with model.saes(saes=[sae]), pytest.raises(HookedModelError, match="hook_sae_nothing"):
+            call()
 
 
+@torch.enable_grad()
 def test_gradients_reach_features_through_a_spliced_run(spliced):
     """d loss / d coefficient, from autograd, against central differences of plain edited forward passes."""
     model, sae, hook, tokens, _native = spliced
@@ -334,14 +324,14 @@ def test_gradients_reach_features_through_a_spliced_run(spliced):
     found = active[passage, position, feature]
     model.zero_grad()
 
+    @torch.no_grad()
     def loss(change):
         def edit(x, hook):
             x = x.clone()
             x[passage, position] += change * sae.W_dec[feature].detach()
             return x
 
-        with torch.no_grad():
-            logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, edit)]).double().log_softmax(-1)
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(hook, edit)]).double().log_softmax(-1)
         return -logits[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
 
     step = 0.2 * float(acts[passage, position, feature])

@@ -105,20 +105,21 @@ def test_an_sae_is_set_to_a_feature_dictionary():
     torch.testing.assert_close(sae.W_dec.detach(), dictionary.feature_vectors.detach())
 
 
+def synthetic_runner(folder, width, **options):
+    cfg = {
+        "synthetic_model": SyntheticModelConfig(num_features=24, hidden_dim=width, seed=0),
+        "sae": WriteSAETrainingConfig(d_k=6, d_v=9, d_sae=24, k=4, rank=2),
+        "batch_size": 512,
+        "checkpoint_path": str(folder / "checkpoints"),
+        "output_path": str(folder / "out"),
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    return SyntheticSAERunner(SyntheticSAERunnerConfig(**(cfg | options)))
+
+
 def test_the_synthetic_runner_trains_evaluates_and_saves(tmp_path):
-    runner = SyntheticSAERunner(
-        SyntheticSAERunnerConfig(
-            synthetic_model=SyntheticModelConfig(num_features=24, hidden_dim=54, seed=0),
-            sae=WriteSAETrainingConfig(d_k=6, d_v=9, d_sae=24, k=4, rank=2),
-            training_samples=20_480,
-            batch_size=512,
-            lr=3e-3,
-            eval_samples=2000,
-            n_checkpoints=1,
-            checkpoint_path=str(tmp_path / "checkpoints"),
-            output_path=str(tmp_path / "out"),
-            logger=LoggingConfig(log_to_wandb=False),
-        )
+    runner = synthetic_runner(
+        tmp_path, 54, training_samples=20_480, lr=3e-3, eval_samples=2000, n_checkpoints=1
     )
     result = runner.run()
     loaded = SAE.load_from_disk(tmp_path / "out")
@@ -136,14 +137,5 @@ def test_the_synthetic_runner_trains_evaluates_and_saves(tmp_path):
 
 def test_synthetic_data_of_another_width_are_refused(tmp_path):
     """SAELens overwrites d_in of a config that does not fit; a WriteSAE of another shape cannot follow."""
-    cfg = SyntheticSAERunnerConfig(
-        synthetic_model=SyntheticModelConfig(num_features=24, hidden_dim=60, seed=0),
-        sae=WriteSAETrainingConfig(d_k=6, d_v=9, d_sae=24, k=4),
-        training_samples=512,
-        batch_size=512,
-        output_path=None,
-        checkpoint_path=None,
-        logger=LoggingConfig(log_to_wandb=False),
-    )
     with pytest.raises(WriteSAEError, match="6 x 9"):
-        SyntheticSAERunner(cfg).run()
+        synthetic_runner(tmp_path, 60, training_samples=512).run()

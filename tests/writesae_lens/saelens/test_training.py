@@ -286,16 +286,13 @@ def test_several_saes_resume_and_keep_their_weights_when_interrupted(run, model,
 
 def test_training_from_cached_activations_gives_the_same_bits(run, early, rows, tmp_path):
     """CacheActivationsRunner writes what the model gives: reading it is as good as asking the model."""
+    with pytest.raises(HookedModelError, match=r"hook_write\.9"):
+        cache_runner(tmp_path, rows, "blocks.1.linear_attn.hook_write.9", 256)
     assert len(cache_runner(tmp_path, rows, HOOK, 2048).run()) == 2048 // CONTEXT
     cached = {"use_cached_activations": True, "cached_activations_path": str(tmp_path / "cache")}
     from_cache = Run(tmp_path, rows, training_tokens=EARLY, **cached)
     assert torch.equal(torch.stack(from_cache.batches), torch.stack(run.batches[: EARLY // BATCH]))
     assert same_weights(from_cache.sae, early)
-
-
-def test_caching_from_a_hook_that_does_not_exist_is_refused(rows, tmp_path):
-    with pytest.raises(HookedModelError, match=r"hook_write\.9"):
-        cache_runner(tmp_path, rows, "blocks.1.linear_attn.hook_write.9", 256)
 
 
 def test_resuming_from_cached_activations_starts_at_their_beginning(run, rows, tmp_path):
@@ -436,8 +433,7 @@ def test_inputs_normalised_at_run_time(model, rows, tmp_path, kind):
 
 
 def test_autocast_of_the_model_keeps_the_sae_good(early, model, rows, tmp_path):
-    sae = make_runner(tmp_path, rows, autocast_lm=True, training_tokens=EARLY).run()
-    x = writes(model, HOOK, rows[-16:])
+    sae, x = Run(tmp_path, rows, autocast_lm=True, training_tokens=EARLY).sae, writes(model, HOOK, rows[-16:])
     assert unexplained(sae, x) < 1.1 * unexplained(early, x)
 
 

@@ -17,6 +17,7 @@ from tests.writesae_lens.saelens.runs import (
     make_multi_runner,
     make_runner,
     sae_config,
+    watch_steps,
 )
 from writesae_lens import WriteTrainingSAE
 
@@ -40,6 +41,10 @@ def offline(tmp_path, monkeypatch):
     wandb.teardown()  # it keeps settings for as long as it lives
 
 
+def logger():
+    return LoggingConfig(log_to_wandb=True, wandb_log_frequency=10, eval_every_n_wandb_logs=2)
+
+
 def test_what_is_logged_to_wandb(model, rows, tmp_path, offline):
     """Losses and metrics of logging steps and evaluations are those of the dense computation."""
     runner = make_runner(
@@ -50,15 +55,14 @@ def test_what_is_logged_to_wandb(model, rows, tmp_path, offline):
         n_eval_batches=1,
         eval_batch_size_prompts=4,
         feature_sampling_window=25,
-        logger=LoggingConfig(log_to_wandb=True, wandb_log_frequency=10, eval_every_n_wandb_logs=2),
+        logger=logger(),
     )
     saes, inputs, tokens = {}, {}, {}
-    step, batch = runner.sae.training_forward_pass, runner.activations_store.get_batch_tokens
+    batch = runner.activations_store.get_batch_tokens
 
-    def recorded(step_input):
+    def record(step_input):
         saes[step_input.n_training_steps] = copy.deepcopy(runner.sae.state_dict())
         inputs[step_input.n_training_steps] = step_input.sae_in
-        return step(step_input)
 
     def drawn(*args, **options):
         out = batch(*args, **options)
@@ -66,7 +70,7 @@ def test_what_is_logged_to_wandb(model, rows, tmp_path, offline):
             tokens.setdefault(max(inputs), []).append(out)
         return out
 
-    runner.sae.training_forward_pass = recorded
+    watch_steps(runner.sae, record)
     runner.activations_store.get_batch_tokens = drawn
     runner.run()
 
@@ -94,9 +98,8 @@ def test_what_is_logged_to_wandb(model, rows, tmp_path, offline):
         first = tokens[n][0]
         with torch.no_grad():
             native = model(first, return_type="loss")
-            zeroed = model.run_with_hooks(
-                first, return_type="loss", fwd_hooks=[(HOOK, lambda x, hook: torch.zeros_like(x))]
-            )
+            zeros = [(HOOK, lambda x, hook: torch.zeros_like(x))]
+            zeroed = model.run_with_hooks(first, return_type="loss", fwd_hooks=zeros)
         ce = row["model_performance_preservation"]
         assert ce["ce_loss_without_sae"] == pytest.approx(float(native), rel=1e-4)
         assert ce["ce_loss_with_ablation"] == pytest.approx(float(zeroed), rel=1e-4)
@@ -117,10 +120,9 @@ def test_what_is_logged_to_wandb(model, rows, tmp_path, offline):
 
 
 def test_several_saes_log_under_their_own_names(model, rows, tmp_path, offline):
-    logger = LoggingConfig(log_to_wandb=True, wandb_log_frequency=10, eval_every_n_wandb_logs=2)
     options = {"training_tokens": 20 * BATCH, "n_eval_batches": 1, "checkpoint_path": None}
     hooks = {"a": model.write_hook_name(1, 0), "b": HOOK}
-    make_multi_runner(tmp_path, rows, hooks, logger=logger, **options).run()
+    make_multi_runner(tmp_path, rows, hooks, logger=logger(), **options).run()
     logged = {n: row for n, row in offline if "a/losses/mse_loss" in row}
     assert sorted(logged) == [9, 19]
     assert all(math.isfinite(value) for row in logged.values() for value in row.values())
@@ -143,10 +145,4 @@ def test_wandb_takes_a_model_from_a_long_local_path(rows, tmp_path, offline):
     folder = tmp_path / ("a-long-folder-name-" * 4) / "models" / "tiny-gdn"
     folder.parent.mkdir(parents=True)
     folder.symlink_to(zoo.model_path("tiny-gdn"))
-    make_runner(
-        tmp_path,
-        rows,
-        model_name=str(folder),
-        training_tokens=512,
-        logger=LoggingConfig(log_to_wandb=True),
-    ).run()
+    make_runner(tmp_path, rows, model_name=str(folder), training_tokens=512, logger=logger()).run()
