@@ -393,3 +393,12 @@ def _running_sum(g: Tensor) -> Tensor:
     wide = g if g.device.type == "mps" else g.double()
     # log 0 is -inf, and -inf - -inf is not a number.
     return wide.clamp_min(LOG_ZERO).cumsum(dim=-2)
+
+
+def __getattr__(name: str) -> Any:
+    """`responses.respond` and `responses.respond_states` can still be imported from here."""
+    if name in ("respond", "respond_states"):
+        from hooked_models import responses
+
+        return getattr(responses, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
