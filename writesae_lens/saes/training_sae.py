@@ -68,7 +68,12 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in torch. The atoms of an SAE saved for inference do not start from inputs again."""
-        trained = {"progress": torch.tensor([self.cfg.d_sae, 0], device=self.device)}
+        # SAELens's loaders build the SAE on the meta device; the tensors of the file are on a real one.
+        trained = {
+            "progress": torch.tensor(
+                [self.cfg.d_sae, 0.0], device=next(iter(state_dict.values()), self.b_enc).device
+            )
+        }
         return super().load_state_dict({**trained, **state_dict}, *args, **kwargs)
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:

@@ -210,6 +210,12 @@ def test_save_load_copy_and_move(make_sae, writes, tmp_path):
     x = writes.float()
     assert torch.equal(loaded.encode(x), sae.encode(x))
     assert torch.equal(loaded.decode(loaded.encode(x)), sae.decode(sae.encode(x)))
+    to_train_on = TrainingSAE.load_from_disk(tmp_path / "inference", "cpu")
+    assert isinstance(to_train_on, WriteTrainingSAE)
+    assert torch.equal(to_train_on.encode(x), sae.encode(x))
+    held = to_train_on.W_dec.clone()
+    to_train_on.training_forward_pass(step_input(x))  # its atoms do not start from inputs again
+    assert torch.equal(to_train_on.W_dec, held)
     sae.save_model(tmp_path / "training")
     again = TrainingSAE.load_from_disk(tmp_path / "training")
     assert isinstance(again, WriteTrainingSAE)

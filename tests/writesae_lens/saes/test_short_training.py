@@ -79,7 +79,7 @@ def test_every_member_is_no_worse_than_nothing_after_any_number_of_steps(
     ids=str,
 )
 def test_a_short_run_on_a_model(options):
-    """In SAELens's own runner, at its default learning rate, which is too low to mend a bad start in 3 steps."""
+    """In SAELens's own runner, at its learning rate, which is too low to mend a bad start in 3 steps."""
     model = HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
     options = dict(options)
     hook_of = model.state_hook_name if options.pop("site", "write") == "state" else model.write_hook_name
