@@ -145,9 +145,11 @@ class HookedRecurrent(upstream.CheckedBridge):
         transformers names Mamba-2's ``cache_params``, and would ignore one of another name.
 
         Args:
-            input, *args, **kwargs: as for `TransformerBridge.forward`.
+            input: tokens or text.
+            *args: as for `TransformerBridge.forward`.
             edit: swapped or added writes that this call carries; see `run_with_swapped_writes` and
                 `run_with_added_writes`.
+            **kwargs: as for `TransformerBridge.forward`.
 
         Raises:
             HookedModelError: the cache is another model's, or nothing takes one of the arguments.

@@ -1,7 +1,8 @@
-"""What the site takes from outside ``docs/``: changelog, tutorials, help texts; and its links."""
+"""Pages made from the repository: changelog, tutorials, help texts, catalogue of experiments; and links."""
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -28,6 +29,8 @@ PAGES = {
 }
 COMMAND_LINE = "command_line.md"
 TUTORIALS = "tutorials/"  # stands in the navigation for those that there are
+# Comments in pages that are replaced by what the catalogue of experiments holds.
+TABLE, REFERENCE = "<!-- catalogue -->", "<!-- catalogue: reference -->"
 
 HELP = """
 import json
@@ -39,6 +42,18 @@ names = list(get_command(app).commands)
 run = CliRunner().invoke
 texts = {n: run(app, [*n.split(), "--help"], prog_name="writesae-lens").output for n in ["", *names]}
 print(json.dumps(texts))
+"""
+
+
+CATALOGUE = """
+import json
+from writesae_lens.experiments import EXPERIMENTS
+
+fields = [
+    [e.name, e.function.__module__, e.function.__name__, e.question, e.row, list(e.table)]
+    for e in EXPERIMENTS.values()
+]
+print(json.dumps(fields))
 """
 
 
@@ -76,6 +91,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links that are right in the repository are made right in the site."""
+
+    if TABLE in markdown or REFERENCE in markdown:
+        markdown = markdown.replace(TABLE, _catalogue_table()).replace(REFERENCE, _catalogue_reference())
 
     def relinked(match: re.Match[str]) -> str:
         uri, anchor = _place_of(match[1], match[2] or "", page.file.src_uri)
@@ -122,15 +140,39 @@ def _relative(target: str, of: str) -> str:
     return posixpath.relpath(target, posixpath.dirname(of) or ".")
 
 
-def _command_line() -> str:
-    """Every command's ``--help``."""
+def _printed_json(code: str) -> Any:
+    """What a Python program of this repository prints as JSON on its last line."""
     plain = os.environ | {"TERMINAL_WIDTH": "98", "COLUMNS": "98", "TERM": "dumb", "NO_COLOR": "1"}
-    ran = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, env=plain, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=plain, capture_output=True, text=True)
     if ran.returncode:
-        raise PluginError(f"could not ask writesae-lens for its help:\n{ran.stderr}")
-    texts = json.loads(ran.stdout.splitlines()[-1])
-    lines = ["# Command line", "", "What `writesae-lens COMMAND --help` prints."]
-    for name, text in texts.items():
+        raise PluginError(f"could not run writesae-lens:\n{ran.stderr}")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def _command_line() -> str:
+    """The ``--help`` of every command."""
+    lines = ["# Command line", "", "The output of `writesae-lens COMMAND --help`."]
+    for name, text in _printed_json(HELP).items():
         shown = "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
         lines += ["", f"## `{f'writesae-lens {name}'.strip()}`", "", "```text", shown, "```"]
     return "\n".join(lines) + "\n"
+
+
+@functools.cache
+def _catalogue() -> list[Any]:
+    return _printed_json(CATALOGUE)
+
+
+def _catalogue_table() -> str:
+    lines = [
+        ["question", "call", "command", "a row of `records`", "figures of merit in `summary`"],
+        ["---"] * 5,
+    ]
+    for name, _, function, question, row, table in _catalogue():
+        figures = ", ".join(f"`{figure}`" for figure in table)
+        lines.append([question, f"`{function}`", f"`{name}`", row, figures])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _catalogue_reference() -> str:
+    return "\n\n".join(f"::: {module}.{function}" for _, module, function, *_ in _catalogue())

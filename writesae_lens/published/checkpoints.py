@@ -30,8 +30,7 @@ def load(path: str | Path, source: Source = _UNKNOWN) -> tuple[dict[str, Any], d
 
     Raises:
         WriteSAEError: the file is no such checkpoint, wants code to be run, contradicts itself, its path or
-        the
-            caller, has another SHA-256 than ``manifest.json`` lists, or has tensors that are missing, of
+            the caller, has another SHA-256 than ``manifest.json`` lists, or has tensors that are missing, of
             another shape or not finite.
     """
     source.check()

@@ -54,9 +54,8 @@ def push(
 
     Raises:
         WriteSAEError: the results are not those of a replacement test or belong to another hook, the id
-        cannot
-            be a path in a repository, or the connection broke. `huggingface_hub` raises its own errors for
-            missing rights.
+            cannot be a path in a repository, or the connection broke. `huggingface_hub` raises its own errors
+            for missing rights.
     """
     check_sae(sae)
     sae_id = default_id(sae) if sae_id is None else str(sae_id).strip("/")

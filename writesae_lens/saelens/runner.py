@@ -26,6 +26,7 @@ from sae_lens import (
 from hooked_models import HookedModelError, HookedRecurrent, zoo
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import INTERRUPTIONS, WriteSAEError
+from writesae_lens.experiments.options import check
 from writesae_lens.saelens import upstream
 from writesae_lens.saelens.history import record_training
 from writesae_lens.saelens.registration import MODEL_CLASS_NAME
@@ -62,12 +63,10 @@ def train_cells(
 
     Args:
         model: the model, or its name for `HookedRecurrent.boot_transformers`.
-        cells: cells of ``model.cells``, (layer, head) pairs, or names of hooks (then ``site`` does not
-            count).
+        cells: cells of ``model.cells``, (layer, head) pairs, or hook names (which have their own site).
         output_path: the folder for the SAE; of several SAEs each has a folder in it (``L1H3``). A sequence
             names the folder of each cell.
-        training_tokens: how many writes each SAE is trained on; the text is read again as often as that
-            takes.
+        training_tokens: how many writes each SAE is trained on; the text is repeated as often as needed.
         sae: config of the SAEs, or a function that gives the config for a cell. None:
             `WriteSAETrainingConfig.recommended`.
         site: train on each token's write, or on the state after it.
@@ -80,22 +79,21 @@ def train_cells(
         resume_from_checkpoint: go on from this checkpoint of an interrupted run.
         win_rate_passages: log the replacement test's win rate on so many passages at each W&B evaluation.
         **options: any other field of ``LanguageModelSAERunnerConfig``. Unless given: passages of 256 tokens,
-            no checkpoints, no W&B, and a BOS token in front of passages where the model's own tokenizer wants
-            it.
+            no checkpoints, no W&B, and a BOS token before each passage if the model's tokenizer adds one.
 
     Returns:
         the folders of the trained SAEs, in SAELens's format, with training.csv (`record_training`).
 
     Raises:
-        WriteSAEError: no text, options for one SAE only with several, or an interruption (Ctrl-C) of a run
-            with
-            checkpoints: the message names the checkpoint to resume from.
+        WriteSAEError: no text; options for one SAE only, with several; SAELens refuses a setting; Ctrl-C in
+            a run with checkpoints: the message names the checkpoint to resume from.
         HookedModelError: the model has no such cell or hook.
     """
     if isinstance(model, str):
         options = {"model_name": model} | options
         kwargs = options.get("model_from_pretrained_kwargs") or {}
         model = HookedRecurrent.boot_transformers(model, device=options.get("llm_device", device), **kwargs)
+    check(Literal["write", "state"], site=site)
     hooks = [_hook_name(model, cell, site) for cell in cells]
     chosen = [model.site(hook).cell for hook in hooks]
     folders = _folders(output_path, chosen)
