@@ -170,14 +170,15 @@ def train(setup: Setup, with_flat: bool) -> Dictionaries:
         with_flat: also train a flat SAE for each cell, if the paper compares with one.
     """
     make = WriteSAETrainingConfig.paper if setup.recipe == "paper" else WriteSAETrainingConfig.recommended
-    saes = _train_or_load(setup, "sae", lambda cell: make(d_k=cell.d_k, d_v=cell.d_v))
+    device = str(setup.model.cfg.device)
+    saes = _train_or_load(setup, "sae", lambda cell: make(d_k=cell.d_k, d_v=cell.d_v, device=device))
     if not with_flat or ("compare", "flat_svd") not in setup.paper.figures:
         return Dictionaries(saes, [])
     cfg: Any = saes[0].cfg
     flat = _train_or_load(
         setup,
         "flat",
-        lambda cell: TopKTrainingSAEConfig(d_in=cell.d_k * cell.d_v, d_sae=cfg.d_sae, k=cfg.k),
+        lambda cell: TopKTrainingSAEConfig(d_in=cell.d_k * cell.d_v, d_sae=cfg.d_sae, k=cfg.k, device=device),
     )
     return Dictionaries(saes, flat)
 
