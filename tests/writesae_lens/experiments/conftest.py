@@ -1,9 +1,10 @@
-"""Fixtures of the experiments' tests: shipped models, passages of their text, what is written into a model."""
+"""Fixtures of the experiments' tests: shipped models, passages of their text, the edits of their writes."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -53,6 +54,12 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[Edits]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """The steps of decoding in which something is added."""
     return recorded_steps(monkeypatch)
+
+
+@pytest.fixture
+def without_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users run without them, and get the experiments' own answers to wrong input."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

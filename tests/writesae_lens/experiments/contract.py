@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from unittest import mock
 
 import pandas as pd
@@ -21,9 +22,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hooked_models import HookedModelError
-from tests.writesae_lens.experiments.truth import make_sae, silenced
+from tests.writesae_lens.experiments.truth import HEAD, dominant_atoms, make_sae, silenced
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import Experiment, ExperimentResult
+from writesae_lens.experiments.options import Bound, Option
 from writesae_lens.experiments.result import Progress
 
 # Options that make a run short, for the experiments that have them.
@@ -40,6 +42,10 @@ SHORT = {
 }
 
 
+# Results of `Subject.whole` by the experiment's function, for all checks.
+WHOLE: dict[Callable[..., Any], ExperimentResult] = {}
+
+
 class Subject(NamedTuple):
     """An experiment and the input of its test runs."""
 
@@ -52,15 +58,35 @@ class Subject(NamedTuple):
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self.experiment.function, eval_str=True).parameters
 
-    def run(self, sae: Any = None, tokens: Any = None, model: Any = None, **options: Any) -> ExperimentResult:
+    @property
+    def short(self) -> dict[str, Any]:
+        """The options of every run."""
+        return {name: value for name, value in SHORT.items() if name in self.experiment.own_options}
+
+    @property
+    def whole(self) -> ExperimentResult:
+        """The result of the right input with the default options but `short`; computed once."""
+        if self.experiment.function not in WHOLE:
+            WHOLE[self.experiment.function] = self.run()
+        return WHOLE[self.experiment.function]
+
+    def run(self, sae: Any = "", tokens: Any = None, model: Any = "", **options: Any) -> ExperimentResult:
         """A short run; an SAE stands for whatever the experiment takes: one, several, by name, or a cell."""
-        sae = make_sae(self.model) if sae is None else sae
+        sae = make_sae(self.model) if isinstance(sae, str) and not sae else sae
         if "saes" in self.parameters and "Mapping" in str(self.parameters["saes"].annotation):
-            sae = {"first": sae, "second": make_sae(self.model, seed=1, k=8)}
-        short = {name: value for name, value in SHORT.items() if name in self.experiment.own_options}
-        given = short | {"verbose": False} | options
+            sae = {"first": sae, "second": make_sae(self.model, seed=1, k=8, head=head_of(sae))}
+        model = self.model if isinstance(model, str) and not model else model
         tokens = self.tokens if tokens is None else tokens
-        return self.experiment.function(self.model if model is None else model, sae, tokens, **given)
+        # Experiments that decode several prompts at once would otherwise have a single part.
+        few = 8 * self.model.cfg.d_vocab
+        with mock.patch("writesae_lens.experiments.decoding.LOGITS_PER_PASS", few):
+            return self.experiment.function(model, sae, tokens, **self.short | {"verbose": False} | options)
+
+
+def head_of(sae: Any) -> int:
+    """The head that an SAE names, or that of these tests."""
+    name = getattr(getattr(getattr(sae, "cfg", None), "metadata", None), "hook_name", None)
+    return int(name[-1]) if name else HEAD
 
 
 def strict_json(folder: Path) -> Any:
@@ -70,6 +96,14 @@ def strict_json(folder: Path) -> Any:
 def same(one: ExperimentResult, other: ExperimentResult) -> None:
     pd.testing.assert_frame_equal(one.records, other.records, rtol=1e-12)
     assert json.loads(json.dumps(one.summary)) == json.loads(json.dumps(other.summary))
+
+
+def outcome(subject: Subject, **options: Any) -> ExperimentResult | str:
+    """The result of a run, or the line with which it is refused."""
+    try:
+        return subject.run(**options)
+    except WriteSAEError as error:
+        return str(error)
 
 
 def check_declaration(subject: Subject) -> None:
@@ -87,8 +121,7 @@ def check_declaration(subject: Subject) -> None:
 
 def check_result(subject: Subject) -> None:
     """A result names its inputs, records every option, is saved, drawn and read back whole."""
-    experiment = subject.experiment
-    result = subject.run()
+    experiment, result = subject.experiment, subject.whole
     assert result.name == experiment.name
     assert len(result.records)
     assert result.headline
@@ -115,14 +148,14 @@ def check_result(subject: Subject) -> None:
 
 def check_seed(subject: Subject) -> None:
     """One seed gives one result."""
-    same(subject.run(seed=5), subject.run(seed=5))
-    assert subject.run(seed=6).summary["seed"] == 6
+    same(subject.run(), subject.whole)
 
 
 def check_resume(subject: Subject) -> None:
-    """An interrupted run goes on with the parts that are missing, and ends as an uninterrupted one."""
-    from writesae_lens.experiments import passes
+    """An interrupted run goes on with the parts that are missing, and ends as an uninterrupted one.
 
+    Finished parts are not taken for those of other inputs, or of other options that they depend on.
+    """
     folder, part, computed = str(subject.folder / "progress"), Progress.part, []
 
     def interrupted(self: Progress, number: int, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -134,32 +167,40 @@ def check_resume(subject: Subject) -> None:
 
         return part(self, number, counted)
 
-    # Experiments that decode several prompts at once would otherwise have a single part.
-    with mock.patch("writesae_lens.experiments.decoding.LOGITS_PER_PASS", 1):
-        whole = subject.run()
-        with mock.patch.object(Progress, "part", interrupted):
-            with pytest.raises(KeyboardInterrupt):
-                subject.run(progress_folder=folder)
-            assert len(computed) == 2
-            resumed = subject.run(progress_folder=folder)
-    assert passes.LOGITS_PER_PASS > 1
-    assert computed[0] not in computed[1:]
-    same(resumed, whole)
-    with pytest.raises(WriteSAEError, match="other settings"):
-        subject.run(progress_folder=folder, tokens=subject.tokens.flip(0))
+    with mock.patch.object(Progress, "part", interrupted):
+        with pytest.raises(KeyboardInterrupt):
+            subject.run(progress_folder=folder)
+        resumed = subject.run(progress_folder=folder)
+    assert computed[0] not in computed[1:]  # nothing is computed twice
+    same(resumed, subject.whole)
+    inputs = ({"tokens": subject.tokens.flip(0)}, {"sae": make_sae(subject.model, head=HEAD + 1)})
+    for other in inputs:
+        with pytest.raises(WriteSAEError, match="other settings"):
+            subject.run(progress_folder=folder, **other)
+    for name, option in subject.experiment.options.items():
+        other = {name: another_value(subject, option)}
+        result = outcome(subject, progress_folder=folder, **other)
+        if isinstance(result, str):
+            assert "other settings" in result
+        else:
+            same(result, subject.run(**other))
 
 
-def check_other_options_are_other_runs(subject: Subject) -> None:
-    """Finished parts are not taken for those of another seed, unless they do not depend on options at all."""
-    folder = str(subject.folder / "progress")
-    first = subject.run(progress_folder=folder, seed=1)
-    try:
-        other = subject.run(progress_folder=folder, seed=2)
-    except WriteSAEError as error:
-        assert "other settings" in str(error)
-    else:
-        same(other, subject.run(seed=2))
-        same(first, subject.run(seed=1))
+def another_value(subject: Subject, option: Option) -> Any:
+    """A value that is allowed and that no run has by default."""
+    value = subject.short.get(option.name, option.default)
+    kinds = [a for a in (get_args(option.annotation) or (option.annotation,)) if a is not type(None)]
+    if get_origin(option.annotation) is Literal:
+        return next(choice for choice in get_args(option.annotation) if choice != value)
+    if isinstance(value, (tuple, list)):
+        return value[:1]
+    if isinstance(value, (int, float)):
+        return value + 1
+    if option.bound is not None:
+        return 3
+    if int in kinds and str not in kinds:
+        return min(dominant_atoms(subject.model, make_sae(subject.model), subject.tokens))
+    return 5  # a token
 
 
 def check_one_passage(subject: Subject) -> None:
@@ -172,83 +213,132 @@ def check_one_passage(subject: Subject) -> None:
 def check_text_is_cut(subject: Subject) -> None:
     """Text is cut as the SAE was trained, or as context_size says."""
     text = subject.model.tokenizer.decode(subject.tokens.flatten().tolist())
+    ids = subject.model.to_tokens(text, prepend_bos=False, truncate=False)[0]
+    cut = ids[: len(ids) // 19 * 19].view(-1, 19)
+    bos = torch.full_like(cut[:, :1], subject.model.tokenizer.bos_token_id)
+    expected = subject.run(tokens=torch.cat([bos, cut], dim=1))
     sae = make_sae(subject.model)
+    sae.cfg.metadata.prepend_bos, sae.cfg.metadata.context_size = True, 20
+    same(subject.run(sae, tokens=text), expected)
     sae.cfg.metadata.context_size = 10
-    n_tokens = len(subject.model.to_tokens(text, prepend_bos=False, truncate=False)[0])
-    for options, size in (({}, 10), ({"context_size": 16}, 16)):
-        cut = subject.model.to_tokens(text, prepend_bos=False, truncate=False)[0]
-        cut = cut[: n_tokens // size * size].view(-1, size)
-        same(subject.run(sae, tokens=text, **options), subject.run(sae, tokens=cut))
-    with pytest.raises(WriteSAEError, match="context_size cuts text; these tokens are cut"):
-        subject.run(context_size=10)
-    with pytest.raises(WriteSAEError, match="the text is too short"):
-        subject.run(tokens="too short")
+    same(subject.run(sae, tokens=text, context_size=20), expected)
+    (subject.folder / "text").write_text("text")
+    for given, message in (
+        ({"context_size": 10}, "context_size cuts text; these tokens are cut"),
+        ({"tokens": text, "context_size": 0}, "context_size=0 makes no sense: give 1 or more"),
+        ({"tokens": text, "context_size": "16"}, "context_size='16' makes no sense: .* a whole number"),
+        ({"tokens": "too short"}, "the text is too short: .* give more text or a smaller context_size"),
+        ({"tokens": str(subject.folder / "text")}, r"is the name of a file: give what open\(...\).read\(\)"),
+    ):
+        with pytest.raises(WriteSAEError, match=message):
+            subject.run(**given)
 
 
 def check_nothing_fires(subject: Subject) -> None:
     """An SAE of which no atom is ever active is refused, or does not matter."""
-    try:
-        result = subject.run(silenced(make_sae(subject.model)))
-    except WriteSAEError as error:
-        assert re.search(r"no atom fires in 2 passages of 20 tokens|at no position all of them", str(error))
+    result = outcome(subject, sae=silenced(make_sae(subject.model)))
+    if isinstance(result, str):
+        assert re.search(r"no atom fires in 2 passages of 20 tokens|at no position all of them", result)
     else:
         strict_json(result.save(subject.folder / "silent"))
 
 
 def check_wrong_subjects(subject: Subject) -> None:
     """Whatever is no model, no SAE or no passages, or does not fit the cell, gets one line."""
-    model, is_cell = subject.model, "sae_or_cell" in subject.parameters
+    model, tokens, folder = subject.model, subject.tokens, subject.folder
+    one, of_cell = make_sae(model), "sae_or_cell" in subject.parameters
+    wanted = "an SAE, a cell or .layer, head. is wanted, got" if of_cell else "is wanted, got|must be"
+
+    def wrong(**metadata: Any) -> Any:
+        sae = make_sae(model)
+        for name, value in metadata.items():
+            setattr(sae.cfg.metadata if name == "hook_name" else sae.cfg, name, value)
+        return sae
+
     broken = make_sae(model)
     with torch.no_grad():
         broken.b_enc[0] = float("nan")
-    other_size = make_sae(model)
-    other_size.cfg.d_k, other_size.cfg.d_v = 48, 32
-    nameless, elsewhere, scaled = make_sae(model), make_sae(model), make_sae(model)
-    nameless.cfg.metadata.hook_name = None
-    elsewhere.cfg.metadata.hook_name = "blocks.0.mixer.hook_write.0"
-    scaled.cfg.normalize_activations = "constant_norm_rescale"
+    (folder / "file").write_text("text")
     cases: list[tuple[dict[str, Any], str]] = [
+        ({"model": None}, "the first argument must be a HookedRecurrent, got None: HookedRecurrent.boot"),
         ({"model": "tiny-gdn"}, "the first argument must be a HookedRecurrent, got 'tiny-gdn'"),
-        ({"sae": broken}, "NaN in b_enc"),
-        ({"sae": other_size}, "48 x 32"),
-        ({"sae": nameless}, "set sae.cfg.metadata.hook_name"),
-        ({"sae": elsewhere}, "not the hook of a cell's write or state"),
-        ({"sae": scaled}, "fold the scale in first"),
-        ({"sae": "no SAE"}, "is wanted" if is_cell else "wanted|must be"),
-        ({"tokens": torch.zeros(3)}, "LongTensor"),
-        ({"tokens": torch.zeros(0, 4).long()}, "LongTensor"),
-        ({"tokens": torch.full((2, 20), 10**6)}, "token ids run from"),
-        ({"tokens": torch.full((2, 20), -1)}, "token ids run from"),
+        ({"model": model.original_model}, "must be a HookedRecurrent, got a Qwen3_5ForCausalLM"),
+        ({"model": one, "sae": model}, "must be a HookedRecurrent, got a WriteSAE|saes must be a list"),
+        ({"sae": None}, wanted),
+        ({"sae": "my_sae"}, wanted),
+        ({"sae": one.cfg}, wanted),
+        ({"sae": broken}, "NaN in b_enc: its training went wrong, train it again"),
+        ({"sae": wrong(d_k=48, d_v=32)}, "48 x 32 .* writes 32 x 48: give the model"),
+        ({"sae": wrong(hook_name=None)}, "does not say .* set sae.cfg.metadata.hook_name"),
+        ({"sae": wrong(hook_name="blocks.0.mixer.hook_write.0")}, "not the hook of a cell's write or state"),
+        (
+            {"sae": wrong(hook_name=f"{one.cfg.metadata.hook_name}2")},
+            "head 22.*this model has layer 0: heads",
+        ),
+        ({"sae": wrong(normalize_activations="constant_norm_rescale")}, "fold the scale in first"),
+        ({"tokens": ["a", "b"]}, r"LongTensor \[passage, pos\] or a text, got \['a', 'b'\]: model.to_tokens"),
+        ({"tokens": tokens.tolist()}, "LongTensor .* got a list: .* torch.tensor from lists"),
+        ({"tokens": tokens.float()}, "LongTensor .* got torch.float32"),
+        ({"tokens": tokens[0]}, r"LongTensor .* of shape \(20,\)"),
+        ({"tokens": tokens[:0]}, "LongTensor"),
+        ({"tokens": tokens * 0 + 5000}, "token ids run from 5000 .* 2048 tokens"),
+        ({"tokens": tokens * 0 - 1}, "token ids run from"),
     ]
     for given, message in cases:
         with pytest.raises(HookedModelError, match=message) as caught:
             subject.run(**given)
         assert "\n" not in str(caught.value)
-
-
-def wrong_values(option: Any) -> Iterator[Any]:
-    """Values that an option's annotation does not allow."""
-    kinds = [a for a in (get_args(option.annotation) or (option.annotation,)) if a is not type(None)]
-    if get_origin(option.annotation) is Literal:
-        yield "nonsense"
-    elif option.bound is not None and int in kinds:
-        yield from (option.bound.minimum - 1, option.bound.minimum + 0.5, "many", True)
-    elif option.bound is not None and float in kinds:
-        below = option.bound.minimum if option.bound.exclusive else option.bound.minimum - 0.5
-        yield from (below, float("nan"), float("inf"), "much", True)
-    elif option.bound is not None:  # several numbers
-        yield from ((1, option.bound.minimum - 1), ("much",), (True,))
+    with pytest.raises((OSError, ValueError), match="file"):
+        subject.run(progress_folder=str(folder / "file"))
 
 
 def check_wrong_options(subject: Subject) -> None:
-    """Values outside of an option's annotation are refused in a line that names the option."""
+    """Values outside of an option's annotation are refused in a line that names the option and its bounds."""
     for name, option in subject.experiment.options.items():
-        for value in wrong_values(option):
-            with pytest.raises(WriteSAEError, match=rf"^{name}\b") as caught:
+        for value, message in wrong_values(option):
+            with pytest.raises(WriteSAEError, match=rf"^{name}\b.*{message}") as caught:
                 subject.run(**{name: value})
             assert "\n" not in str(caught.value)
     with pytest.raises(TypeError, match="no_such_option"):
         subject.run(no_such_option=1)
+
+
+def wrong_values(option: Option) -> Iterator[tuple[Any, str]]:
+    """Values that an option's annotation does not allow, and a pattern of the answer."""
+    is_union = get_origin(option.annotation) in (Union, types.UnionType)
+    allowed = get_args(option.annotation) if is_union else (option.annotation,)
+    lists = [a for a in allowed if get_origin(a) in (tuple, Sequence)]
+    kind = get_args(lists[0])[0] if lists else allowed[0]
+    scalars = list(wrong_scalars(kind, option.bound))
+    if not scalars:  # a token or an atom: see the tests of the experiments
+        return
+    if kind in allowed:
+        yield from scalars
+        yield from [(None, scalars[-1][1])] * (types.NoneType not in allowed)
+    else:
+        yield from ((x, "must be a list or tuple, got .*: put it into brackets") for x in (2, "a", None))
+    if lists and kind is float and option.bound is not None:
+        yield from ((x, "must be positive numbers, one at least") for x in [(), *((x,) for x, _ in scalars)])
+    elif lists:
+        yield from (((x,), message) for x, message in scalars)
+
+
+def wrong_scalars(kind: Any, bound: Bound | None) -> Iterator[tuple[Any, str]]:
+    """The same for a single number or choice; options of other types have messages of their own."""
+    if get_origin(kind) is Literal:
+        yield "nonsense", "'nonsense' is unknown: choose .* or "
+        yield 3, "is unknown: choose .* or "
+    elif kind is float and bound is None:
+        yield from ((x, "must be numbers") for x in ("much", True))
+    elif kind is float and bound.exclusive:
+        wrong = (0, -1, float("nan"), float("inf"), "much", True)
+        yield from ((x, "must be positive, a number above 0, got") for x in wrong)
+    elif kind is float:
+        wrong = (bound.minimum - 0.5, float("nan"), float("inf"), "much", True)
+        yield from ((x, f"makes no sense: give {bound.minimum} or more") for x in wrong)
+    elif kind is int and bound is not None:
+        yield bound.minimum - 1, f"makes no sense: give {bound.minimum} or more"
+        yield from ((x, ", a whole number") for x in (bound.minimum + 0.5, "many", True, [3]))
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]

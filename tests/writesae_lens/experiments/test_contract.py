@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 from torch import Tensor
 
@@ -16,12 +15,7 @@ from writesae_lens.experiments import EXPERIMENTS, Experiment
 from writesae_lens.experiments.catalogue import find_experiment
 
 
-@pytest.fixture(autouse=True)
-def without_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Users run without them, and get the experiments' own answers to wrong input."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
+@pytest.mark.usefixtures("without_type_checks", "few_resamples")
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_contract(

@@ -65,15 +65,14 @@ def test_the_linear_change_is_the_derivative_of_what_comes_after_the_layer(model
     step, limit = 1e-2, 1e-3
     for change, position, key, value in zip(changes, *rows, strict=True):
         seen = []
-        with_added(
-            model, tokens[0], position, key[:, None] * value, (out, lambda y, hook, s=seen: s.append(y.clone()))
-        )
+        keep = (out, lambda y, hook, seen=seen: seen.append(y.clone()))
+        with_added(model, tokens[0], position, key[:, None] * value, keep)
         moved = seen[0] - native
         with torch.no_grad():
             far, near = (
-                model.run_with_hooks(
-                    tokens[:1], fwd_hooks=[(out, lambda y, hook, s=s, m=moved: y + s * m)]
-                )[0]
+                model.run_with_hooks(tokens[:1], fwd_hooks=[(out, lambda y, hook, s=s, m=moved: y + s * m)])[
+                    0
+                ]
                 for s in (step, -step)
             )
         difference = (far.double() - near.double()) / (2 * step)
@@ -149,7 +148,7 @@ def test_gate_product_is_its_formula(model, tokens):
         k, end = key[row.atom] / key[row.atom].norm(), row.position + row.horizon
         for t in range(row.position + 1, end + 1):
             k = k * decays[row.passage, t]
-        by_key = float((k * reads[row.passage, end]).sum())
+        by_key = float((k * reads[row.passage, end]).sum().detach())
         by_value = float(w_u[row.token] @ w_o @ (value[row.atom] / value[row.atom].norm()))
         assert row.unfitted == pytest.approx(row.eps * by_key * by_value, rel=1e-4, abs=1e-9)
     for _, part in records.groupby(["passage", "atom", "token"]):

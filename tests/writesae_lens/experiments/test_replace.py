@@ -19,7 +19,7 @@ from tests.writesae_lens.experiments.truth import (
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import replacement_test
 from writesae_lens.experiments.replace import CONDITIONS
-from writesae_lens.report.page import make_report
+from writesae_lens.report.sections import section
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,6 @@ def test_a_damaged_part_is_computed_again_and_another_dtype_is_another_model(gdn
 @pytest.mark.parametrize(
     ("replaces", "words"), [("write", "The native write of"), ("update", "erase and write")]
 )
-def test_the_report_names_what_was_replaced(gdn, passages, tmp_path, replaces, words):
-    sae = make_sae(gdn)
-    result = replacement_test(gdn, sae, passages[:1], replaces=replaces, verbose=False)
-    assert words in make_report(tmp_path, gdn, sae, passages[:1], [result], verbose=False).read_text()
+def test_the_report_names_what_was_replaced(gdn, passages, replaces, words):
+    result = replacement_test(gdn, make_sae(gdn), passages[:1], replaces=replaces, verbose=False)
+    assert words in " ".join(section(result)["method"])

@@ -21,17 +21,24 @@ def test_texts_and_numbers_come_back_as_they_were(tmp_path):
         assert read_table(tmp_path / "x.csv").text.tolist() == column
 
 
-def test_settings_of_numpy_are_saved(tmp_path):
-    result = ExperimentResult("x", pd.DataFrame({"a": [1]}), {"experiment": "x", "seed": np.int64(3)})
-    assert ExperimentResult.load(result.save(tmp_path)).summary["seed"] == 3
+def result(name, **summary):
+    return ExperimentResult(name, pd.DataFrame({"a": [1]}), summary)
 
 
-def test_pictures_of_others_in_the_folder_are_not_the_results(tmp_path):
+def test_settings_of_numpy_are_saved_and_a_former_name_becomes_the_present_one(tmp_path):
     (tmp_path / "training.png").write_bytes(b"")
-    result = ExperimentResult("x", pd.DataFrame({"a": [1]}), {"experiment": "x"})
-    assert ExperimentResult.load(result.save(tmp_path)).figures == {}
-    with pytest.raises(WriteSAEError, match="no experiment is called 'x': there are replacement"):
-        result.plot()
+    saved = result("", experiment="erasure", seed=np.int64(3)).save(tmp_path)
+    back = ExperimentResult.load(saved)
+    assert (back.name, back.summary) == ("erase", {"experiment": "erase", "seed": 3})
+    assert list(back.figures) == ["erase"]  # whatever pictures are in the folder
+
+
+def test_results_of_unknown_experiments_are_refused(tmp_path):
+    unknown = "no experiment is called 'x': there are replace"
+    with pytest.raises(WriteSAEError, match=unknown):
+        ExperimentResult.load(result("x", experiment="x").save(tmp_path))
+    with pytest.raises(WriteSAEError, match=unknown):
+        result("x").plot()
 
 
 def test_progress_keeps_off_folders_that_are_not_its_own(tmp_path):

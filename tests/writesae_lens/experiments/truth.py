@@ -69,7 +69,9 @@ def cached(model: Any, tokens: Tensor, name: str) -> Tensor:
 def writes(model: Any, tokens: Tensor, layer: int = LAYER, head: int = HEAD) -> Tensor:
     """Native writes, [passage, pos, d_k, d_v] in float64, from the activation at their hook."""
     cell = model.cell(layer, head)
-    return cached(model, tokens, model.write_hook_name(layer, head)).double().unflatten(-1, (cell.d_k, cell.d_v))
+    return (
+        cached(model, tokens, model.write_hook_name(layer, head)).double().unflatten(-1, (cell.d_k, cell.d_v))
+    )
 
 
 def encoded(model: Any, sae: Any, tokens: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def dominant_atoms(model: Any, sae: Any, tokens: Tensor) -> set[int]:
 
 
 def output_weights(model: Any, layer: int, head: int) -> tuple[Tensor, Tensor]:
-    """W_O of a head, [d_model, d_v], and W_U, [d_vocab, d_model], from the native model's weights in float64."""
+    """W_O of a head, [d_model, d_v], and W_U, [d_vocab, d_model], from the native weights, in float64."""
     pattern = re.compile(rf".*\blayers\.{layer}\..*\bo(ut)?_proj\..*weight")
     (w_o,) = (x for name, x in model.original_model.named_parameters() if pattern.fullmatch(name))
     w_u, d_v = model.original_model.get_output_embeddings().weight, model.cell(layer, head).d_v
@@ -106,7 +108,7 @@ def logits_with_added(
     layer: int = LAYER,
     head: int = HEAD,
 ) -> tuple[Tensor, Tensor]:
-    """Logits at each position after a full pass in which a hook adds the matrix to the write there; native ones."""
+    """Logits [position, d_vocab] of full passes in which a hook adds the matrix to the write; native ones."""
     name = model.write_hook_name(layer, head)
     return _edited_logits(model, passage, positions, {name: lambda write, matrix: write + matrix}, matrices)
 
@@ -168,7 +170,9 @@ def recorded_edits(monkeypatch: pytest.MonkeyPatch, method: str) -> list[Edits]:
     calls: list[Edits] = []
     run = getattr(HookedRecurrent, method)
 
-    def spy(self: Any, passage: Tensor, layer: int, head: int, positions: Tensor, *factors: Any, **options: Any):
+    def spy(
+        self: Any, passage: Tensor, layer: int, head: int, positions: Tensor, *factors: Any, **options: Any
+    ):
         keys, values = (f if f.ndim == 3 else f[:, None] for f in factors[:2])
         calls.append(Edits(passage.tolist(), positions, (keys.mT @ values).double()))
         return run(self, passage, layer, head, positions, *factors, **options)
