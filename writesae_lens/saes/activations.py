@@ -1,8 +1,8 @@
 """From scores to coefficients: the activation functions of the WriteSAE family.
 
-Each is a module with the same four parts: the function itself, how many atoms it lets through, its own
-losses in training, and how it follows a change of the inputs' scale. Parameters that are compared with
-scores, which have the units of the inputs, are kept as logarithms where they can be, so that a step of the
+Each is a module with four parts: the function itself, the number of atoms that it lets through, its own
+losses in training, and its reaction to a change of the inputs' scale. Parameters that are compared with
+scores have the units of the inputs. They are stored as logarithms where possible, so that a step of the
 optimiser means the same for writes of norm 0.01 as for writes of norm 10.
 """
 
@@ -16,14 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "gated")
-# What inference knows beside these: BatchTopK of published SAEs, which have no threshold.
+# For inference only: the BatchTopK of published SAEs, which have no threshold.
 BATCHWISE = "topk_of_batch"
-# Share of the distance to the newest threshold that BatchTopK's own moves in a step (as in SAELens).
+# BatchTopK's threshold moves this share of the way to the newest batch's in each step (as in SAELens).
 _THRESHOLD_RATE = 0.01
 
 
 class Activation(nn.Module):
-    """What all share: no losses of their own, nothing to adapt to a scale."""
+    """The base class: no losses of its own, and no parameters that depend on the inputs' scale."""
 
     coefficients: dict[str, tuple[float, int]]  # name: value and warm-up steps, for SAELens's trainer
 
@@ -52,18 +52,18 @@ class Activation(nn.Module):
         return {}
 
     def coefficients_of(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """What each atom's coefficient is if it is active."""
+        """Each atom's coefficient if it is active."""
         return scores.relu()
 
     def gate_codes(self, scores: Float[Tensor, "row d_sae"]) -> Float[Tensor, "row d_sae"] | None:
-        """Codes that must reconstruct the input by themselves, if there are any (Gated SAEs)."""
+        """The codes that must reconstruct the input by themselves in Gated SAEs; None for others."""
         return None
 
     def reset(self, slots: Int[Tensor, " slot"], unit: Float[Tensor, ""]) -> None:
-        """These atoms start anew; ``unit`` as in `begin`."""
+        """First parameters of atoms that start anew; ``unit`` as in `begin`, times their encoders' norm."""
 
     def fold(self, scale: float) -> None:
-        """Inputs were multiplied by ``scale`` in training and no longer are."""
+        """Adapt to inputs that were multiplied by ``scale`` in training and no longer are."""
 
 
 class TopK(Activation):
@@ -79,7 +79,7 @@ class TopK(Activation):
         return torch.zeros_like(scores).scatter_(-1, indices, values.relu())
 
     def chosen(self, acts: Float[Tensor, "row d_sae"]) -> tuple[Tensor, Tensor]:
-        # The last choice, unless a hook made another one of it.
+        # The indices of the last call, unless a hook has changed the coefficients since.
         values = acts.gather(-1, self._indices) if self._indices.shape[:-1] == acts.shape[:-1] else None
         if values is None or int(acts.count_nonzero()) != int(values.count_nonzero()):
             return acts.topk(self.k, dim=-1, sorted=False)
@@ -113,7 +113,7 @@ class JumpReLU(Activation):
         self.log_threshold = nn.Parameter(torch.full_like(shape, math.log(init_threshold)))
 
     def count(self, acts: Float[Tensor, "*batch d_sae"]) -> int:
-        # Just below its threshold an atom is silent, and still has a gradient.
+        # An atom just below its threshold is silent but has a gradient.
         return acts.shape[-1] if self._learns else super().count(acts)
 
     @torch.no_grad()
@@ -129,7 +129,7 @@ class JumpReLU(Activation):
         passed = scores * (scores > threshold)
         if not self._learns:
             return passed
-        # Zero in value; its derivative is that of the score's jump from 0 to the threshold.
+        # The subtracted term is zero; its derivative is that of the jump from 0 to the threshold.
         jump = threshold.detach().where(self._near(scores, threshold), 0)
         return passed - jump * self._box(scores, threshold)
 
@@ -149,7 +149,7 @@ class JumpReLU(Activation):
         return (scores.detach() - threshold.detach()).abs() < self.bandwidth * threshold.detach() / 2
 
     def _box(self, scores: Tensor, threshold: Tensor) -> Tensor:
-        # By the threshold's logarithm, which is finite where the threshold itself is not.
+        # Computed from the threshold's logarithm, which is finite where the threshold overflows.
         by_log = (self.log_threshold - self.log_threshold.detach()) / self.bandwidth
         return self._near(scores, threshold) * by_log
 
@@ -159,7 +159,7 @@ class JumpReLU(Activation):
 
 
 class TopKOfBatch(Activation):
-    """The k largest scores a row on average over all rows given: what one gets depends on its neighbours."""
+    """The k largest scores per row on average over the batch: a row's atoms depend on the other rows."""
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -173,10 +173,10 @@ class TopKOfBatch(Activation):
 
 
 class BatchTopK(JumpReLU):
-    """k atoms a row on average over the batch, in training; afterwards a threshold (Bussmann et al., 2024).
+    """k atoms per row on average over the batch in training, later a threshold (Bussmann et al., 2024).
 
-    The threshold is a running mean of the smallest score that passed. It is a `JumpReLU`'s, with the same
-    state, so that inference needs nothing else.
+    The threshold is a running mean of the smallest score that passed. It is stored as a `JumpReLU` stores its
+    own, so that inference is a `JumpReLU`.
     """
 
     def __init__(self, shape: Tensor, k: int) -> None:

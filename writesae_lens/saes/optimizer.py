@@ -1,4 +1,4 @@
-"""Clearing an optimiser's memory of atoms that start anew, wherever that optimiser lives.
+"""Clearing an optimiser's moments of atoms that start anew.
 
 SAELens's trainer owns the optimiser and gives the SAE no access to it. torch calls a hook before the steps of
 all optimisers (`writesae_lens.saelens.upstream`); `clear_moments` acts on the one that holds the parameters

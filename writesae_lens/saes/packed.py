@@ -1,8 +1,8 @@
-"""Flattened writes that are stored as their factors: 1.5 KiB, with the read vector, instead of 64.
+"""Flattened writes stored as their factors: 1.5 KiB with the read vector, instead of 64 KiB (128 x 128).
 
-SAELens's activation store copies, shuffles and slices rows of d_k * d_v numbers. `PackedWrites` is a tensor
-of that shape to whoever looks, but keeps key, value and read vector; the operations by which rows travel act
-on these, any other one builds the matrices first.
+SAELens's activation store copies, shuffles and slices rows of d_k * d_v numbers. `PackedWrites` has that
+shape but stores key, value and read vector. The operations that the store uses act on these; any other
+operation builds the matrices first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _IN_PLACE = "packed writes are products of factors and cannot be changed in plac
 
 
 class Write(NamedTuple):
-    """One head's writes, and if known the vectors with which their own tokens read the state."""
+    """One head's writes, and the vectors with which their own tokens read the state, where known."""
 
     key: Float[Tensor, "*batch 1 d_k"]
     value: Float[Tensor, "*batch 1 d_v"]
@@ -61,7 +61,7 @@ class PackedWrites(torch.Tensor):
         super().__init__()
 
     def dense(self) -> Float[Tensor, "*batch width"]:
-        """The numbers themselves."""
+        """The matrices, built and flattened."""
         return torch.cat([b.factors.matrix().flatten(-2) for b in self.blocks], dim=-1)
 
     def numpy(self, **kwargs: Any) -> Any:
@@ -94,7 +94,7 @@ class PackedWrites(torch.Tensor):
 
 
 def _map(x: PackedWrites, function: Callable[[Tensor], Tensor]) -> PackedWrites:
-    """Apply to every part ``[*batch, 1, d]`` something that leaves the last two axes alone."""
+    """Apply a function that leaves the last two axes alone to every part ``[*batch, 1, d]``."""
 
     def mapped(write: Write) -> Write:
         read = None if write.read is None else function(write.read)
@@ -117,12 +117,12 @@ def _slice(
         here = (slice(None),) * dim + (slice(start, end, step),)
         return _map(x, lambda f: f[here])
     wanted = range(x.shape[-1])[slice(start, end, step)]
-    edges, kept = 0, []
+    edges, blocks = 0, []
     for block in x.blocks:
         columns = range(edges, edges := edges + block.key.shape[-1] * block.value.shape[-1])
         if columns.start in wanted and columns[-1] in wanted:
-            kept.append(block)
-    packed = PackedWrites(*kept) if kept and step == 1 else None
+            blocks.append(block)
+    packed = PackedWrites(*blocks) if blocks and step == 1 else None
     return packed if packed is not None and packed.shape[-1] == len(wanted) else None
 
 
@@ -149,18 +149,18 @@ def _cat(tensors: list[Any], dim: int = 0) -> PackedWrites | None:
         return None
 
     def joined(parts: list[Tensor | None]) -> Any:
-        known = [p for p in parts if p is not None]
-        return torch.cat(known, dim) if len(known) == len(parts) else None
+        present = [p for p in parts if p is not None]
+        return torch.cat(present, dim) if len(present) == len(parts) else None
 
     heads = zip(*(x.blocks for x in tensors))
     return PackedWrites(*(Write(*map(joined, map(list, zip(*writes)))) for writes in heads))
 
 
 def _to(x: PackedWrites, **options: Any) -> PackedWrites | None:
-    kept = {n: options[n] for n in ("dtype", "device", "non_blocking") if options.get(n) is not None}
-    if not kept.get("dtype", x.dtype).is_floating_point:
+    given = {n: options[n] for n in ("dtype", "device", "non_blocking") if options.get(n) is not None}
+    if not given.get("dtype", x.dtype).is_floating_point:
         return None
-    return _map(x, lambda f: f.to(**kept, copy=True))
+    return _map(x, lambda f: f.to(**given, copy=True))
 
 
 def _scale(left: Any, right: Any) -> PackedWrites | None:

@@ -4,7 +4,7 @@ A write is X = key value^T; atom i is A_i = sum_r key_ir value_ir^T. Inner produ
 <key value^T, v w^T> = (key . v)(value . w), so scores, reconstruction errors and overlaps cost d_k + d_v
 multiplications a term where the flat formulas need d_k d_v.
 
-Whatever has no such factors (states, the atoms of a dense decoder) is a plain tensor [.., d_k, d_v]; every
+Matrices without such factors (states, the atoms of a dense decoder) are plain tensors [.., d_k, d_v]; every
 function takes either form.
 
 Axis letters: N rows (writes), F atoms, J chosen atoms, R rank, K = d_k, V = d_v.
@@ -18,11 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# A row counts as rank 1 if a random probe sees at most this much of something else, relative to its norm.
+# A row counts as rank 1 if its product with a random vector differs from that of its factors by at most
+# this share of its norm.
 RANK1_TOLERANCE = 1e-5
-# Elements of the temporary that a dense score may build at once.
+# Most elements of the temporary tensor in a dense score.
 _BLOCK = 2**26
-# A gradient with fewer than one in so many entries is taken entry by entry.
+# A gradient with fewer nonzero entries than one in this many is computed entry by entry.
 _SPARSE = 128
 
 
@@ -66,8 +67,8 @@ class Factors(NamedTuple):
 def factor_rank1(rows: Float[Tensor, "row d_k_d_v"], d_k: int, d_v: int) -> Factors | None:
     """The factors of flattened rank-1 matrices, or None if any row is not rank 1.
 
-    The largest row of a matrix is parallel to its value; the products with it give the key. A random
-    probe checks that nothing else is there. Not differentiable.
+    The largest row of a matrix is parallel to its value; the products with it give the key. A product with a
+    random vector checks that the matrix has no other part. Not differentiable.
 
     Args:
         rows: matrices, flattened row-major over ``[d_k, d_v]``; zero rows are fine.
@@ -83,7 +84,7 @@ def factor_rank1(rows: Float[Tensor, "row d_k_d_v"], d_k: int, d_v: int) -> Fact
         matrices = matrices.to(torch.promote_types(rows.dtype, torch.float32))
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(d_v, generator=generator).to(matrices)
-        # Of a rank-1 matrix the probe sees every row in proportion to its size.
+        # In a rank-1 matrix every row is parallel to the value: the largest product is the largest row.
         probed = (matrices.flatten(0, 1) @ probe).unflatten(0, matrices.shape[:2])
         largest = probed.abs().argmax(-1)
         value = matrices[torch.arange(len(matrices), device=rows.device), largest]
@@ -106,7 +107,7 @@ def built(matrices: Matrices) -> Float[Tensor, "*batch d_k d_v"]:
 
 
 def tensors(matrices: Matrices) -> tuple[Tensor, ...]:
-    """What the matrices are stored in."""
+    """The tensors that store the matrices: key and value factors, or the one tensor."""
     return tuple(matrices) if isinstance(matrices, Factors) else (matrices,)
 
 
@@ -148,7 +149,7 @@ def overlaps(left: Matrices, right: Matrices) -> Float[Tensor, "left right"]:
 
 
 def scores(rows: Matrices, encoder: Matrices) -> Float[Tensor, "row atom"]:
-    """`overlaps` of inputs that need no gradient; cheap to differentiate where few of its entries matter."""
+    """`overlaps` for inputs that need no gradient, with a cheap backward where few entries have a gradient."""
     if isinstance(rows, Factors) and isinstance(encoder, Factors):
         return _Scores.apply(rows.key[:, 0], rows.value[:, 0], *encoder)
     return overlaps(rows, encoder)

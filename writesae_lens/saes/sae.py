@@ -9,8 +9,8 @@ decoder atoms A_i = v_i w_i^T::
 atoms, or a dense linear map), the decoder (atoms of rank 1, of rank r, or dense) and the activation function
 (`writesae_lens.saes.activations`).
 
-Rank-1 inputs, that is native writes, are taken apart into their factors, and neither X nor its reconstruction
-is built in training; inputs of any rank (states) take the dense encoder and still decode sparsely.
+Native writes are of rank 1 and are encoded from their factors; training builds neither X nor its
+reconstruction. Inputs of higher rank (states) are encoded as built matrices and still decoded sparsely.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from writesae_lens.saes.rank1 import (
 
 # W&B's 128 characters, less what SAELens appends ("_log_feature_sparsity").
 _NAME_LENGTH = 100
-# What only training needs to remember.
+# Entries of a state dict that only training needs.
 _OF_TRAINING = {"progress"}
 
 
 class MatrixSAE(SAE[Any]):
-    """What inference and training share: parameters, encode, decode, and matrix views."""
+    """The part that `WriteSAE` and `WriteTrainingSAE` share: parameters, encode, decode and matrix views."""
 
     b_enc: nn.Parameter
     enc_gain: Tensor  # of a tied encoder
@@ -102,13 +102,13 @@ class MatrixSAE(SAE[Any]):
             return getattr(self, f"{side}_matrix")
         return Factors(getattr(self, f"{side}_key"), getattr(self, f"{side}_value"))
 
-    # The norms of the atoms are a choice of units; what is selected and what is decoded does not depend on
-    # them: scores are those of atoms of norm 1, coefficients are divided by the norms. (Not so in SAEs with
-    # rescale_acts_by_decoder_norm=False, whose scores are the coefficients themselves.)
+    # The norm of an atom is the unit of its coefficient: scores are those of atoms of norm 1, coefficients are
+    # scores divided by the norms, and neither selection nor reconstruction depends on the norms. In SAEs with
+    # rescale_acts_by_decoder_norm=False the scores are the coefficients themselves.
 
     @property
     def _encoder(self) -> Matrices:
-        """What gives the scores."""
+        """The matrices E_i whose inner products with an input are its scores."""
         if self.cfg.encoder != "tied":
             return self._side("enc", self.cfg.encoder)
         atoms = normalized(self.atoms()) if self.cfg.rescale_acts_by_decoder_norm else self.atoms()
@@ -117,14 +117,14 @@ class MatrixSAE(SAE[Any]):
         return atoms * self.enc_gain
 
     def _units(self) -> Tensor:
-        """What scores are divided by to give coefficients."""
+        """The numbers that scores are divided by to give coefficients."""
         if self.cfg.rescale_acts_by_decoder_norm:
             return self.get_W_dec_norm()
         return self.b_enc.new_ones(self.cfg.d_sae)
 
     @torch.no_grad()
     def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
-        """Norms of the atoms (where zero, a small number)."""
+        """Norms of the atoms, at least 1e-8."""
         return squared_norms(self.atoms()).sqrt().clamp(min=1e-8)
 
     @property
@@ -143,7 +143,7 @@ class MatrixSAE(SAE[Any]):
         return self.b_dec.view(self.cfg.d_k, self.cfg.d_v)
 
     def get_name(self) -> str:
-        """SAELens's name for W&B artifacts, cut to what W&B takes: letters, digits, ``-_.``, 128 in all."""
+        """SAELens's name for W&B artifacts, within W&B's limits: letters, digits, ``-_.``, 128 characters."""
         name = re.sub(r"[^\w.-]+", "__", super().get_name(), flags=re.ASCII)
         if len(name) <= _NAME_LENGTH:
             return name
@@ -191,20 +191,20 @@ class MatrixSAE(SAE[Any]):
 
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
         self._check_width(sae_in)
-        # The base class subtracts a bias here, which a WriteSAE never does: that would cost a copy.
+        # The base class's method also subtracts a bias that a WriteSAE does not have, at the cost of a copy.
         x = self.hook_sae_input(self.reshape_fn_in(sae_in.to(self.dtype)))
         return self.run_time_activation_norm_fn_in(x)
 
     def _rows(self, x: Float[Tensor, "row d_in"]) -> Matrices:
         """Flattened matrices as factors where they are rank 1 and need no gradient, else as they are."""
         sides = (self.cfg.d_k, self.cfg.d_v)
-        found = [b.sides for b in x.blocks] if isinstance(x, PackedWrites) else []
-        if isinstance(x, PackedWrites) and found == [sides]:
+        packed = [block.sides for block in x.blocks] if isinstance(x, PackedWrites) else []
+        if isinstance(x, PackedWrites) and packed == [sides]:
             rows = x.blocks[0].factors
-        elif len(found) == 1:
+        elif len(packed) == 1:
             raise WriteSAEError(
-                f"this SAE is for {sides[0]} x {sides[1]} matrices, these writes are {found[0][0]} x "
-                f"{found[0][1]}"
+                f"this SAE is for {sides[0]} x {sides[1]} matrices, these writes are {packed[0][0]} x "
+                f"{packed[0][1]}"
             )
         else:
             rows = None if x.requires_grad else factor_rank1(x, self.cfg.d_k, self.cfg.d_v)
@@ -222,8 +222,8 @@ class MatrixSAE(SAE[Any]):
         flat = feature_acts.reshape(-1, feature_acts.shape[-1])
         active = max(1, int((flat != 0).sum(-1).max())) if len(flat) else 1
         if (torch.is_grad_enabled() and feature_acts.requires_grad) or active > self.cfg.d_sae // 8:
-            # Inactive atoms have gradients too, which a sparse product would drop; and a sum of many
-            # atoms is no longer cheaper than the flat product.
+            # A sparse product would drop the gradients of inactive atoms; and with many active atoms it is
+            # no cheaper than the flat product.
             out = flat @ self.W_dec
         else:
             values, indices = _largest(flat, active)
@@ -240,7 +240,7 @@ class MatrixSAE(SAE[Any]):
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """Absorb a factor that inputs were multiplied by in training: into the atoms, as SAELens does.
+        """Absorb the factor that inputs were multiplied by in training into the atoms, as SAELens does.
 
         Raises:
             NotImplementedError: with rescale_acts_by_decoder_norm=False, which normalises no inputs.
@@ -254,10 +254,10 @@ class MatrixSAE(SAE[Any]):
 
     @torch.no_grad()
     def fold_and_get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
-        """Give all atoms norm 1 and return the norms that they had; coefficients and b_enc grow by these.
+        """Give all atoms norm 1 and return their former norms, by which coefficients and b_enc grow.
 
         Raises:
-            NotImplementedError: atoms are selected by their coefficients, which would become others.
+            NotImplementedError: with rescale_acts_by_decoder_norm=False, where norms decide what is active.
         """
         if not self.cfg.rescale_acts_by_decoder_norm:
             raise NotImplementedError(
@@ -285,10 +285,10 @@ class WriteSAE(MatrixSAE):
         device: str = "cpu",
         dtype: str = "float32",
     ) -> SAE[Any]:
-        """A published checkpoint: a ``best.pt`` of any type, or a folder that holds one. No code in it runs.
+        """Load a published checkpoint: a ``best.pt`` of any type, or a folder with one. No code in it runs.
 
-        Where it comes from, its SHA-256 and how its matrices lay are in ``cfg.metadata`` (``provenance``,
-        ``orientation``).
+        ``cfg.metadata`` records its source and SHA-256 (``provenance``) and how its matrices lay in the file
+        (``orientation``).
 
         Args:
             path: the file or folder.
@@ -336,7 +336,7 @@ class WriteSAE(MatrixSAE):
             raise WriteSAEError(f"the weights are not those of the configuration: {'; '.join(wrong[:4])}")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in torch; what only training needs is left out."""
+        """As in torch; entries that only training needs are left out."""
         weights = {name: value for name, value in state_dict.items() if name not in _OF_TRAINING}
         return super().load_state_dict(weights, *args, **kwargs)
 
