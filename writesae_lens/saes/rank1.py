@@ -149,7 +149,7 @@ def overlaps(left: Matrices, right: Matrices) -> Float[Tensor, "left right"]:
 
 
 def scores(rows: Matrices, encoder: Matrices) -> Float[Tensor, "row atom"]:
-    """`overlaps` for inputs that need no gradient, with a cheap backward where few entries have a gradient."""
+    """`overlaps` for inputs that need no gradient; its backward is cheap where few entries have one."""
     if isinstance(rows, Factors) and isinstance(encoder, Factors):
         return _Scores.apply(rows.key[:, 0], rows.value[:, 0], *encoder)
     return overlaps(rows, encoder)
