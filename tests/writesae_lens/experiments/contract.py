@@ -287,7 +287,7 @@ def check_wrong_subjects(subject: Subject) -> None:
     for given, message in cases:
         with pytest.raises(HookedModelError, match=message) as caught:
             subject.run(**given)
-        assert "\n" not in str(caught.value)
+        assert str(caught.value).isprintable()
     with pytest.raises((OSError, ValueError), match="file"):
         subject.run(progress_folder=str(folder / "file"))
 
@@ -298,7 +298,7 @@ def check_wrong_options(subject: Subject) -> None:
         for value, message in wrong_values(option):
             with pytest.raises(WriteSAEError, match=rf"^{name}\b.*{message}") as caught:
                 subject.run(**{name: value})
-            assert "\n" not in str(caught.value)
+            assert str(caught.value).isprintable()
     with pytest.raises(TypeError, match="no_such_option"):
         subject.run(no_such_option=1)
 
