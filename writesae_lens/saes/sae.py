@@ -103,8 +103,8 @@ class MatrixSAE(SAE[Any]):
         return Factors(getattr(self, f"{side}_key"), getattr(self, f"{side}_value"))
 
     # The norm of an atom is the unit of its coefficient: scores are those of atoms of norm 1, coefficients
-    # are scores divided by the norms, and neither selection nor reconstruction depends on the norms. In SAEs with
-    # rescale_acts_by_decoder_norm=False the scores are the coefficients themselves.
+    # are scores divided by the norms, and neither selection nor reconstruction depends on the norms. In SAEs
+    # with rescale_acts_by_decoder_norm=False the scores are the coefficients themselves.
 
     @property
     def _encoder(self) -> Matrices:
