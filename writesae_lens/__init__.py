@@ -20,7 +20,6 @@ from writesae_lens.saes.config import (
     RECOMMENDED_SCHEDULE,
     WriteSAEConfig,
     WriteSAETrainingConfig,
-    recommended_schedule,
 )
 from writesae_lens.saes.sae import WriteSAE
 from writesae_lens.saes.training_sae import WriteTrainingSAE
@@ -33,7 +32,6 @@ __all__ = [
     "WriteSAEError",
     "WriteSAETrainingConfig",
     "WriteTrainingSAE",
-    "recommended_schedule",
 ]
 __version__ = "0.1.0"
 

@@ -24,7 +24,7 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.saelens.registration import MODEL_CLASS_NAME
 from writesae_lens.saelens.runner import RUNNER_DEFAULTS, train_cells
 from writesae_lens.saelens.upstream import parse_flags
-from writesae_lens.saes.config import ARCHITECTURE, WriteSAETrainingConfig, recommended_schedule
+from writesae_lens.saes.config import ARCHITECTURE, RECOMMENDED_SCHEDULE, WriteSAETrainingConfig
 
 # Flags that have other defaults here than in SAELens.
 DEFAULTS = {
@@ -100,7 +100,7 @@ def run_training(
     # SAELens has appended the run's id, and will again.
     options["checkpoint_path"] = str(Path(str(cfg.checkpoint_path)).parent)
     # The recommended schedule applies as a whole: beside a flag of it the others have SAELens's defaults.
-    schedule = recommended_schedule(cfg.training_tokens)
+    schedule = RECOMMENDED_SCHEDULE
     if not isinstance(cfg.sae, WriteSAETrainingConfig) or any(f"--{name}" in given for name in schedule):
         schedule = {}
     for name in ("sae", "hook_name", *schedule, *({"--prepend_bos"} - set(given))):

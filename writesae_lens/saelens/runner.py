@@ -31,7 +31,7 @@ from writesae_lens.saelens import upstream
 from writesae_lens.saelens.history import record_training
 from writesae_lens.saelens.registration import MODEL_CLASS_NAME
 from writesae_lens.saelens.win_rate import log_win_rate
-from writesae_lens.saes.config import WriteSAETrainingConfig, recommended_schedule
+from writesae_lens.saes.config import RECOMMENDED_SCHEDULE, WriteSAETrainingConfig
 
 # What `train_cells` sets in SAELens's runner config unless told otherwise.
 RUNNER_DEFAULTS: dict[str, Any] = {
@@ -73,7 +73,7 @@ def train_cells(
         text: documents, as strings or as a `datasets.Dataset`. None: what ``dataset_path`` names (an option
             below), or a shipped model's own text.
         schedule: learning rate, batch size and the like, as in SAELens's runner config. None:
-            `recommended_schedule`.
+            `RECOMMENDED_SCHEDULE`.
         device: of the SAEs (None: the model's).
         seed: of everything random in the training.
         resume_from_checkpoint: go on from this checkpoint of an interrupted run.
@@ -113,7 +113,7 @@ def train_cells(
             "logger": LoggingConfig(log_to_wandb=False),
         }
         | RUNNER_DEFAULTS
-        | (recommended_schedule(training_tokens) if schedule is None else dict(schedule))
+        | (RECOMMENDED_SCHEDULE if schedule is None else dict(schedule))
         | options
     )
     if win_rate_passages and not cfg.logger.log_to_wandb:

@@ -280,7 +280,7 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
             )
 
 
-# What the paper's recipe sets in SAELens's runner config (paper, section "Training").
+# The paper's part of SAELens's runner config (paper, section "Training").
 PAPER_SCHEDULE: dict[str, Any] = {
     "lr": 3e-4,
     "lr_end": 3e-5,
@@ -290,20 +290,16 @@ PAPER_SCHEDULE: dict[str, Any] = {
     "dead_feature_window": 100,
 }
 
-# The part of the recommended recipe that is the same at any length (`recommended_schedule` adds the decay).
+# The recommended recipe's part of SAELens's runner config, for a training of any length. It has no warm-up: no
+# number of steps fits every length, and SAELens's cosine annealing divides by zero in a run as long as its
+# warm-up.
 RECOMMENDED_SCHEDULE: dict[str, Any] = {
     "lr": 4e-3,
-    "lr_warm_up_steps": 50,
+    "lr_end": 4e-5,
+    "lr_scheduler_name": "cosineannealing",
     "train_batch_size_tokens": 512,
     "dead_feature_window": 100,
 }
-
-
-def recommended_schedule(training_tokens: int) -> dict[str, Any]:
-    """`RECOMMENDED_SCHEDULE`, with a linear decay over the last half of a training on so many writes."""
-    steps = training_tokens // RECOMMENDED_SCHEDULE["train_batch_size_tokens"]
-    return RECOMMENDED_SCHEDULE | {"lr_decay_steps": steps // 2}
-
 
 # SAELens's command line reads the annotations of configs, which the mark of no_type_check would hide.
 for _config in (MatrixSAEConfig, WriteSAEConfig, WriteSAETrainingConfig):

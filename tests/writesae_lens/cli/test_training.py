@@ -5,7 +5,7 @@ from sae_lens import SAE
 
 from hooked_models import HookedModelError, HookedRecurrent
 from tests.writesae_lens.cli.command_line import run
-from writesae_lens import WriteSAEError, recommended_schedule
+from writesae_lens import RECOMMENDED_SCHEDULE, WriteSAEError
 from writesae_lens.cli.training import parse_cells, run_training
 from writesae_lens.saelens import upstream
 
@@ -60,7 +60,7 @@ def test_flags_that_are_not_given_are_the_recommended_recipe(monkeypatch, tmp_pa
         return made[-1]
 
     monkeypatch.chdir(tmp_path)
-    recommended, schedule = config(), recommended_schedule(20_000)
+    recommended, schedule = config(), RECOMMENDED_SCHEDULE
     assert {name: getattr(recommended, name) for name in schedule} == schedule
     assert (recommended.sae.d_sae, recommended.sae.k, recommended.context_size) == (2048, 4, 256)
     assert recommended.checkpoint_path.startswith("checkpoints/")

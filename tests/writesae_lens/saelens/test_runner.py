@@ -14,7 +14,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from hooked_models import HookedModelError, HookedRecurrent, zoo
 from tests.writesae_lens.saelens.runs import sae_config
-from writesae_lens import WriteSAE, WriteSAEError, WriteTrainingSAE, recommended_schedule
+from writesae_lens import RECOMMENDED_SCHEDULE, WriteSAE, WriteSAEError, WriteTrainingSAE
 from writesae_lens.experiments import replacement_test
 from writesae_lens.saelens.runner import train_cells
 
@@ -84,7 +84,7 @@ def test_sizes_and_hooks_come_from_the_model(tmp_path, name, cell, options, hook
 @pytest.mark.parametrize("cells", [[(1, 0)], LAYER])
 def test_the_recommended_recipe_is_the_default(model, tmp_path, monkeypatch, cells):
     runner = config_of(monkeypatch, model, cells, tmp_path, 20_000)
-    schedule = recommended_schedule(20_000)
+    schedule = RECOMMENDED_SCHEDULE
     assert {name: getattr(runner.cfg, name) for name in schedule} == schedule
     saes = [runner.sae] if len(cells) == 1 else runner.saes.values()
     assert {(sae.cfg.d_sae, sae.cfg.k) for sae in saes} == {(2048, 4)}

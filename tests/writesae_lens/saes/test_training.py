@@ -1,6 +1,7 @@
 """Between the steps of SAELens's own trainer: starts, resampling, renormalisation, metrics."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from writesae_lens import (
     PAPER_SCHEDULE,
+    RECOMMENDED_SCHEDULE,
     WriteSAEConfig,
     WriteSAEError,
     WriteSAETrainingConfig,
@@ -410,6 +412,29 @@ def test_the_papers_recipe_and_its_schedule():
     assert (runner.lr, runner.lr_end, runner.lr_scheduler_name) == (3e-4, 3e-5, "cosineannealing")
     assert (runner.lr_warm_up_steps, runner.train_batch_size_tokens) == (50, 256)
     assert runner.dead_feature_window == 100
+
+
+def test_the_recommended_recipe_is_the_defaults_and_a_schedule_for_any_length():
+    config = WriteSAETrainingConfig.recommended(d_k=16, d_v=24)
+    assert config.to_dict() == WriteSAETrainingConfig(d_k=16, d_v=24, d_sae=2048, k=4).to_dict()
+    assert WriteSAETrainingConfig.recommended(d_k=16, d_v=24, d_sae=64, k=8).k == 8
+    for steps in (1, 2, 50, 1000):
+        options = LanguageModelSAERunnerConfig(
+            sae=config,
+            hook_name="blocks.1.linear_attn.hook_write.2",
+            training_tokens=512 * steps,
+            device="cpu",
+            **RECOMMENDED_SCHEDULE,
+        ).to_sae_trainer_config()
+        rates_of = {f.name: getattr(options, f.name) for f in fields(options) if f.name.startswith("lr")}
+        run = trainer(make(), [], total_training_samples=32 * steps, **rates_of)
+        rates = []
+        for _ in range(steps):
+            rates.append(run.optimizer.param_groups[0]["lr"])
+            run.optimizer.step()
+            run.lr_scheduler.step()
+        assert rates[0] == 4e-3
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(4e-5)
 
 
 @pytest.mark.parametrize("form", ["writes", "packed", "states"])
