@@ -290,7 +290,7 @@ PAPER_SCHEDULE: dict[str, Any] = {
     "dead_feature_window": 100,
 }
 
-# The recommended recipe's part of SAELens's runner config, for a training of any length. It has no warm-up: no
+# The recommended recipe's part of SAELens's runner config, for any length. It has no warm-up: no
 # number of steps fits every length, and SAELens's cosine annealing divides by zero in a run as long as its
 # warm-up.
 RECOMMENDED_SCHEDULE: dict[str, Any] = {

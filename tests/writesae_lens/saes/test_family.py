@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from sae_lens import SAE
-from sae_lens.saes.sae import TrainStepInput
 
+from tests.writesae_lens.saes.steps import COEFFICIENTS, D_K, D_V, packed, step_input
 from writesae_lens import WriteSAE, WriteSAEError
 from writesae_lens.saes.packed import PackedWrites, Write
 
@@ -20,9 +20,8 @@ DECODERS = {
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "gated")
 # Inputs by name: how they are made of rank-1 rows, and their scale.
 INPUTS = {"writes": 1.0, "states": 1.0, "some zero": 1.0, "zero": 1.0, "huge": 1e6, "tiny": 1e-6}
-COEFFICIENTS = {"l0": 0.7, "l1": 0.3}
 DEAD = torch.arange(40) % 3 == 0
-D_K, D_V, D_SAE, K = 6, 9, 40, 4
+D_SAE, K = 40, 4
 
 
 def inputs(kind, seed=1):
@@ -34,22 +33,6 @@ def inputs(kind, seed=1):
     if kind == "some zero":
         x[::4] = 0
     return x * INPUTS[kind] * (kind != "zero")
-
-
-def packed(x):
-    """Rank-1 rows as the store hands them over."""
-    left, size, right = torch.linalg.svd(x.unflatten(-1, (D_K, D_V)), full_matrices=False)
-    return PackedWrites(Write((left[..., :1] * size[:, None, :1]).mT.contiguous(), right[:, :1].contiguous()))
-
-
-def step_input(x, dead=DEAD, logging=False):
-    return TrainStepInput(
-        sae_in=x,
-        coefficients=COEFFICIENTS,
-        dead_neuron_mask=dead,
-        n_training_steps=0,
-        is_logging_step=logging,
-    )
 
 
 @pytest.fixture
@@ -225,7 +208,9 @@ def check(sae, x, tolerance, dead=DEAD, given=None, taking_part=None):
     ``given``: the same inputs in another form; ``taking_part``: the dead atoms in the loss, if not all.
     """
     oracle = Oracle(sae)
-    output = sae.training_forward_pass(step_input((x if given is None else given).to(sae.dtype), dead, True))
+    output = sae.training_forward_pass(
+        step_input((x if given is None else given).to(sae.dtype), dead=dead, logging=True)
+    )
     losses, z, acts = oracle.losses(x, dead if taking_part is None else taking_part)
     close(output.hidden_pre, z, tolerance, "scores")
     close(output.feature_acts, acts, tolerance, "coefficients")
@@ -334,7 +319,9 @@ def test_the_gates_reconstruction_has_the_decoder_bias(member):
 
 def test_the_gates_reconstruction_does_not_pull_at_the_decoder(member):
     sae = member("bilinear", "rank1", "gated", write_alignment_coefficient=0.0)
-    loss = sae.training_forward_pass(step_input(inputs("writes"))).losses["gate_reconstruction_loss"]
+    loss = sae.training_forward_pass(step_input(inputs("writes"), dead=DEAD)).losses[
+        "gate_reconstruction_loss"
+    ]
     grads = gradients(loss, dict(sae.named_parameters()))
     assert grads["dec_key"].abs().max() == grads["dec_value"].abs().max() == 0
     assert grads["enc_key"].abs().max() > 0
@@ -432,7 +419,7 @@ def test_losses_go_with_the_square_of_the_scale(make_sae, activation, scale):
             if activation == "gated":
                 sae.activation_fn.gate_bias.zero_()
                 sae.activation_fn.magnitude_bias.zero_()
-        losses.append(sae.training_forward_pass(step_input(c * inputs("writes"))).losses)
+        losses.append(sae.training_forward_pass(step_input(c * inputs("writes"), dead=DEAD)).losses)
     assert set(losses[0]) == set(losses[1])
     for name, value in losses[0].items():
         torch.testing.assert_close(losses[1][name] / scale**2, value, msg=name, rtol=1e-9, atol=1e-12)

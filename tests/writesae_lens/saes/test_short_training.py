@@ -4,12 +4,11 @@ import pytest
 import torch
 from datasets import Dataset
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig
-from sae_lens.saes.sae import TrainStepInput
 
 from hooked_models import HookedRecurrent, zoo
+from tests.writesae_lens.saes.steps import D_K, D_V, step_input
 from writesae_lens import WriteSAETrainingConfig, WriteTrainingSAE
 
-D_K, D_V = 6, 9
 STEPS = (1, 2, 3, 5, 10, 20, 40)
 
 
@@ -64,7 +63,7 @@ def test_every_member_is_no_worse_than_nothing_after_any_number_of_steps(
     held_out = nearly_parallel(256, 999, rank)
     for step in range(1, STEPS[-1] + 1):
         x = nearly_parallel(64, step, rank)
-        loss = sae.training_forward_pass(TrainStepInput(x, {"l0": 1.0, "l1": 0.1}, None, step, False)).loss
+        loss = sae.training_forward_pass(step_input(x)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)

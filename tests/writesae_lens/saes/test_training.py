@@ -7,9 +7,9 @@ import pytest
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 
+from tests.writesae_lens.saes.steps import D_K, D_V, packed, step_input
 from writesae_lens import (
     PAPER_SCHEDULE,
     RECOMMENDED_SCHEDULE,
@@ -20,9 +20,6 @@ from writesae_lens import (
 )
 from writesae_lens.saes.packed import PackedWrites, Write
 
-D_K, D_V = 6, 9
-COEFFICIENTS = {"l0": 1.0, "l1": 0.1}
-
 
 def writes(n, seed=0, rank=1, dtype=torch.float32):
     """Flattened matrices of some rank; the singular values of each are far apart."""
@@ -32,12 +29,6 @@ def writes(n, seed=0, rank=1, dtype=torch.float32):
         key, value = (torch.randn(n, d, generator=rng, dtype=dtype) for d in (D_K, D_V))
         x += 0.3**r * torch.einsum("nk,nv->nkv", key, value)
     return x.flatten(1)
-
-
-def packed(x):
-    """The same rank-1 rows, as the store hands them over."""
-    left, size, right = torch.linalg.svd(x.unflatten(-1, (D_K, D_V)), full_matrices=False)
-    return PackedWrites(Write((left[..., :1] * size[:, None, :1]).mT.contiguous(), right[:, :1]))
 
 
 def leading(x):
@@ -57,16 +48,6 @@ def make(seed=0, **options):
         WriteSAETrainingConfig(
             **({"d_k": D_K, "d_v": D_V, "d_sae": 16, "k": 2, "init_from_writes": False} | options)
         )
-    )
-
-
-def step_input(x, step=0, dead=None, logging=False):
-    return TrainStepInput(
-        sae_in=x,
-        coefficients=COEFFICIENTS,
-        dead_neuron_mask=dead,
-        n_training_steps=step,
-        is_logging_step=logging,
     )
 
 
