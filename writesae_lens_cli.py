@@ -182,8 +182,8 @@ def train(
 ) -> None:
     """Train WriteSAEs with SAELens's runner; several cells train from one forward pass.
 
-    For example: writesae-lens train --model_name tiny-gdn --cells "1:*" --d_sae 2048 --k 4 --lr 4e-3
-    --context_size 256 --training_tokens 200000 --output_path my_saes
+    For example: writesae-lens train --model_name tiny-gdn --cells "1:*" --training_tokens 200000
+    --output_path my_saes. Flags that are not given have the values of the recommended recipe.
     """
     if not saelens_flags and cells is None and not saelens_help:
         raise HookedModelError(

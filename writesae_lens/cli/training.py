@@ -99,12 +99,10 @@ def run_training(
     }
     # SAELens has appended the run's id, and will again.
     options["checkpoint_path"] = str(Path(str(cfg.checkpoint_path)).parent)
-    # The recommended schedule applies as a whole: beside a flag of it the others have SAELens's defaults.
-    schedule = RECOMMENDED_SCHEDULE
-    if not isinstance(cfg.sae, WriteSAETrainingConfig) or any(f"--{name}" in given for name in schedule):
-        schedule = {}
-    for name in ("sae", "hook_name", *schedule, *({"--prepend_bos"} - set(given))):
-        del options[name.removeprefix("--")]
+    for name in ("sae", "hook_name"):
+        del options[name]
+    if "--prepend_bos" not in given:
+        del options["prepend_bos"]
     chosen = [cfg.hook_name] if cells is None else parse_cells(model, cells)
     if len(chosen) == 1 and cfg.use_cached_activations and "--cached_activations_path" not in given:
         raise WriteSAEError("say where the cache is: --cached_activations_path")
@@ -113,7 +111,7 @@ def run_training(
         chosen,
         sae=lambda cell: _sized(cfg.sae, cell),
         site=site,
-        schedule=schedule,
+        schedule={},  # the flags have it already
         win_rate_passages=win_rate_passages,
         **options,
     )
@@ -130,6 +128,10 @@ def _parse(arguments: Sequence[str], given: dict[str, str]) -> LanguageModelSAER
         recipe = WriteSAETrainingConfig.recommended(d_k=1, d_v=1)
         # The parser wants the sides before the model is loaded; `_sized` puts in the cell's.
         defaults |= {"--d_k": "1", "--d_v": "1", "--d_sae": str(recipe.d_sae)}
+        schedule = {f"--{name}": str(value) for name, value in RECOMMENDED_SCHEDULE.items()}
+        if "--lr" in given:  # the last learning rate follows the first one, by SAELens's rule
+            del schedule["--lr_end"]
+        defaults |= schedule
     added = [x for flag, value in defaults.items() if flag not in given for x in (flag, value)]
     usage = io.StringIO()  # SAELens's parser prints its usage in full before it says what is wrong
     try:

@@ -64,9 +64,10 @@ def test_flags_that_are_not_given_are_the_recommended_recipe(monkeypatch, tmp_pa
     assert {name: getattr(recommended, name) for name in schedule} == schedule
     assert (recommended.sae.d_sae, recommended.sae.k, recommended.context_size) == (2048, 4, 256)
     assert recommended.checkpoint_path.startswith("checkpoints/")
-    # A schedule is the recommended one as a whole or not at all.
     own = config("--lr", "0.002")
-    assert (own.lr, own.lr_warm_up_steps, own.train_batch_size_tokens) == (0.002, 0, 4096)
+    assert (own.lr, own.lr_end, own.train_batch_size_tokens) == (0.002, 0.0002, 512)
+    own = config("--train_batch_size_tokens", "1024")
+    assert (own.lr, own.lr_end, own.train_batch_size_tokens) == (0.004, 4e-5, 1024)
 
 
 def test_cells_are_parsed(model):
