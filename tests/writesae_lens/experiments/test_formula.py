@@ -143,12 +143,12 @@ def test_gate_product_is_its_formula(model, tokens):
     records = logit_formula_test(model, sae, tokens, form="gate_product", **how).records
     reads, decays = (cached(model, tokens, model.hook_name(LAYER, x))[:, :, HEAD] for x in ("read", "decay"))
     w_o, w_u = output_weights(model, LAYER, HEAD)
-    key, value = (f.double()[:, 0] for f in sae.decoder_factors())
+    key, value = (f.detach().double()[:, 0] for f in sae.decoder_factors())
     for row in records.sample(40, random_state=0).itertuples():
         k, end = key[row.atom] / key[row.atom].norm(), row.position + row.horizon
         for t in range(row.position + 1, end + 1):
             k = k * decays[row.passage, t]
-        by_key = float((k * reads[row.passage, end]).sum().detach())
+        by_key = float((k * reads[row.passage, end]).sum())
         by_value = float(w_u[row.token] @ w_o @ (value[row.atom] / value[row.atom].norm()))
         assert row.unfitted == pytest.approx(row.eps * by_key * by_value, rel=1e-4, abs=1e-9)
     for _, part in records.groupby(["passage", "atom", "token"]):
