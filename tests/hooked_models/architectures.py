@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from torch import Tensor
 from transformers import DynamicCache
 
-from hooked_models import HookedGatedDeltaNet, HookedMamba2, HookedRWKV7
+from hooked_models import HookedGatedDeltaNet, HookedMamba2, HookedModelError, HookedRWKV7
 from hooked_models.modeling.rwkv7 import RWKV7Cache
 from tests.hooked_models.oracles import LAYERS, Edits, Layer, Trace, standing_in
 
@@ -40,12 +42,27 @@ def nothing(x: Tensor, hook: Any) -> None:
     return None
 
 
-def one_line(error: Any, *parts: str) -> None:
-    """The message is a single line that has these parts."""
+@contextmanager
+def refused(*parts: str) -> Iterator[None]:
+    """The body raises the package's error, whose message is a single line that has these parts."""
+    with pytest.raises(HookedModelError) as error:
+        yield
     message = str(error.value)
     assert "\n" not in message.strip()
     for part in parts:
-        assert part in message
+        assert part in message, message
+
+
+def greedy(model: Any, prompt: Tensor | str, count: int) -> Tensor:
+    """The tokens of a prompt and its greedy continuation."""
+    return model.generate(
+        prompt,
+        max_new_tokens=count,
+        do_sample=False,
+        stop_at_eos=False,
+        return_type="tokens",
+        verbose=False,
+    )
 
 
 def sae_at(name: str, d_in: int, seed: int = 0) -> TopKSAE:
@@ -116,14 +133,21 @@ class Architecture:
         """[batch, pos, d_k * d_v] -> [batch, pos, d_k, d_v]."""
         return flat.unflatten(-1, (self.d_k, self.d_v))
 
-    def set_at(self, new: Tensor, head: int, *positions: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
-        """For `Edits`: one head set to ``new`` [batch, pos, d_k, d_v] at some (rows, positions)."""
+    def setting(
+        self, kind: str, new: Tensor, head: int, *positions: tuple[Any, Any], also: Edits | None = None
+    ) -> Edits:
+        """One head's writes, erases or states set to ``new`` [batch, pos, d_k, d_v] at (rows, positions)."""
         values = torch.zeros(*new.shape[:2], self.heads, self.d_k, self.d_v, dtype=torch.float64)
         values[:, :, head] = new.double()
         is_set = torch.zeros(*new.shape[:2], self.heads, dtype=torch.bool)
         for row, position in positions:
             is_set[row, position, head] = True
-        return values, is_set
+
+        def change(native: Tensor) -> Tensor:
+            return torch.where(is_set[..., None, None], values, native)
+
+        edit = {f"{kind}s": change if kind == "write" else (values, is_set)}
+        return dataclasses.replace(also or Edits(), **edit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +168,19 @@ class Pair(Architecture):
     def oracle(self, layer: int) -> Layer:
         """One layer as a float64 loop."""
         return LAYERS[self.reference.config.model_type](self.folder, layer)
+
+    def run(self, tokens: Tensor, layer: int, hooks: dict[str, Any], **kwargs: Any) -> Any:
+        """Logits of the hooked model with hooks at one layer, by their names after "hook_"."""
+        fwd_hooks = [(self.point(layer, name), hook) for name, hook in hooks.items()]
+        return self.model.run_with_hooks(tokens, fwd_hooks=fwd_hooks, **kwargs)
+
+    def activations(
+        self, tokens: Tensor, layer: int, names: Iterable[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Activations of the hooked model at one layer, by the hooks' names after "hook_"."""
+        points = {name: self.point(layer, name) for name in names}
+        _, cache = self.model.run_with_cache(tokens, names_filter=list(points.values()), **kwargs)
+        return {name: cache[point] for name, point in points.items()}
 
     def logits(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """Those of the stock model."""

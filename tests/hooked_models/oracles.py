@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 
+Maybe = Tensor | None
+
 
 class Run(NamedTuple):
     """What a loop saw, in float64."""
@@ -40,10 +42,10 @@ def loop(
     g: Tensor,
     k: Tensor,
     v: Tensor,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    initial: Tensor | None = None,
-    writes: Tensor | None = None,
+    a: Maybe = None,
+    b: Maybe = None,
+    initial: Maybe = None,
+    writes: Maybe = None,
     set_states: tuple[Tensor, Tensor] | None = None,
     set_erases: tuple[Tensor, Tensor] | None = None,
 ) -> Run:
@@ -112,13 +114,13 @@ class Edits:
 class Native:
     """What a layer feeds to the loop, and how it goes on from there."""
 
-    reads: Tensor
+    reads: Tensor  # these four as the fields of `Edits`
     keys: Tensor
     values: Tensor
     decay: Tensor
-    erase: Callable[[Tensor], tuple[Tensor | None, Tensor | None]]  # factors a and b, given the decay
+    erase: Callable[[Tensor], tuple[Maybe, Maybe]]  # factors a and b, given the decay
     finish: Change  # from the loop's outputs to the layer's
-    v_first: Tensor | None = None  # what RWKV-7's layers hand on
+    v_first: Maybe = None  # the first layer's values, which RWKV-7's later layers mix in
 
 
 @dataclasses.dataclass
@@ -134,7 +136,15 @@ class Trace:
     states: Tensor
     recurrence_out: Tensor
     output: Tensor
-    v_first: Tensor | None
+    v_first: Maybe
+
+    def hook(self, name: str) -> Tensor:
+        """The activation of the hook that has this name after "hook_"."""
+        kind, _, head = name.partition(".")
+        if head:
+            return getattr(self, f"{kind}s")[:, :, int(head)].flatten(-2)
+        fields = {"write_key": "keys", "write_value": "values", "read": "reads", "out": "output"}
+        return getattr(self, fields.get(name, name))
 
 
 class Layer:
@@ -147,24 +157,18 @@ class Layer:
         text = (folder / "config.json").read_text()
         self.config = json.loads(text, object_hook=lambda x: float(x["__float__"]) if "__float__" in x else x)
         self.name = self.path.format(layer)
-        held = load_file(folder / "model.safetensors")
+        tensors, prefix = load_file(folder / "model.safetensors"), f"{self.name}."
         self.weights = {
-            name.removeprefix(f"{self.name}."): x.double()
-            for name, x in held.items()
-            if name.startswith(f"{self.name}.")
+            n.removeprefix(prefix): x.double() for n, x in tensors.items() if n.startswith(prefix)
         }
-        assert self.weights, f"no {self.name}.* in {sorted(held)}"
+        assert self.weights, f"no {prefix}* in {sorted(tensors)}"
 
     @abstractmethod
-    def native(self, hidden: Tensor, mask: Tensor | None, v_first: Tensor | None) -> Native:
+    def native(self, hidden: Tensor, mask: Maybe, v_first: Maybe) -> Native:
         """From the layer's input, zero where mask [batch, pos, 1] is, to what the loop needs."""
 
     def __call__(
-        self,
-        hidden: Tensor,
-        mask: Tensor | None = None,
-        edits: Edits | None = None,
-        v_first: Tensor | None = None,
+        self, hidden: Tensor, mask: Maybe = None, edits: Edits | None = None, v_first: Maybe = None
     ) -> Trace:
         edits, hidden = edits or Edits(), hidden.double()
         if mask is not None:
@@ -201,35 +205,18 @@ class GatedDeltaNetLayer(Layer):
         config, w = self.config, self.weights
         key_heads, heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
         d_k, d_v, n = config["linear_key_head_dim"], config["linear_value_head_dim"], heads // key_heads
-        shape = hidden.shape[:2]
+        keys, values = (*hidden.shape[:2], key_heads, d_k), (*hidden.shape[:2], heads, d_v)
         if "in_proj_qkv.weight" in w:
             qkv = hidden @ w["in_proj_qkv.weight"].T
-            q, k = (qkv[..., i * key_heads * d_k : (i + 1) * key_heads * d_k] for i in (0, 1))
-            v = qkv[..., 2 * key_heads * d_k :]
+            q, k, v = qkv.split([key_heads * d_k, key_heads * d_k, heads * d_v], -1)
             z, b, a = (hidden @ w[f"in_proj_{x}.weight"].T for x in "zba")
-            return (
-                q.reshape(*shape, key_heads, d_k),
-                k.reshape(*shape, key_heads, d_k),
-                v.reshape(*shape, heads, d_v),
-                z.reshape(*shape, heads, d_v),
-                b,
-                a,
-            )
-        per_key_head = 2 * d_k + 2 * n * d_v
-        qkvz, ba = hidden @ w["in_proj_qkvz.weight"].T, hidden @ w["in_proj_ba.weight"].T
-        q, k, v, z, b, a = [], [], [], [], [], []
-        for head in range(key_heads):
-            here = qkvz[..., head * per_key_head : (head + 1) * per_key_head]
-            q.append(here[..., :d_k])
-            k.append(here[..., d_k : 2 * d_k])
-            v.append(here[..., 2 * d_k : 2 * d_k + n * d_v].reshape(*shape, n, d_v))
-            z.append(here[..., 2 * d_k + n * d_v :].reshape(*shape, n, d_v))
-            gates = ba[..., 2 * n * head : 2 * n * (head + 1)]
-            b.append(gates[..., :n])
-            a.append(gates[..., n:])
-        return (torch.stack(q, 2), torch.stack(k, 2), *(torch.cat(x, 2) for x in (v, z, b, a)))
+        else:  # the parts of one key head, then those of the next
+            qkvz, ba = ((hidden @ w[f"in_proj_{x}.weight"].T).chunk(key_heads, -1) for x in ("qkvz", "ba"))
+            parts = [x.split([d_k, d_k, n * d_v, n * d_v], -1) + y.chunk(2, -1) for x, y in zip(qkvz, ba)]
+            q, k, v, z, b, a = (torch.cat(x, -1) for x in zip(*parts))
+        return q.reshape(keys), k.reshape(keys), v.reshape(values), z.reshape(values), b, a
 
-    def native(self, hidden: Tensor, mask: Tensor | None, v_first: Tensor | None) -> Native:
+    def native(self, hidden: Tensor, mask: Maybe, v_first: Maybe) -> Native:
         config, w = self.config, self.weights
         batch, length, _ = hidden.shape
         heads = config["linear_num_value_heads"]
@@ -250,14 +237,8 @@ class GatedDeltaNetLayer(Layer):
             gated = normed * w["norm.weight"] * z * torch.sigmoid(z)
             return gated.reshape(batch, length, -1) @ w["out_proj.weight"].T
 
-        return Native(
-            reads=q,
-            keys=k,
-            values=beta[..., None] * v,
-            decay=alpha,
-            erase=lambda alpha: (-(alpha * beta)[..., None] * k, k),
-            finish=finish,
-        )
+        values = beta[..., None] * v
+        return Native(q, k, values, alpha, lambda alpha: (-(alpha * beta)[..., None] * k, k), finish)
 
 
 class Mamba2Layer(Layer):
@@ -265,7 +246,7 @@ class Mamba2Layer(Layer):
 
     path = "backbone.layers.{}.mixer"
 
-    def native(self, hidden: Tensor, mask: Tensor | None, v_first: Tensor | None) -> Native:
+    def native(self, hidden: Tensor, mask: Maybe, v_first: Maybe) -> Native:
         config, w = self.config, self.weights
         shape, heads, groups = hidden.shape[:2], config["num_heads"], config["n_groups"]
         inner, d_k = heads * config["head_dim"], config["state_size"]
@@ -288,14 +269,8 @@ class Mamba2Layer(Layer):
             y = y.reshape(*shape, -1) * w["norm.weight"]
             return y @ w["out_proj.weight"].T + w.get("out_proj.bias", 0)
 
-        return Native(
-            reads=c,
-            keys=b,
-            values=dt[..., None] * x,
-            decay=torch.exp(-torch.exp(w["A_log"]) * dt),
-            erase=lambda decay: (None, None),
-            finish=finish,
-        )
+        decay = torch.exp(-torch.exp(w["A_log"]) * dt)
+        return Native(c, b, dt[..., None] * x, decay, lambda decay: (None, None), finish)
 
 
 class RWKV7Layer(Layer):
@@ -307,7 +282,7 @@ class RWKV7Layer(Layer):
         down, up = (self.weights[f"{name}_lora.lora.{i}.weight"] for i in (0, 2))
         return activation(x @ down.T) @ up.T + self.weights.get(f"{name}_lora.lora.2.bias", 0)
 
-    def native(self, hidden: Tensor, mask: Tensor | None, v_first: Tensor | None) -> Native:
+    def native(self, hidden: Tensor, mask: Maybe, v_first: Maybe) -> Native:
         config, w = self.config, self.weights
         d_k = config["head_dim"]
         heads = config["hidden_size"] // d_k
@@ -337,15 +312,7 @@ class RWKV7Layer(Layer):
             bonus = (r * k * w["r_k"]).sum(-1, keepdim=True) * v
             return (normed + bonus.flatten(2)) * gate @ w["o_proj.weight"].T
 
-        return Native(
-            reads=r,
-            keys=k,
-            values=v,
-            decay=decay,
-            erase=lambda decay: (removal * rate, -removal),
-            finish=finish,
-            v_first=v_first,
-        )
+        return Native(r, k, v, decay, lambda decay: (removal * rate, -removal), finish, v_first)
 
 
 LAYERS: dict[str, type[Layer]] = {
@@ -365,12 +332,7 @@ def standing_in(
     module = reference.get_submodule(truth.name)
     traces: list[Trace] = []
 
-    def forward(
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        v_first: Tensor | None = None,
-        **_: Any,
-    ) -> Any:
+    def forward(hidden_states: Tensor, attention_mask: Maybe = None, v_first: Maybe = None, **_: Any) -> Any:
         traces.append(truth(hidden_states, attention_mask, edits, v_first))
         output, v_first = traces[-1].output.to(hidden_states.dtype), traces[-1].v_first
         return output if v_first is None else (output, v_first.to(hidden_states.dtype))
@@ -382,9 +344,7 @@ def standing_in(
         del module.forward
 
 
-def at(
-    position: int | slice | list[int], head: int, new: Callable[[Tensor], Tensor] | Tensor
-) -> Callable[[Tensor], Tensor]:
+def at(position: int | slice | list[int], head: int, new: Change | Tensor) -> Change:
     """An edit of some positions and heads of [batch, pos, head, ...], out of place."""
 
     def change(x: Tensor) -> Tensor:

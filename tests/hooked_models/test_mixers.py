@@ -13,21 +13,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_models import HookedGatedDeltaNet, HookedRecurrent
-from hooked_models.errors import HookedModelError
 from tests.hooked_models.architectures import (
     MODELS,
     TOLERANCE,
     Pair,
     assert_close,
     at_some_cells,
+    greedy,
+    nothing,
     on,
     on_every_model,
     once_per_architecture,
     random,
+    refused,
     some_tokens,
     where_something_is_erased,
 )
-from tests.hooked_models.oracles import Edits, at, standing_in
+from tests.hooked_models.oracles import Edits, Trace, at, standing_in
 
 # Unedited.
 
@@ -87,8 +89,7 @@ def test_left_padding(pair: Pair):
         assert_close(logits[row : row + 1, skipped:], pair.logits(alone))
         trace = pair.truth(alone, 1)[1]
         for kind, name in names.items():
-            expected = getattr(trace, f"{kind}s")[0, :, 2]
-            assert_close(pair.unflatten(cache[name])[row, skipped:], expected)
+            assert_close(cache[name][row, skipped:], trace.hook(f"{kind}.2")[0])
             assert (cache[name][row, :skipped] == 0).all()
 
 
@@ -108,32 +109,27 @@ def test_left_padding_of_texts(pair: Pair):
 @pytest.mark.parametrize("use_cache", [False, True])
 @torch.no_grad()
 def test_every_hook_fires_once_with_its_shape_and_in_order(pair: Pair, use_cache: bool):
-    fired: list[str] = []
+    """And there are no others: softmax layers have no cells, Mamba-2 erases nothing."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def watch(x: Tensor, hook: Any) -> None:
-        fired.append(hook.name)
+        assert hook.name not in shapes
         shapes[hook.name] = tuple(x.shape)
 
     expected = {
         pair.point(layer, name): (2, 7, *size) for layer in pair.layers for name, size in pair.shapes.items()
     }
+    per_head = {name for name in pair.model.hook_dict if re.search(r"hook_(write|erase|state)\.", name)}
+    assert per_head == {name for name in expected if name[-1].isdigit()}
     hooks = [(name, watch) for name in expected]
     pair.model.run_with_hooks(some_tokens(2, 7), fwd_hooks=hooks, use_cache=use_cache)
-    assert sorted(fired) == sorted(expected)
     assert shapes == expected
     for layer in pair.layers:
-        here = [name.split("hook_")[1] for name in fired if name.startswith(f"blocks.{layer}.")]
+        here = [name.split("hook_")[1] for name in shapes if name.startswith(f"blocks.{layer}.")]
         assert here[0] == "in"
         assert set(here[1:5]) == {"write_key", "write_value", "read", "decay"}
         assert here[5:-2] == [f"{kind}.{head}" for head in range(pair.heads) for kind in pair.kinds]
         assert here[-2:] == ["recurrence_out", "out"]
-
-
-def test_softmax_layers_have_no_cells_and_mamba_2_erases_nothing(pair: Pair):
-    cells = itertools.product(pair.layers, range(pair.heads))
-    per_head = {name for name in pair.model.hook_dict if re.search(r"hook_(write|erase|state)\.", name)}
-    assert per_head == {pair.point(layer, f"{kind}.{head}") for layer, head in cells for kind in pair.kinds}
 
 
 @torch.no_grad()
@@ -141,46 +137,37 @@ def test_activations_equal_the_loop(pair: Pair):
     tokens = some_tokens(2, 67)
     for layer in pair.layers:
         trace = pair.truth(tokens, layer)[1]
-        _, cache = pair.model.run_with_cache(
-            tokens, names_filter=[pair.point(layer, name) for name in pair.shapes]
-        )
-        expected = {
-            "out": trace.output,
-            "write_key": trace.keys,
-            "write_value": trace.values,
-            "read": trace.reads,
-            "decay": trace.decay,
-            "recurrence_out": trace.recurrence_out,
-        }
-        for name, x in expected.items():
-            assert_close(cache[pair.point(layer, name)], x)
-        for head, kind in itertools.product(range(pair.heads), pair.kinds):
-            matrices = getattr(trace, f"{kind}s")[:, :, head]
-            assert_close(pair.unflatten(cache[pair.point(layer, f"{kind}.{head}")]), matrices)
-            assert matrices.abs().max() > 0.01
+        for name, x in pair.activations(tokens, layer, [x for x in pair.shapes if x != "in"]).items():
+            assert_close(x, trace.hook(name))
+            assert trace.hook(name).abs().max() > 0.01
 
 
 @once_per_architecture
 @torch.no_grad()
 def test_cached_positions_can_be_sliced(pair: Pair):
-    names = [pair.point(1, name) for name in pair.shapes]
     tokens = some_tokens(2, 9)
-    _, whole = pair.model.run_with_cache(tokens, names_filter=names)
-    _, last = pair.model.run_with_cache(tokens, names_filter=names, pos_slice=slice(-2, None))
-    for name in names:
-        assert torch.equal(last[name], whole[name][:, -2:])
+    whole = pair.activations(tokens, 1, pair.shapes)
+    for name, last in pair.activations(tokens, 1, pair.shapes, pos_slice=slice(-2, None)).items():
+        assert torch.equal(last, whole[name][:, -2:])
 
 
 # Edits.
 
 
 def look_into(seen: dict[str, Tensor]) -> Callable[..., None]:
-    """A hook that puts copies of activations into ``seen``, by its name."""
+    """A hook that puts copies of activations into ``seen``, by its name after "hook_"."""
 
     def look(x: Tensor, hook: Any) -> None:
-        seen[hook.name] = x.clone()
+        seen[hook.name.split("hook_")[1]] = x.clone()
 
     return look
+
+
+def assert_seen(seen: dict[str, Tensor], trace: Trace) -> None:
+    """Activations by their hooks' names are the loop's."""
+    assert seen
+    for name, x in seen.items():
+        assert_close(x, trace.hook(name))
 
 
 def replace(position: int | slice | list[int], new: Tensor) -> Callable[..., Tensor]:
@@ -203,36 +190,49 @@ def replace_in_place(position: int | slice | list[int], new: Tensor) -> Callable
     return hook
 
 
-@at_some_cells("gdn", "qwen3_next", "mamba2", "rwkv7", "mamba2_plain", "rwkv7_fused")
+def check_set_matrices(pair: Pair, kind: str, layer: int, head: int, chosen: list[list[int]]) -> None:
+    """Full-rank matrices in the place of the native ones, at the chosen positions of each row."""
+    tokens = some_tokens(1, 67).expand(len(chosen), -1)
+    native, new = pair.logits(tokens[:1]), pair.matrices(len(chosen), 67) / (4 if kind == "write" else 10)
+    expected, _ = pair.truth(tokens, layer, pair.setting(kind, new, head, *enumerate(chosen)))
+
+    def edit(x: Tensor, hook: Any) -> None:
+        for row, positions in enumerate(chosen):
+            x[row, positions] = new[row, positions].flatten(-2)
+
+    for row, positions in enumerate(chosen):
+        assert_close(expected[row, : positions[0]], native[0, : positions[0]])
+        assert (expected[row] - native[0])[positions].abs().max() > 100 * TOLERANCE
+    assert_close(pair.run(tokens, layer, {f"{kind}.{head}": edit}), expected)
+
+
+@at_some_cells(*MODELS)
 @torch.no_grad()
 def test_an_edited_write_at_any_position_and_head(pair: Pair, layer: int, head: int):
-    """A full-rank write in the place of the native one; the erase stays native, all later tokens follow."""
-    positions = [0, 7 + head, 63, 64, 66]  # one a row
-    rows = range(len(positions))
-    tokens = some_tokens(1, 67).expand(len(positions), -1)
-    new = pair.matrices(len(positions)) / 4
-    native = pair.logits(tokens[:1])
+    """The erase stays native, all later tokens follow."""
+    check_set_matrices(pair, "write", layer, head, [[0], [7 + head], [63], [64], [66]])
 
-    def change(writes: Tensor) -> Tensor:
-        writes = writes.clone()
-        writes[rows, positions, head] = new.double()
-        return writes
 
-    def edit(x: Tensor, hook: Any) -> Tensor:
-        x = x.clone()
-        x[rows, positions] = new.flatten(-2)
-        return x
+# A row's first, some, those at a chunk's edge, last and every other.
+CHOSEN = [[0, 1], [5, 40], [63, 64], [66], list(range(1, 67, 2))]
 
-    expected, _ = pair.truth(tokens, layer, Edits(writes=change))
-    for row, position in enumerate(positions):
-        assert_close(expected[row, :position], native[0, :position])
-        assert (expected[row] - native[0])[position].abs().max() > 100 * TOLERANCE
-    hooks = [(pair.model.write_hook_name(layer, head), edit)]
-    assert_close(pair.model.run_with_hooks(tokens, fwd_hooks=hooks), expected)
+
+@at_some_cells("gdn", "qwen3_next", "mamba2", "rwkv7")
+@torch.no_grad()
+def test_a_set_state_is_the_state_and_later_tokens_follow(pair: Pair, layer: int, head: int):
+    check_set_matrices(pair, "state", layer, head, CHOSEN)
+
+
+@at_some_cells("gdn", "qwen3_next", "rwkv7", "rwkv7_fused")
+@torch.no_grad()
+def test_a_set_erase_is_what_is_added_and_others_stay_native(pair: Pair, layer: int, head: int):
+    """At other tokens a_t b_t^T still takes its part of the state, the edited one."""
+    check_set_matrices(pair, "erase", layer, head, CHOSEN)
 
 
 @torch.no_grad()
 def test_edited_writes_at_every_position_of_two_heads_and_rows(pair: Pair):
+    """Erases, states and outputs of all heads are those that the edited writes lead to."""
     tokens, layer = some_tokens(2, 67), 1
     first, second = pair.matrices(2, 67, seed=2) / 10, pair.matrices(2, 67, seed=3) / 10
     first[0] = 0
@@ -242,38 +242,20 @@ def test_edited_writes_at_every_position_of_two_heads_and_rows(pair: Pair):
 
     expected, trace = pair.truth(tokens, layer, Edits(writes=change))
     seen: dict[str, Tensor] = {}
-    look = look_into(seen)
-    after = [kind for kind in pair.kinds if kind != "write"]
-    logits = pair.model.run_with_hooks(
-        tokens,
-        fwd_hooks=[
-            (pair.point(layer, "write.1"), replace(slice(None), first)),
-            (pair.point(layer, "write.3"), replace(slice(None), second)),
-            *((pair.point(layer, f"{kind}.{head}"), look) for kind in after for head in range(pair.heads)),
-            (pair.point(layer, "recurrence_out"), look),
-        ],
-    )
-    assert_close(logits, expected)
-    assert_close(seen[pair.point(layer, "recurrence_out")], trace.recurrence_out)
-    for kind in after:  # these hooks see what the edited writes led to
-        for head in range(pair.heads):
-            matrices = getattr(trace, f"{kind}s")[:, :, head]
-            assert_close(pair.unflatten(seen[pair.point(layer, f"{kind}.{head}")]), matrices)
+    hooks = {"write.1": replace(slice(None), first), "write.3": replace(slice(None), second)}
+    looks = [f"{kind}.{head}" for kind in pair.kinds[1:] for head in range(pair.heads)]
+    hooks |= dict.fromkeys([*looks, "recurrence_out"], look_into(seen))
+    assert_close(pair.run(tokens, layer, hooks), expected)
+    assert_seen(seen, trace)
 
 
 @torch.no_grad()
 def test_a_head_without_writes_reads_nothing(pair: Pair):
-    _, cache = pair.model.run_with_cache(some_tokens(2, 20), names_filter=pair.point(0, "recurrence_out"))
-    seen: dict[str, Tensor] = {}
-    pair.model.run_with_hooks(
-        some_tokens(2, 20),
-        fwd_hooks=[
-            (pair.point(0, "write.2"), lambda x, hook: torch.zeros_like(x)),
-            (pair.point(0, "recurrence_out"), look_into(seen)),
-        ],
-    )
-    (edited,) = seen.values()
-    native, others = cache[pair.point(0, "recurrence_out")], [h for h in range(pair.heads) if h != 2]
+    tokens, seen = some_tokens(2, 20), {}
+    native = pair.activations(tokens, 0, ["recurrence_out"])["recurrence_out"]
+    hooks = {"write.2": lambda x, hook: torch.zeros_like(x), "recurrence_out": look_into(seen)}
+    pair.run(tokens, 0, hooks)
+    edited, others = seen["recurrence_out"], [h for h in range(pair.heads) if h != 2]
     assert edited[:, :, 2].abs().max() < 1e-5 < native[:, :, 2].abs().max()
     assert torch.equal(edited[:, :, others], native[:, :, others])
 
@@ -287,13 +269,15 @@ KINDS_OF_EDITS = [
     )
 ]
 at_every_kind_of_hook = pytest.mark.parametrize(("pair", "name"), KINDS_OF_EDITS, indirect=["pair"])
+in_every_grad_mode = pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.enable_grad, torch.inference_mode]
+)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@in_every_grad_mode
 @at_every_kind_of_hook
 def test_edits_in_place_equal_returned_ones(pair: Pair, name: str, context: Callable[[], Any]):
     tokens = some_tokens(2, 20)
-
     factor = 0.5 if name == "decay" else -0.5  # half an output is all the same to the norm that follows
 
     def in_place(x: Tensor, hook: Any) -> None:
@@ -304,22 +288,18 @@ def test_edits_in_place_equal_returned_ones(pair: Pair, name: str, context: Call
         return x
 
     def returned(x: Tensor, hook: Any) -> Tensor:
-        x = x.clone()
-        x[:, 4:9] *= factor
-        return x
+        return in_place_returned(x.clone(), hook)
 
     with context():
         native = pair.model(tokens)
-        first, *others = (
-            pair.model.run_with_hooks(tokens, fwd_hooks=[(pair.point(1, name), edit)])
-            for edit in (returned, in_place, in_place_returned)
-        )
+        edits = (returned, in_place, in_place_returned)
+        first, *others = (pair.run(tokens, 1, {name: edit}) for edit in edits)
     assert (first - native).abs().max() > 100 * TOLERANCE
     for other in others:
         assert_close(other, first, 1e-6)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+@in_every_grad_mode
 @at_every_kind_of_hook
 def test_a_hook_that_changes_nothing_leaves_the_logits_bit_by_bit(
     pair: Pair, name: str, context: Callable[[], Any]
@@ -327,8 +307,8 @@ def test_a_hook_that_changes_nothing_leaves_the_logits_bit_by_bit(
     tokens = some_tokens(2, 70)
     with context():
         native = pair.model(tokens)
-        for idle in (lambda x, hook: None, lambda x, hook: x):
-            logits = pair.model.run_with_hooks(tokens, fwd_hooks=[(pair.point(1, name), idle)])
+        for idle in (nothing, lambda x, hook: x):
+            logits = pair.run(tokens, 1, {name: idle})
             if (name, pair.mixer, context) == ("write_key", HookedGatedDeltaNet, torch.enable_grad):
                 # The gradient of the key must leave out the erase, which takes another way to the same sum.
                 assert_close(logits, native, 1e-5)
@@ -341,62 +321,25 @@ def test_an_equal_copy_leaves_the_logits(pair: Pair):
     tokens = some_tokens(2, 70)
     native = pair.logits(tokens)
     for layer in pair.layers:
-        copies = [(pair.point(layer, name), lambda x, hook: x.clone()) for name in pair.shapes]
-        assert_close(pair.model.run_with_hooks(tokens, fwd_hooks=copies), native)
-
-
-def check_set_matrices(pair: Pair, kind: str, layer: int, head: int) -> None:
-    """States or erases set: a row's first, some, those at a chunk's edge, last and every other."""
-    chosen = [[0, 1], [5, 40], [63, 64], [66], list(range(1, 67, 2))]
-    tokens = some_tokens(1, 67).expand(len(chosen), -1)
-    native = pair.logits(tokens[:1])
-    new = pair.matrices(len(chosen), 67) / 10
-    edits = Edits(**{f"{kind}s": pair.set_at(new, head, *enumerate(chosen))})
-    expected, _ = pair.truth(tokens, layer, edits)
-
-    def edit(x: Tensor, hook: Any) -> None:
-        for row, positions in enumerate(chosen):
-            x[row, positions] = new[row, positions].flatten(-2)
-
-    for row, positions in enumerate(chosen):
-        assert (expected[row] - native[0])[positions].abs().max() > 100 * TOLERANCE
-    hooks = [(pair.point(layer, f"{kind}.{head}"), edit)]
-    assert_close(pair.model.run_with_hooks(tokens, fwd_hooks=hooks), expected)
-
-
-@at_some_cells("gdn", "qwen3_next", "mamba2", "rwkv7")
-@torch.no_grad()
-def test_a_set_state_is_the_state_and_later_tokens_follow(pair: Pair, layer: int, head: int):
-    check_set_matrices(pair, "state", layer, head)
-
-
-@at_some_cells("gdn", "qwen3_next", "rwkv7", "rwkv7_fused")
-@torch.no_grad()
-def test_a_set_erase_is_what_is_added_and_others_stay_native(pair: Pair, layer: int, head: int):
-    """At other tokens a_t b_t^T still takes its part of the state, the edited one."""
-    check_set_matrices(pair, "erase", layer, head)
+        copies = dict.fromkeys(pair.shapes, lambda x, hook: x.clone())
+        assert_close(pair.run(tokens, layer, copies), native)
 
 
 @where_something_is_erased
 @torch.no_grad()
 def test_without_erases_the_state_only_decays_and_is_written_to(pair: Pair):
     tokens, layer, head = some_tokens(2, 67), 1, 2
-    nothing, everywhere = torch.zeros(2, 67, pair.d_k, pair.d_v), (slice(None), slice(None))
-    expected, trace = pair.truth(tokens, layer, Edits(erases=pair.set_at(nothing, head, everywhere)))
-    seen: list[Tensor] = []
-    logits = pair.model.run_with_hooks(
-        tokens,
-        fwd_hooks=[
-            (pair.point(layer, f"erase.{head}"), replace(slice(None), nothing)),
-            (pair.point(layer, f"state.{head}"), lambda x, hook: seen.append(x.clone())),
-        ],
-    )
+    none, everywhere = torch.zeros(2, 67, pair.d_k, pair.d_v), (slice(None), slice(None))
+    expected, trace = pair.truth(tokens, layer, pair.setting("erase", none, head, everywhere))
+    seen: dict[str, Tensor] = {}
+    hooks = {f"erase.{head}": replace(slice(None), none), f"state.{head}": look_into(seen)}
+    logits = pair.run(tokens, layer, hooks)
     assert (expected - pair.logits(tokens)).abs().max() > 100 * TOLERANCE
     assert_close(logits, expected)
     decay, state = trace.decay.reshape(2, 67, pair.heads, -1, 1)[:, :, head], 0.0
     for t in range(67):
         state = decay[:, t] * state + trace.writes[:, t, head]
-        assert_close(pair.unflatten(seen[0])[:, t], state)
+        assert_close(pair.unflatten(seen[f"state.{head}"])[:, t], state)
 
 
 @torch.no_grad()
@@ -409,14 +352,14 @@ def test_writes_erases_and_states_edited_at_one_head(pair: Pair):
     for chosen in ([20, 50], list(range(1, 67, 2))):
         edits = Edits(writes=at(written, head, writes[:, written].double()))
         if pair.erases:
-            edits.erases = pair.set_at(erases, head, (slice(None), erased))
+            edits = pair.setting("erase", erases, head, (slice(None), erased), also=edits)
         before_states = pair.truth(tokens, layer, edits)[1]
-        edits.states = pair.set_at(states, head, (0, chosen))
+        edits = pair.setting("state", states, head, (0, chosen), also=edits)
         expected, _ = pair.truth(tokens, layer, edits)
-        seen: list[Tensor] = []
+        seen: dict[str, Tensor] = {}
 
         def set_states(x: Tensor, hook: Any, chosen: Any = chosen, seen: Any = seen) -> None:
-            seen.append(x.clone())
+            look_into(seen)(x, hook)
             x[0, chosen] = states[0, chosen].flatten(-2)
 
         hooks = {
@@ -424,24 +367,22 @@ def test_writes_erases_and_states_edited_at_one_head(pair: Pair):
             "erase": replace_in_place(erased, erases[:, erased]),
             "state": set_states,
         }
-        logits = pair.model.run_with_hooks(
-            tokens, fwd_hooks=[(pair.point(layer, f"{kind}.{head}"), hooks[kind]) for kind in pair.kinds]
-        )
+        logits = pair.run(tokens, layer, {f"{kind}.{head}": hooks[kind] for kind in pair.kinds})
         assert_close(logits, expected)
-        assert_close(pair.unflatten(seen[0]), before_states.states[:, :, head])
+        assert_seen(seen, before_states)
 
 
-FACTORS = {
-    "write_key": "keys",
-    "write_value": "values",
-    "read": "reads",
-    "recurrence_out": "recurrence_out",
-}
-
-
-@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("write_key", "keys"),
+        ("write_value", "values"),
+        ("read", "reads"),
+        ("recurrence_out", "recurrence_out"),
+    ],
+)
 @torch.no_grad()
-def test_edited_factors(pair: Pair, name: str):
+def test_edited_factors(pair: Pair, name: str, field: str):
     """Keys and values leave the erase native, reads and outputs touch one token only; later hooks see it."""
     tokens, window = some_tokens(2, 67), slice(30, 40)
     new = random(2, 10, pair.shapes[name][-1]) / 4
@@ -453,18 +394,14 @@ def test_edited_factors(pair: Pair, name: str):
         return x
 
     for layer in pair.layers:
-        edits = Edits(**{FACTORS[name]: at(window, 2, new.double())})
-        expected, trace = pair.truth(tokens, layer, edits)
+        expected, trace = pair.truth(tokens, layer, Edits(**{field: at(window, 2, new.double())}))
         assert (expected - native)[:, window].abs().max() > 100 * TOLERANCE
-        kinds, seen = pair.kinds if layer else (), {}
-        looks = [pair.point(layer, x) for x in ("recurrence_out", *(f"{kind}.2" for kind in kinds))]
-        logits = pair.model.run_with_hooks(
-            tokens, fwd_hooks=[(pair.point(layer, name), edit), *((x, look_into(seen)) for x in looks)]
-        )
-        assert_close(logits, expected)
-        assert_close(seen[looks[0]], trace.recurrence_out)
-        for kind, x in zip(kinds, looks[1:], strict=True):
-            assert_close(pair.unflatten(seen[x]), getattr(trace, f"{kind}s")[:, :, 2])
+        seen: dict[str, Tensor] = {}
+        kinds = pair.kinds if layer else ()
+        looks = [("recurrence_out", look_into(seen)), *((f"{kind}.2", look_into(seen)) for kind in kinds)]
+        fwd_hooks = [(pair.point(layer, x), hook) for x, hook in [(name, edit), *looks]]
+        assert_close(pair.model.run_with_hooks(tokens, fwd_hooks=fwd_hooks), expected)
+        assert_seen(seen, trace)
 
 
 @torch.no_grad()
@@ -483,18 +420,15 @@ def test_edited_decay(pair: Pair):
     for layer in pair.layers:
         expected, _ = pair.truth(tokens, layer, Edits(decay=change))
         assert (expected - native)[:, 30:].abs().max() > 100 * TOLERANCE
-        hooks = [(pair.point(layer, "decay"), lambda x, hook: change(x))]
-        assert_close(pair.model.run_with_hooks(tokens, fwd_hooks=hooks), expected)
+        assert_close(pair.run(tokens, layer, {"decay": lambda x, hook: change(x)}), expected)
 
 
 @once_per_architecture
 @torch.no_grad()
 def test_a_hook_that_returns_another_shape_is_named(pair: Pair):
     for name, shape in pair.shapes.items():
-        wrong = [(pair.point(1, name), lambda x, hook: x[:, :1])]
-        expected = rf"hook_{name} returned shape .*, expected {re.escape(str((1, 5, *shape)))}"
-        with pytest.raises(HookedModelError, match=expected):
-            pair.model.run_with_hooks(some_tokens(1, 5), fwd_hooks=wrong)
+        with refused(f"hook_{name} returned shape ", f"expected {(1, 5, *shape)}"):
+            pair.run(some_tokens(1, 5), 1, {name: lambda x, hook: x[:, :1]})
 
 
 # Cached decoding.
@@ -502,18 +436,17 @@ def test_a_hook_that_returns_another_shape_is_named(pair: Pair):
 
 def pieces(length: int, *sizes: int) -> list[slice]:
     """Cut positions into pieces of these sizes, then single tokens."""
-    edges = [0]
-    for size in sizes:
-        edges.append(edges[-1] + size)
+    edges = [0, *itertools.accumulate(sizes)]
     edges += range(edges[-1] + 1, length + 1)
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-def decode(pair: Pair, tokens: Tensor, cuts: list[slice], hooks: Callable[[slice], list[Any]]) -> Tensor:
-    """Logits of a passage read piece by piece from one cache, with hooks made for each piece."""
+def decode(
+    pair: Pair, tokens: Tensor, cuts: list[slice], layer: int, hooks: Callable[[slice], dict[str, Any]]
+) -> Tensor:
+    """Logits of a passage read piece by piece from one cache, with a layer's hooks made for each piece."""
     cache = {"past_key_values": pair.model.new_cache(), "use_cache": True}
-    parts = [pair.model.run_with_hooks(tokens[:, cut], fwd_hooks=hooks(cut), **cache) for cut in cuts]
-    return torch.cat(parts, 1)
+    return torch.cat([pair.run(tokens[:, cut], layer, hooks(cut), **cache) for cut in cuts], 1)
 
 
 CUTS = {"token by token": (), "prefill": (16,), "one, then many": (1, 14), "pieces": (8, 2, 3, 1, 5)}
@@ -525,7 +458,7 @@ in_any_pieces = pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
 @torch.no_grad()
 def test_cached_decoding_equals_prefill(pair: Pair, cuts: tuple[int, ...]):
     tokens = some_tokens(2, 22)
-    assert_close(decode(pair, tokens, pieces(22, *cuts), lambda cut: []), pair.logits(tokens))
+    assert_close(decode(pair, tokens, pieces(22, *cuts), 0, lambda cut: {}), pair.logits(tokens))
 
 
 @in_any_pieces
@@ -535,27 +468,24 @@ def test_cached_decoding_with_edits_at_absolute_positions(pair: Pair, cuts: tupl
     tokens, layer, head = some_tokens(2, 22), 1, 2
     edited = [0, 4, 9, 15, 16, 19, 21]
     new = pair.matrices(2, 22) / 10
-    edits = Edits(writes=at(edited, head, new[:, edited].double()))
-    expected, trace = pair.truth(tokens, layer, edits)
+    expected, trace = pair.truth(tokens, layer, pair.setting("write", new, head, (slice(None), edited)))
     assert (expected - pair.logits(tokens)).abs().max() > 100 * TOLERANCE
-    seen: dict[str, list[Tensor]] = {kind: [] for kind in pair.kinds}
+    seen: list[dict[str, Tensor]] = []
 
-    def hooks(cut: slice) -> list[Any]:
+    def hooks(cut: slice) -> dict[str, Any]:
         here = [p for p in edited if cut.start <= p < cut.stop]
+        seen.append({})
 
         def edit(x: Tensor, hook: Any) -> None:
             assert x.shape[1] == cut.stop - cut.start
             x[:, [p - cut.start for p in here]] = new[:, here].flatten(-2)
+            look_into(seen[-1])(x, hook)
 
-        def look(x: Tensor, hook: Any) -> None:
-            seen[hook.name.split("hook_")[1].split(".")[0]].append(x.clone())
+        looks = {f"{kind}.{head}": look_into(seen[-1]) for kind in pair.kinds}
+        return looks | {f"write.{head}": edit}
 
-        looks = [(pair.point(layer, f"{kind}.{head}"), look) for kind in pair.kinds]
-        return [(pair.point(layer, f"write.{head}"), edit), *looks]
-
-    assert_close(decode(pair, tokens, pieces(22, *cuts), hooks), expected)
-    for kind, parts in seen.items():
-        assert_close(pair.unflatten(torch.cat(parts, 1)), getattr(trace, f"{kind}s")[:, :, head])
+    assert_close(decode(pair, tokens, pieces(22, *cuts), layer, hooks), expected)
+    assert_seen({name: torch.cat([part[name] for part in seen], 1) for name in seen[0]}, trace)
 
 
 @in_any_pieces
@@ -566,62 +496,42 @@ def test_cached_decoding_with_set_erases_and_states(pair: Pair, cuts: tuple[int,
     chosen = {"erase": [1, 3, 9, 13, 16, 19, 20], "state": [2, 15, 19]}
     edits = Edits()
     for kind in pair.kinds[1:]:
-        setattr(edits, f"{kind}s", pair.set_at(new[kind], head, (slice(None), chosen[kind])))
+        edits = pair.setting(kind, new[kind], head, (slice(None), chosen[kind]), also=edits)
     expected, _ = pair.truth(tokens, layer, edits)
 
-    def hooks(cut: slice) -> list[Any]:
+    def hooks(cut: slice) -> dict[str, Any]:
         def edits_of(kind: str) -> Callable[..., None]:
             here = [p for p in chosen[kind] if cut.start <= p < cut.stop]
             return replace_in_place([p - cut.start for p in here], new[kind][:, here])
 
-        return [(pair.point(layer, f"{kind}.{head}"), edits_of(kind)) for kind in pair.kinds[1:]]
+        return {f"{kind}.{head}": edits_of(kind) for kind in pair.kinds[1:]}
 
-    assert_close(decode(pair, tokens, pieces(22, *cuts), hooks), expected)
+    assert_close(decode(pair, tokens, pieces(22, *cuts), layer, hooks), expected)
 
 
 @torch.no_grad()
 def test_cached_decoding_of_a_left_padded_batch_with_edits(pair: Pair):
-    """Rows of different lengths go on from one cache as each would alone."""
+    """Rows of different lengths go on from one cache as each would alone; only edited pieces have a hook."""
     lengths, longest, prefill, layer, head = (14, 9), 14, 11, 1, 0
     tokens, new = some_tokens(2, longest), pair.matrices(2, longest) / 10
     mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
     edited = [7, 12]
     cache, parts = pair.new_cache(), []
     for cut in pieces(longest, prefill):
-
-        def edit(x: Tensor, hook: Any, cut: slice = cut) -> None:
-            for p in edited:
-                if cut.start <= p < cut.stop:
-                    x[:, p - cut.start] = new[:, p].flatten(-2)
-
-        parts.append(
-            pair.model.run_with_hooks(
-                tokens[:, cut],
-                fwd_hooks=[(pair.point(layer, f"write.{head}"), edit)],
-                attention_mask=mask[:, : cut.stop],
-                **cache,
-            )
-        )
+        here = [p for p in edited if cut.start <= p < cut.stop]
+        edit = replace_in_place([p - cut.start for p in here], new[:, here])
+        hooks = {f"write.{head}": edit} if here else {}
+        parts.append(pair.run(tokens[:, cut], layer, hooks, attention_mask=mask[:, : cut.stop], **cache))
     logits = torch.cat(parts, 1)
     for row, n in enumerate(lengths):
         skipped = longest - n
         here = [p - skipped for p in edited]
         edits = Edits(writes=at(here, head, new[row : row + 1, edited].double()))
-        expected, _ = pair.truth(tokens[row : row + 1, skipped:], layer, edits)
+        alone = tokens[row : row + 1, skipped:]
+        expected, _ = pair.truth(alone, layer, edits)
+        after_the_edit = (expected - pair.logits(alone))[:, prefill - skipped]
+        assert after_the_edit.abs().max() > 100 * TOLERANCE
         assert_close(logits[row : row + 1, skipped:], expected)
-
-
-@torch.no_grad()
-def test_an_edit_in_the_prefill_alone_is_in_the_cache(pair: Pair):
-    tokens, new = some_tokens(1, 12), pair.matrices(1)
-    expected, _ = pair.truth(tokens, 0, Edits(writes=at(3, 1, new.double())))
-    native = pair.logits(tokens)
-    assert (expected - native)[:, 8:].abs().max() > 100 * TOLERANCE
-    cache = pair.new_cache()
-    edit = [(pair.point(0, "write.1"), replace(3, new))]
-    pair.model.run_with_hooks(tokens[:, :8], fwd_hooks=edit, **cache)
-    rest = pair.model(tokens[:, 8:], **cache)
-    assert_close(rest, expected[:, 8:])
 
 
 @on("gdn", "qwen3_next", "mamba2_plain", "rwkv7")
@@ -648,7 +558,7 @@ def test_generation_is_edited_token_by_token(pair: Pair):
     push = 3 * pair.matrices()
     written: list[int] = []
 
-    def greedy(edits: Edits | None) -> Tensor:
+    def stock(edits: Edits | None) -> Tensor:
         tokens = prompt
         for _ in range(n_new):
             best = pair.truth(tokens, layer, edits)[0][:, -1].argmax(-1, keepdim=True)
@@ -659,18 +569,10 @@ def test_generation_is_edited_token_by_token(pair: Pair):
         written.append(x.shape[1])
         return x + push.flatten()
 
-    expected = greedy(Edits(writes=at(slice(None), head, lambda w: w + push.double())))
-    assert not torch.equal(expected, greedy(None))
+    expected = stock(Edits(writes=at(slice(None), head, lambda w: w + push.double())))
+    assert not torch.equal(expected, stock(None))
     with pair.model.hooks(fwd_hooks=[(pair.point(layer, f"write.{head}"), edit)]):
-        found = pair.model.generate(
-            prompt,
-            max_new_tokens=n_new,
-            do_sample=False,
-            stop_at_eos=False,
-            return_type="tokens",
-            verbose=False,
-        )
-    assert torch.equal(found, expected)
+        assert torch.equal(greedy(pair.model, prompt, n_new), expected)
     assert written == [6] + [1] * (n_new - 1)
 
 
@@ -692,11 +594,13 @@ def add_leaf(kept: list[Tensor]) -> Callable[[Tensor], Tensor]:
     return edit
 
 
-def expected_gradient(pair: Pair, tokens: Tensor, layer: int, what: str) -> Tensor:
+def expected_gradient(
+    pair: Pair, tokens: Tensor, layer: int, what: str, loss: Callable[[Tensor], Tensor] = loss_of
+) -> Tensor:
     """d loss / d what, a field of `Edits`, through the loop by autograd."""
     shift: list[Tensor] = []
     with standing_in(pair.reference, pair.folder, layer, Edits(**{what: add_leaf(shift)})):
-        return torch.autograd.grad(loss_of(pair.logits(tokens)), shift)[0]
+        return torch.autograd.grad(loss(pair.logits(tokens)), shift)[0]
 
 
 def assert_same_gradient(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
@@ -708,9 +612,9 @@ def assert_same_gradient(found: Tensor, expected: Tensor, tolerance: float = 1e-
 
 @at_some_cells("gdn", "qwen3_next", "mamba2", "rwkv7")
 def test_gradient_with_respect_to_a_write(pair: Pair, layer: int, head: int):
+    """A shift of the token's erase or state is worth as much, for all three are summands of the state."""
     tokens = some_tokens(2, 67)
-    expected = expected_gradient(pair, tokens, layer, "writes")[:, :, head]
-    name = pair.point(layer, f"write.{head}")
+    expected = expected_gradient(pair, tokens, layer, "writes")[:, :, head].flatten(-2)
     seen: list[Tensor] = []
 
     def keep(x: Tensor, hook: Any) -> None:
@@ -720,10 +624,12 @@ def test_gradient_with_respect_to_a_write(pair: Pair, layer: int, head: int):
         seen.append(x.clone())
         return seen[-1]
 
-    for hook in (keep, keep_copy):  # read, and replaced by an equal tensor
-        with pair.model.hooks(fwd_hooks=[(name, hook)]):
-            loss = loss_of(pair.model(tokens))
-        assert_same_gradient(pair.unflatten(torch.autograd.grad(loss, seen[-1])[0]), expected)
+    cases = [("write", keep), ("write", keep_copy)]  # read, and replaced by an equal tensor
+    if layer == 1:
+        cases += [(kind, keep) for kind in pair.kinds[1:]]
+    for kind, hook in cases:
+        loss = loss_of(pair.run(tokens, layer, {f"{kind}.{head}": hook}))
+        assert_same_gradient(torch.autograd.grad(loss, seen[-1])[0], expected)
 
 
 def test_gradient_of_edited_matrices(pair: Pair):
@@ -731,28 +637,12 @@ def test_gradient_of_edited_matrices(pair: Pair):
     tokens, layer, head = some_tokens(1, 40), 1, 2
     for kind in pair.kinds:
         new = pair.matrices(1, 40)
-        leaves = [new.clone().requires_grad_(), new.double().requires_grad_()]
-        edit = [(pair.point(layer, f"{kind}.{head}"), replace(20, leaves[0][:, 20]))]
-        loss = loss_of(pair.model.run_with_hooks(tokens, fwd_hooks=edit))
-        edits = Edits(**{f"{kind}s": pair.set_at(leaves[1], head, (0, 20))})
-        if kind == "write":
-            edits = Edits(writes=at(20, head, leaves[1][:, 20]))
-        with standing_in(pair.reference, pair.folder, layer, edits):
+        leaf, exact = new.clone().requires_grad_(), new.double().requires_grad_()
+        loss = loss_of(pair.run(tokens, layer, {f"{kind}.{head}": replace(20, leaf[:, 20])}))
+        with standing_in(pair.reference, pair.folder, layer, pair.setting(kind, exact, head, (0, 20))):
             expected = loss_of(pair.logits(tokens))
-        found = torch.autograd.grad(loss, leaves[0])[0]
-        assert_same_gradient(found, torch.autograd.grad(expected, leaves[1])[0])
-
-
-def test_gradient_with_respect_to_an_erase_and_a_state(pair: Pair):
-    """A shift of either is worth as much as one of the token's write, for all three are sums."""
-    tokens, layer, head = some_tokens(2, 30), 1, 2
-    expected = expected_gradient(pair, tokens, layer, "writes")[:, :, head]
-    for kind in pair.kinds[1:]:
-        seen: list[Tensor] = []
-        hooks = [(pair.point(layer, f"{kind}.{head}"), lambda x, hook, seen=seen: seen.append(x))]
-        with pair.model.hooks(fwd_hooks=hooks):
-            loss = loss_of(pair.model(tokens))
-        assert_same_gradient(pair.unflatten(torch.autograd.grad(loss, seen[0])[0]), expected)
+        found = torch.autograd.grad(loss, leaf)[0]
+        assert_same_gradient(found, torch.autograd.grad(expected, exact)[0])
 
 
 @once_per_architecture
@@ -767,10 +657,7 @@ def test_gradient_through_edits_that_depend_on_what_they_edit(pair: Pair):
             out = mixer(leaf)
         out = out[0] if isinstance(out, tuple) else out
         halved = getattr(truth(exact), f"{kind}s")[:, :, head] / 2
-        edits = Edits(**{f"{kind}s": pair.set_at(halved, head, everywhere)})
-        if kind == "write":
-            edits = Edits(writes=at(slice(None), head, lambda x: x / 2))
-        expected = truth(exact, edits=edits).output
+        expected = truth(exact, edits=pair.setting(kind, halved, head, everywhere)).output
         assert_close(out, expected)
         (gradient,) = torch.autograd.grad(loss_of(expected), exact)
         assert_same_gradient(torch.autograd.grad(loss_of(out), leaf)[0], gradient)
@@ -785,8 +672,7 @@ def test_gradient_with_respect_to_factors(pair: Pair, name: str, field: str):
     tokens, layer = some_tokens(2, 30), 0
     seen: list[Tensor] = []
     shift = add_leaf(seen)
-    hooks = [(pair.point(layer, name), lambda x, hook: shift(x))]
-    loss = loss_of(pair.model.run_with_hooks(tokens, fwd_hooks=hooks))
+    loss = loss_of(pair.run(tokens, layer, {name: lambda x, hook: shift(x)}))
     (found,) = torch.autograd.grad(loss, seen)
     expected = expected_gradient(pair, tokens, layer, field)
     if name == "decay":  # a float32 cannot hold much of d loss / d alpha at an alpha of e^-30: compare d log
@@ -816,12 +702,12 @@ def test_cached_gradients(pair: Pair):
         tokens, names_filter=[name, pair.point(1, "state.0")], incl_bwd=True, return_type="loss"
     )
     pair.model.zero_grad()
-    shift: list[Tensor] = []
-    with standing_in(pair.reference, pair.folder, 1, Edits(writes=add_leaf(shift))):
-        logits = pair.logits(tokens)[0]
-        expected = torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:])
-    assert_close(loss, expected)
-    (gradient,) = torch.autograd.grad(expected, shift)
+
+    def loss_of_next_token(logits: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:])
+
+    assert_close(loss, loss_of_next_token(pair.logits(tokens)))
+    gradient = expected_gradient(pair, tokens, 1, "writes", loss_of_next_token)
     assert_same_gradient(pair.unflatten(cache[f"{name}_grad"]), gradient[:, :, 0])
 
 
@@ -834,12 +720,9 @@ def test_gradient_of_hooked_matrices_with_respect_to_a_hooked_write(pair: Pair):
         pair.logits(tokens)
     for kind in pair.kinds[1:]:
         seen: list[Tensor] = []
-        names = [pair.point(layer, f"{name}.{head}") for name in ("write", kind)]
-        with pair.model.hooks(
-            fwd_hooks=[(name, lambda x, hook, seen=seen: seen.append(x)) for name in names]
-        ):
-            pair.model(tokens)
-        ends = seen[1][:, -1], getattr(traces[0], f"{kind}s")[:, -1, head].flatten(1)
+        names = [f"{name}.{head}" for name in ("write", kind)]
+        pair.run(tokens, layer, dict.fromkeys(names, lambda x, hook, seen=seen: seen.append(x)))
+        ends = seen[1][:, -1], traces[0].hook(names[1])[:, -1]
         found, expected = (
             torch.autograd.grad(loss_of(end), leaf, retain_graph=True)[0]
             for end, leaf in zip(ends, (seen[0], shift[0]))
@@ -865,19 +748,10 @@ def forgetful(pair: Pair) -> Iterator[Pair]:
             gate.copy_(old)
 
 
-@pytest.mark.parametrize(
-    ("pair", "factor"),
-    [
-        ("gdn", None),
-        ("gdn", 1.0),
-        ("gdn", 0.0),
-        ("mamba2", None),
-        ("mamba2", 1.0),
-        ("mamba2", 0.0),
-        ("rwkv7", 0.0),
-    ],
-    indirect=["pair"],
-)
+SCALED_DECAYS = [(name, factor) for name in ("gdn", "mamba2") for factor in (None, 1.0, 0.0)]
+
+
+@pytest.mark.parametrize(("pair", "factor"), [*SCALED_DECAYS, ("rwkv7", 0.0)], indirect=["pair"])
 def test_gradients_where_the_decay_is_zero(forgetful: Pair, factor: float | None):
     """Read, scaled by 1, and set to 0 by a hook: exp(g) = 0 has no logarithm, but no gradient is NaN."""
     tokens = some_tokens(1, 12)
@@ -888,8 +762,7 @@ def test_gradients_where_the_decay_is_zero(forgetful: Pair, factor: float | None
         return None if factor is None else x * factor
 
     forgetful.model.zero_grad()
-    logits = forgetful.model.run_with_hooks(tokens, fwd_hooks=[(forgetful.point(1, "decay"), hook)])
-    stock = forgetful.logits(tokens)
+    logits, stock = forgetful.run(tokens, 1, {"decay": hook}), forgetful.logits(tokens)
     if factor != 0:
         assert (decays[0][:, :, 3] == 0).all()
         assert_close(logits, stock)
@@ -897,11 +770,8 @@ def test_gradients_where_the_decay_is_zero(forgetful: Pair, factor: float | None
     assert all(x.grad.isfinite().all() for x in forgetful.reference.parameters())
     forgetful.reference.zero_grad()
     loss_of(logits).backward()
-    bad = [
-        name
-        for name, x in forgetful.model.original_model.named_parameters()
-        if x.grad is not None and not x.grad.isfinite().all()
-    ]
+    gradients = [(name, x.grad) for name, x in forgetful.model.original_model.named_parameters()]
+    bad = [name for name, x in gradients if x is not None and not x.isfinite().all()]
     forgetful.model.zero_grad()
     assert not bad
 
@@ -925,13 +795,11 @@ def test_reading_leaves_the_parameters_gradients(pair: Pair, wanted: str):
     pair.reference.zero_grad()
     loss_of(pair.logits(tokens)).backward()
     expected = {name: x.grad for name, x in pair.reference.named_parameters()}
-    hooks = [(pair.point(layer, name), lambda x, hook: None) for layer in pair.layers for name in names]
+    hooks = [(pair.point(layer, name), nothing) for layer in pair.layers for name in names]
     pair.model.zero_grad()
     loss_of(pair.model.run_with_hooks(tokens, fwd_hooks=hooks)).backward()
-    found = {
-        name.replace("._original_component", ""): x.grad
-        for name, x in pair.model.original_model.named_parameters()
-    }
+    parameters = pair.model.original_model.named_parameters()
+    found = {name.replace("._original_component", ""): x.grad for name, x in parameters}
     pair.model.zero_grad()
     pair.reference.zero_grad()
     assert found.keys() >= expected.keys()
@@ -966,8 +834,7 @@ def test_no_matrix_is_built_for_a_hook_that_nobody_listens_to(pair: Pair, grad: 
 
     def largest(*names: str) -> int:
         with torch.set_grad_enabled(grad), LargestTensors() as seen:
-            hooks = [(pair.point(1, name), lambda x, hook: None) for name in names]
-            pair.model.run_with_hooks(some_tokens(1, length), fwd_hooks=hooks)
+            pair.run(some_tokens(1, length), 1, dict.fromkeys(names, nothing))
         return seen.numel
 
     assert largest() < one_head
@@ -996,9 +863,9 @@ def test_bfloat16(pair: Pair):
     native = stock(tokens, use_cache=False).logits
     assert logits.dtype == native.dtype  # transformers' Mamba-2 gives float32
     assert error(logits) < 1.5 * error(native)
-    inside = set(pair.shapes) - {"in", "out"}
-    assert {cache[pair.point(1, name)].dtype for name in inside} == {torch.float32}
-    assert {cache[pair.point(1, name)].dtype for name in ("in", "out")} == {torch.bfloat16}
+    for name in pair.shapes:
+        inside = name not in ("in", "out")
+        assert cache[pair.point(1, name)].dtype == (torch.float32 if inside else torch.bfloat16)
     new = pair.matrices(1)
     edited = model.run_with_hooks(tokens, fwd_hooks=[(pair.point(1, "write.2"), replace(20, new))])
     truth, _ = pair.truth(tokens, 1, Edits(writes=at(20, 2, new.double())))
@@ -1010,12 +877,10 @@ def test_bfloat16(pair: Pair):
 @torch.no_grad()
 def test_autocast(pair: Pair):
     """Projections in bfloat16, the recurrence in float32, and nothing fails."""
-    tokens = some_tokens(2, 65)
+    tokens, names = some_tokens(2, 65), [pair.point(1, "state.0"), pair.point(1, "write.0")]
     exact = pair.logits(tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stock = pair.logits(tokens)
-        logits, cache = pair.model.run_with_cache(
-            tokens, names_filter=[pair.point(1, "state.0"), pair.point(1, "write.0")]
-        )
-    assert cache[pair.point(1, "state.0")].dtype == cache[pair.point(1, "write.0")].dtype == torch.float32
+        logits, cache = pair.model.run_with_cache(tokens, names_filter=names)
+    assert {cache[name].dtype for name in names} == {torch.float32}
     assert (logits - exact).abs().mean() < 1.5 * (stock - exact).abs().mean()
