@@ -15,49 +15,38 @@ from torch.autograd import forward_ad
 
 from hooked_models.errors import HookedModelError
 from tests.hooked_models.architectures import (
+    MODELS,
     VOCABULARY,
     Pair,
     assert_close,
     at_some_cells,
+    greedy,
     nothing,
     on,
     on_every_model,
     once_per_architecture,
-    one_line,
     random,
+    refused,
     sae_at,
     some_tokens,
 )
-from tests.hooked_models.oracles import Edits
 
 # Swapped writes.
 
 
 def one_pass_each(
-    pair: Pair,
-    tokens: Tensor,
-    layer: int,
-    head: int,
-    positions: list[int],
-    writes: Tensor,
-    erase: bool = True,
+    pair: Pair, tokens: Tensor, layer: int, head: int, positions: list[int], writes: Tensor, erase: bool
 ) -> Tensor:
     """The stock model with the loop for a layer: a row a branch, edited at its position and read there."""
-    rows = range(len(positions))
-
-    def change(native: Tensor) -> Tensor:
-        native = native.clone()
-        native[rows, positions, head] = writes.double()
-        return native
-
-    edits = Edits(writes=change)
+    places = list(enumerate(positions))
+    new = writes[:, None].expand(-1, len(tokens), -1, -1)
+    edits = pair.setting("write", new, head, *places)
     if not erase:
-        nothing_erased = torch.zeros(len(rows), len(tokens), pair.d_k, pair.d_v)
-        edits.erases = pair.set_at(nothing_erased, head, *zip(rows, positions))
-    return pair.truth(tokens.expand(len(rows), -1), layer, edits)[0][rows, positions]
+        edits = pair.setting("erase", torch.zeros_like(new), head, *places, also=edits)
+    return pair.truth(tokens.expand(len(positions), -1), layer, edits)[0][range(len(positions)), positions]
 
 
-@at_some_cells("gdn", "qwen3_next", "mamba2", "rwkv7", "mamba2_plain", "rwkv7_fused")
+@at_some_cells(*MODELS)
 @pytest.mark.parametrize(("rank", "erase"), [(0, True), (1, False), (2, True)])
 def test_swapped_writes_equal_one_edited_pass_each(pair: Pair, rank: int, erase: bool, layer: int, head: int):
     """At the first and last token, next to a chunk's edge, unordered, and several at one position."""
@@ -83,10 +72,8 @@ def test_swapped_writes_equal_one_edited_pass_each(pair: Pair, rank: int, erase:
 
     kinds = ("write", "erase") if pair.erases and not erase else ("write",)
     with torch.no_grad():
-        hooked = pair.model.run_with_hooks(
-            tokens.expand(len(rows), -1),
-            fwd_hooks=[(pair.point(layer, f"{kind}.{head}"), edit) for kind in kinds],
-        )
+        edits = {f"{kind}.{head}": edit for kind in kinds}
+        hooked = pair.run(tokens.expand(len(rows), -1), layer, edits)
     # Of a head that neither holds nor writes anything, RWKV-7's norm magnifies what rounding leaves.
     assert_close(swapped, hooked[rows, positions], 1e-5 if rank else 5e-5)
 
@@ -94,10 +81,9 @@ def test_swapped_writes_equal_one_edited_pass_each(pair: Pair, rank: int, erase:
 @on_every_model
 def test_swapping_in_the_native_write_changes_nothing(pair: Pair):
     tokens, positions = some_tokens(66), torch.arange(66)
-    names = [pair.point(1, f"write_{x}") for x in ("key", "value")]
     with torch.no_grad():
-        _, cache = pair.model.run_with_cache(tokens[None], names_filter=names)
-    keys, values = (cache[name][0, :, 2:3] for name in names)
+        factors = pair.activations(tokens[None], 1, ["write_key", "write_value"])
+    keys, values = (x[0, :, 2:3] for x in factors.values())
     native, swapped = pair.model.run_with_swapped_writes(tokens, 1, 2, positions, keys, values)
     assert_close(swapped, native, 1e-5)
     assert_close(native, pair.logits(tokens[None])[0])
@@ -107,14 +93,11 @@ def test_swapping_in_the_native_write_changes_nothing(pair: Pair):
 @pytest.mark.parametrize("erase", [True, False])
 def test_a_passage_of_one_token_and_branches_of_none(pair: Pair, erase: bool):
     tokens, keys, values = some_tokens(1), random(2, 1, pair.d_k), random(2, 1, pair.d_v)
-    native, swapped = pair.model.run_with_swapped_writes(
-        tokens, 0, 1, torch.tensor([0, 0]), keys, values, erase=erase
-    )
+    run, first = pair.model.run_with_swapped_writes, torch.zeros(2, dtype=torch.long)
+    native, swapped = run(tokens, 0, 1, first, keys, values, erase=erase)
     writes = torch.einsum("jrk,jrv->jkv", keys, values)
     assert_close(swapped, one_pass_each(pair, tokens, 0, 1, [0, 0], writes, erase))
-    native, swapped = pair.model.run_with_swapped_writes(
-        some_tokens(5), 0, 1, torch.zeros(0, dtype=torch.long), keys[:0], values[:0], erase=erase
-    )
+    native, swapped = run(some_tokens(5), 0, 1, first[:0], keys[:0], values[:0], erase=erase)
     assert swapped.shape == (0, VOCABULARY)
     assert_close(native, pair.logits(some_tokens(1, 5))[0])
 
@@ -128,31 +111,25 @@ def swap_at(pair: Pair, position: int, layer: int = 1) -> tuple[Tensor, Tensor]:
 
 
 @once_per_architecture
-def test_swapped_writes_refuse_hooks_in_their_way(pair: Pair):
+def test_swapped_writes_refuse_hooks_and_saes_in_their_way(pair: Pair):
     """In any layer, on the mixer or elsewhere."""
     before = pair.model(some_tokens(9))
     here = [pair.point(1, name) for name in (*(f"{kind}.2" for kind in pair.kinds), "decay", "out")]
     elsewhere = [pair.point(pair.layers[-1], "state.0"), "blocks.2.hook_in", "unembed.hook_in"]
     for name in here + elsewhere:
-        with pytest.raises(HookedModelError) as error, pair.model.hooks(fwd_hooks=[(name, nothing)]):
+        with refused(name, "reset_hooks"), pair.model.hooks(fwd_hooks=[(name, nothing)]):
             swap_at(pair, 4)
-        one_line(error, name, "reset_hooks")
         assert torch.equal(pair.model(some_tokens(9)), before)  # the model is as it was
+    sae = sae_at(pair.point(1, "write.2"), pair.d_k * pair.d_v)
+    with refused("reset_saes"), pair.model.saes([sae]):
+        swap_at(pair, 4)
     swap_at(pair, 4)
 
 
 @once_per_architecture
-def test_swapped_writes_refuse_an_attached_sae(pair: Pair):
-    sae = sae_at(pair.point(1, "write.2"), pair.d_k * pair.d_v)
-    with pytest.raises(HookedModelError, match="reset_saes"), pair.model.saes([sae]):
-        swap_at(pair, 4)
-
-
-@once_per_architecture
 def test_swapped_writes_need_a_cell_and_a_position(pair: Pair):
-    with pytest.raises(HookedModelError) as error:
+    with refused(*pair.list_of_cells):
         swap_at(pair, 4, layer=pair.n_layers)
-    one_line(error, *pair.list_of_cells)
     for position in (-1, 9):
         with pytest.raises((HookedModelError, IndexError), match=str(position)):
             swap_at(pair, position)
@@ -198,17 +175,11 @@ def during_a_run(pair: Pair, action: Callable[[], Tensor]) -> tuple[Tensor, list
 @torch.no_grad()
 def test_a_call_inside_an_edited_run_does_not_see_its_edit(pair: Pair, mamba2_model: Any):
     tokens, prompt = some_tokens(3, 20, seed=5), some_tokens(1, 4)
-
-    def generate() -> Tensor:
-        return pair.model.generate(
-            prompt, max_new_tokens=3, do_sample=False, verbose=False, return_type="tokens"
-        )
-
     alone = Run(pair, 0, False)()
     actions: list[Callable[[], Tensor]] = [
         lambda: pair.model(tokens),
         lambda: pair.model.run_with_cache(tokens, names_filter="blocks.0.hook_in")[0],
-        generate,
+        lambda: greedy(pair.model, prompt, 3),
         lambda: mamba2_model(tokens),
         Run(pair, 1, False),
         Run(pair, 1, True),
