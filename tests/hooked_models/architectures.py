@@ -146,7 +146,7 @@ class Architecture:
         def change(native: Tensor) -> Tensor:
             return torch.where(is_set[..., None, None], values, native)
 
-        edit = {f"{kind}s": change if kind == "write" else (values, is_set)}
+        edit: dict[str, Any] = {f"{kind}s": change if kind == "write" else (values, is_set)}
         return dataclasses.replace(also or Edits(), **edit)
 
 

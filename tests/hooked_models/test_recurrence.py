@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,14 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hooked_models.recurrence import (
-    LOG_ZERO,
-    MILD,
-    Recurrence,
-    Trajectory,
-    scan,
-    scan_sequential,
-)
+from hooked_models.recurrence import LOG_ZERO, MILD, Recurrence, Trajectory, scan, scan_sequential
 from hooked_models.responses import respond, respond_states
 from tests.hooked_models.oracles import Run, loop
 
@@ -165,6 +159,44 @@ def assert_run(found: tuple[Tensor, Tensor], problem: Problem) -> None:
         assert_close(x, expected, problem.tolerance)
 
 
+def assert_response(
+    problem: Problem, difference: Tensor, native: Run, edited: Run, *is_set: Tensor, drawn: bool = False
+) -> None:
+    """The response to a difference of writes (of states where set) is what the loop's edited run adds."""
+    outputs, final = respond(problem.recurrence, difference, *is_set, chunk_size=problem.chunk_size)
+    scale, state_scale = None, None  # the change's own, but where few or small changes are lost in rounding
+    if drawn:
+        scale = float(torch.stack([edited.outputs, native.outputs]).abs().max())
+        state_scale = float(torch.stack([edited.states, native.states]).abs().max())
+    assert_close(outputs, edited.outputs - native.outputs, problem.tolerance, scale)
+    assert_close(final, edited.final_state - native.final_state, problem.tolerance, state_scale)
+    if not is_set:
+        states = respond_states(problem.recurrence, difference)
+        assert_close(states, edited.states - native.states, problem.tolerance, state_scale)
+
+
+def assert_gradients(problem: Problem, own_scales: bool = False) -> None:
+    """Gradients of outputs and final state by all inputs and the initial state are those of the loop.
+
+    To the tolerance of the largest of all, or of each input's own.
+    """
+    leaves = {name: x.clone().requires_grad_() for name, x in problem.inputs.items()}
+    if problem.initial is not None:
+        leaves["initial"] = problem.initial.clone().requires_grad_()
+    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    truth = loop(**exact)
+    recurrence = Recurrence(**{name: leaves.get(name) for name in FIELDS})
+    ends = scan(recurrence, leaves.get("initial"), problem.chunk_size)
+    weights = [random(problem.generator, *x.shape) for x in ends]
+    loss = sum((x * weight).sum() for x, weight in zip((truth.outputs, truth.final_state), weights))
+    expected = torch.autograd.grad(loss, list(exact.values()))
+    found = torch.autograd.grad(ends, list(leaves.values()), [y.to(x) for x, y in zip(ends, weights)])
+    scale = max(float(x.abs().max()) for x in expected)
+    for name, x, y in zip(leaves, found, expected, strict=True):
+        assert x.dtype == leaves[name].dtype
+        assert_close(x, y, problem.tolerance, None if own_scales else scale)
+
+
 @given(problems())
 def test_both_scans_equal_the_loop(problem: Problem):
     assert_run(scan(problem.recurrence, problem.initial, problem.chunk_size), problem)
@@ -236,10 +268,8 @@ def test_a_decay_of_zero_forgets_without_nan(dtype: torch.dtype, erase: str, per
     states = Trajectory(problem.recurrence, problem.initial, chunk_size=32).states()
     assert_close(states, truth.states, problem.tolerance)
     difference = problem.random(*truth.writes.shape)
-    change, final = respond(problem.recurrence, difference, chunk_size=32)
-    edited = problem.loop(truth.writes + difference)
-    assert_close(change, edited.outputs - truth.outputs, problem.tolerance)
-    assert_close(final, edited.final_state - truth.final_state, problem.tolerance)
+    assert_response(problem, difference, truth, problem.loop(truth.writes + difference))
+    assert_gradients(problem, own_scales=dtype is torch.float64)
 
 
 def lose(problem: Problem, share: float, huge: bool) -> Problem:
@@ -268,27 +298,15 @@ def test_decay_per_channel_about_what_one_reference_point_can_bear(
     problem = lose(problem, share, huge)
     trajectory = Trajectory(problem.recurrence, problem.initial, chunk_size=32)
     assert (trajectory._mild is not None) == (share < 1)
-    leaves = {name: x.clone().requires_grad_() for name, x in problem.inputs.items()}
-    exact = {name: x.double().clone().requires_grad_() for name, x in problem.inputs.items()}
-    truth = loop(**exact, initial=problem.initial)
-    outputs, final_state = scan(Recurrence(**leaves), problem.initial, 32)
-    assert_close(outputs, truth.outputs, problem.tolerance)
-    assert_close(final_state, truth.final_state, problem.tolerance)
+    truth = problem.loop()
+    assert_run(scan(problem.recurrence, problem.initial, 32), problem)
     assert_close(trajectory.states(), truth.states, problem.tolerance)
     earlier = states_before(problem, truth.states)
-    expected = torch.einsum("bthkv,bthk->bthv", earlier, exact["q"])
+    expected = torch.einsum("bthkv,bthk->bthv", earlier, problem.recurrence.q.double())
     assert_close(trajectory.read(problem.recurrence.q, before=True), expected, problem.tolerance)
     difference = problem.random(*truth.writes.shape)
-    edited = problem.loop(truth.writes.detach() + difference)
-    change, _ = respond(problem.recurrence, difference, chunk_size=32)
-    scale = float(edited.outputs.abs().max())
-    assert_close(change, edited.outputs - truth.outputs.detach(), problem.tolerance, scale)
-    weights = random(problem.generator, *outputs.shape)
-    expected = torch.autograd.grad((truth.outputs * weights).sum(), list(exact.values()))
-    found = torch.autograd.grad((outputs * weights.to(dtype)).sum(), list(leaves.values()))
-    scale = max(float(x.abs().max()) for x in expected)
-    for x, y in zip(found, expected, strict=True):
-        assert_close(x, y, problem.tolerance, scale)
+    assert_response(problem, difference, truth, problem.loop(truth.writes + difference))
+    assert_gradients(problem)
 
 
 @pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
@@ -311,72 +329,57 @@ def test_one_erase_factor_alone_is_refused():
 
 # Known layers, each in its own words.
 
+Step = Callable[[Tensor, int], Tensor]
 
-def layer_inputs(per_channel: bool = False) -> tuple[Tensor, ...]:
+
+def known_layers() -> dict[str, tuple[Recurrence, Step]]:
+    """Layers as published, value side first in Mamba-2 and RWKV-7: their recurrence, and S_t from S_{t-1}."""
     generator = torch.Generator().manual_seed(3)
     shape, d_k, d_v = (2, 77, 2), 5, 9
-    q, k = random(generator, *shape, d_k), unit(random(generator, *shape, d_k))
-    v, rate = random(generator, *shape, d_v), uniform(generator, *shape)
-    g = log_decay(generator, "mixed", *shape, *((d_k,) if per_channel else ()))
-    return q, k, v, rate, g
+    q, k, kappa = (unit(random(generator, *shape, d_k)) for _ in range(3))
+    v, beta, rate = (draw(generator, *shape, n) for draw, n in ((random, d_v), (uniform, 1), (uniform, d_k)))
+    g, w = log_decay(generator, "mixed", *shape, 1), 0.546 + 0.45 * uniform(generator, *shape, d_k)
+    channel_g = log_decay(generator, "mixed", *shape, d_k)
+    a_log = -torch.tensor([[0.5], [8.0]], dtype=torch.float64)
 
+    def delta_net(g: Tensor) -> tuple[Recurrence, Step]:
+        def step(state: Tensor, t: int) -> Tensor:  # decay, then write what the key does not hold yet
+            state = g[:, t, ..., None].exp() * state
+            news = beta[:, t] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
+            return state + torch.einsum("bhk,bhv->bhkv", k[:, t], news)
 
-@pytest.mark.parametrize("decays", [True, False], ids=["gated", "plain"])
-def test_delta_nets(decays: bool):
-    q, k, v, beta, g = layer_inputs()
-    g = g if decays else torch.zeros_like(g)
-    alpha = g.exp()
-    state, expected = torch.zeros(2, 2, 5, 9, dtype=torch.float64), []
-    for t in range(77):  # decay, then write what the key does not hold yet
-        state = alpha[:, t, :, None, None] * state
-        stored = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
-        news = beta[:, t, :, None] * (v[:, t] - stored)
-        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], news)
-        expected.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
-    outputs, final = scan(Recurrence(q, g, k, beta[..., None] * v, a=-alpha * beta, b=k))
-    assert_close(outputs, torch.stack(expected, 1), 1e-10)
-    assert_close(final, state, 1e-10)
+        return Recurrence(q, g[..., 0], k, beta * v, a=-(g.exp() * beta)[..., 0], b=k), step
 
+    def mamba_2(state: Tensor, t: int) -> Tensor:
+        h = torch.exp(beta[:, t] * a_log)[..., None] * state.mT
+        return (h + torch.einsum("bhd,bhv,bhk->bhvk", beta[:, t], v[:, t], k[:, t])).mT
 
-def test_mamba_2():
-    read, write, x, dt, _ = layer_inputs()
-    rate = -torch.tensor([0.5, 8.0], dtype=torch.float64)
-    h, expected = torch.zeros(2, 2, 9, 5, dtype=torch.float64), []  # the library's state is transposed
-    for t in range(77):
-        h = torch.exp(dt[:, t] * rate)[..., None, None] * h
-        h = h + torch.einsum("bh,bhv,bhk->bhvk", dt[:, t], x[:, t], write[:, t])
-        expected.append(torch.einsum("bhvk,bhk->bhv", h, read[:, t]))
-    outputs, final = scan(Recurrence(read, dt * rate, write, dt[..., None] * x))
-    assert_close(outputs, torch.stack(expected, 1), 1e-10)
-    assert_close(final, h.mT, 1e-10)
-
-
-def test_rwkv_7():
-    generator = torch.Generator().manual_seed(4)
-    r, kappa, v, _, _ = layer_inputs()
-    k = random(generator, *r.shape)
-    rate = uniform(generator, *r.shape)
-    w = 0.546 + 0.45 * uniform(generator, *r.shape)
-    state, expected = torch.zeros(2, 2, 9, 5, dtype=torch.float64), []  # value side first
-    for t in range(77):
+    def rwkv_7(state: Tensor, t: int) -> Tensor:
         erase = torch.einsum("bhi,bhj->bhij", -kappa[:, t], kappa[:, t] * rate[:, t])
-        state = state * w[:, t, :, None, :] + state @ erase
-        state = state + torch.einsum("bhv,bhk->bhvk", v[:, t], k[:, t])
-        expected.append(torch.einsum("bhvk,bhk->bhv", state, r[:, t]))
-    outputs, final = scan(Recurrence(r, w.log(), k, v, a=kappa * rate, b=-kappa))
-    assert_close(outputs, torch.stack(expected, 1), 1e-10)
-    assert_close(final, state.mT, 1e-10)
+        after = state.mT * w[:, t, :, None, :] + state.mT @ erase
+        return (after + torch.einsum("bhv,bhk->bhvk", v[:, t], k[:, t])).mT
+
+    def gated_linear_attention(state: Tensor, t: int) -> Tensor:
+        return channel_g[:, t].exp()[..., None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+
+    return {
+        "gated DeltaNet": delta_net(g),
+        "DeltaNet": delta_net(torch.zeros_like(g)),
+        "Mamba-2": (Recurrence(q, (beta * a_log)[..., 0], k, beta * v), mamba_2),
+        "RWKV-7": (Recurrence(q, w.log(), k, v, a=kappa * rate, b=-kappa), rwkv_7),
+        "gated linear attention": (Recurrence(q, channel_g, k, v), gated_linear_attention),
+    }
 
 
-def test_gated_linear_attention():
-    q, k, v, _, g = layer_inputs(per_channel=True)
-    state, expected = torch.zeros(2, 2, 5, 9, dtype=torch.float64), []
-    for t in range(77):
-        state = g[:, t].exp()[..., None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
-        expected.append((q[:, t, :, :, None] * state).sum(-2))
-    outputs, final = scan(Recurrence(q, g, k, v))
-    assert_close(outputs, torch.stack(expected, 1), 1e-10)
-    assert_close(final, state, 1e-10)
+def test_known_layers():
+    for recurrence, step in known_layers().values():
+        state, expected = torch.zeros(2, 2, 5, 9, dtype=torch.float64), []
+        for t in range(77):
+            state = step(state, t)
+            expected.append(torch.einsum("bhkv,bhk->bhv", state, recurrence.q[:, t]))
+        outputs, final = scan(recurrence)
+        assert_close(outputs, torch.stack(expected, 1), 1e-10)
+        assert_close(final, state, 1e-10)
 
 
 # Gradients.
@@ -384,40 +387,7 @@ def test_gated_linear_attention():
 
 @given(problems(batch=2))
 def test_gradients_equal_autograd_through_the_loop(problem: Problem):
-    leaves = {name: x.clone().requires_grad_() for name, x in problem.inputs.items()}
-    if problem.initial is not None:
-        leaves["initial"] = problem.initial.clone().requires_grad_()
-    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
-    truth = loop(**exact)
-    weights = random(problem.generator, *truth.outputs.shape)
-    final_weights = random(problem.generator, *truth.final_state.shape)
-    expected = torch.autograd.grad(
-        (truth.outputs * weights).sum() + (truth.final_state * final_weights).sum(), list(exact.values())
-    )
-    recurrence = Recurrence(**{name: leaves.get(name) for name in FIELDS})
-    outputs, final = scan(recurrence, leaves.get("initial"), problem.chunk_size)
-    found = torch.autograd.grad(
-        (outputs * weights.to(outputs)).sum() + (final * final_weights.to(final)).sum(),
-        list(leaves.values()),
-    )
-    scale = max(float(x.abs().max()) for x in expected)
-    for name, x, y in zip(leaves, found, expected):
-        assert x.dtype == leaves[name].dtype
-        assert_close(x, y, problem.tolerance, scale)
-
-
-def test_gradients_survive_a_decay_of_zero():
-    problem = make(erase="multiple", length=40)
-    g = problem.recurrence.g.clone()
-    g[:, ::7] = float("-inf")
-    leaves = {name: x.clone() for name, x in problem.inputs.items()} | {"g": g}
-    exact = {name: x.clone().requires_grad_() for name, x in leaves.items()}
-    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
-    expected = torch.autograd.grad(loop(**exact).outputs.square().sum(), list(exact.values()))
-    outputs, _ = scan(Recurrence(**leaves), chunk_size=16)
-    found = torch.autograd.grad(outputs.square().sum(), list(leaves.values()))
-    for x, y in zip(found, expected):
-        assert_close(x, y, 1e-9)
+    assert_gradients(problem)
 
 
 # States and reads anywhere.
@@ -472,14 +442,7 @@ def test_response_to_edited_writes(problem: Problem, share: float, low_rank: boo
         difference = problem.random(*shape[:-1], 1) * problem.random(*shape[:-2], 1, shape[-1])
     edited_here = uniform(problem.generator, *shape[:3]) <= share
     difference = difference * edited_here[..., None, None]
-    edited = problem.loop(native.writes + difference)
-    scale = float(torch.stack([edited.outputs, native.outputs]).abs().max())
-    state_scale = float(torch.stack([edited.states, native.states]).abs().max())
-    outputs, final = respond(problem.recurrence, difference, chunk_size=problem.chunk_size)
-    assert_close(outputs, edited.outputs - native.outputs, problem.tolerance, scale)
-    assert_close(final, edited.final_state - native.final_state, problem.tolerance, state_scale)
-    states = respond_states(problem.recurrence, difference)
-    assert_close(states, edited.states - native.states, problem.tolerance, state_scale)
+    assert_response(problem, difference, native, problem.loop(native.writes + difference), drawn=True)
 
 
 @given(problems(), st.floats(0, 1), st.floats(0, 1))
@@ -495,11 +458,7 @@ def test_response_to_set_states(problem: Problem, share: float, writes_share: fl
     difference = torch.where(
         is_set[..., None, None], new_states - native.states, new_writes - native.writes
     ).to(problem.recurrence.dtype)
-    scale = float(torch.stack([edited.outputs, native.outputs]).abs().max())
-    state_scale = float(torch.stack([edited.states, native.states]).abs().max())
-    outputs, final = respond(problem.recurrence, difference, is_set, problem.chunk_size)
-    assert_close(outputs, edited.outputs - native.outputs, problem.tolerance, scale)
-    assert_close(final, edited.final_state - native.final_state, problem.tolerance, state_scale)
+    assert_response(problem, difference, native, edited, is_set, drawn=True)
 
 
 @pytest.mark.parametrize("erase", ["none", "multiple", "removal"])
