@@ -27,7 +27,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-def the_cache(arguments: dict[str, Any]) -> Any:
+def pop_cache(arguments: dict[str, Any]) -> Any:
     """Remove the cache from keyword arguments and return it (None: there is none).
 
     Args:

@@ -84,7 +84,7 @@ def run_with_added_writes(
 
 
 def _checked(
-    tokens: Tensor, cell: Cell, positions: Tensor, keys: Tensor, values: Tensor, rank: tuple[int, ...]
+    tokens: Tensor, cell: Cell, positions: Tensor, keys: Tensor, values: Tensor, rank_axis: tuple[int, ...]
 ) -> Tensor:
     """The positions, on the tokens' device.
 
@@ -97,7 +97,7 @@ def _checked(
             f"{tuple(tokens.shape)} and {tuple(positions.shape)}, {positions.dtype}"
         )
     shapes = tuple(keys.shape), tuple(values.shape)
-    expected = (len(positions), *rank, cell.d_k), (len(positions), *rank, cell.d_v)
+    expected = (len(positions), *rank_axis, cell.d_k), (len(positions), *rank_axis, cell.d_v)
     if shapes != expected:
         raise HookedModelError(
             f"keys and values must have shapes {expected[0]} and {expected[1]} here, got {shapes[0]} and "

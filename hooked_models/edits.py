@@ -1,6 +1,6 @@
 """Swapped and added writes: many edits of a cell's writes in one forward pass.
 
-`hooked_models.edited_runs` runs them. `HookedRecurrent.forward` opens `carried` for each call, with the
+`hooked_models.edited_runs` runs them. `HookedRecurrent.forward` opens `edit_in_force` for each call, with the
 call's edit or with none, and the layers that mix tokens look the edit up here. So an edit ends with its call,
 and a call inside another one (from a hook), of another model or in another thread does not see it.
 """
@@ -64,15 +64,15 @@ class SwappedWrites:
             on_keys = torch.einsum("bjk,jrk->bjr", branch.q[:, :, self.head], self.keys.to(branch.q))
             written = written.clone()
             written[:, :, self.head] = torch.einsum("bjr,jrv->bjv", on_keys, self.values.to(branch.v))
-        # 3. S_{t-1}^T (T_t^T q_t). One read of the trajectory serves one branch a position; so there are as
-        #    many reads as branches at the busiest position.
+        # 3. S_{t-1}^T (T_t^T q_t). A read takes one vector per position: with n branches at one position, n
+        #    reads are needed.
         n_reads, nth_read = self._nth_at_its_position()
         pulled = branch.pull_back(branch.q)
         reads = pulled.new_zeros(n_reads, *native.q.shape)
         reads[nth_read, :, self.positions] = pulled.transpose(0, 1)
-        carried = torch.stack([trajectory.read(r, before=True) for r in reads])
-        carried = carried[nth_read, :, self.positions].transpose(0, 1)
-        return torch.cat([trajectory.read(native.q), carried + written], dim=1)
+        before = torch.stack([trajectory.read(r, before=True) for r in reads])
+        before = before[nth_read, :, self.positions].transpose(0, 1)
+        return torch.cat([trajectory.read(native.q), before + written], dim=1)
 
     def _nth_at_its_position(self) -> tuple[int, Tensor]:
         """How many branches share the busiest position, and each branch's number at its position."""
@@ -103,7 +103,7 @@ class AddedWrites:
     values: Float[Tensor, "row d_v"]
     linear: bool
 
-    def join(
+    def added_to(
         self, outputs: Float[Tensor, "row pos head d_v"], recurrence: Recurrence
     ) -> Float[Tensor, "row pos head d_v"]:
         """The layer's ``outputs`` S_t^T q_t with what the added writes contribute to them."""
@@ -113,9 +113,9 @@ class AddedWrites:
         keys = here[:, :, None, None] * self.keys[:, None, None].to(rec.k)
         values = self.values[:, None, None].to(rec.v).expand_as(rec.v)
         change, _ = scan(dataclasses.replace(rec, k=keys, v=values))
-        joined = outputs.clone()
-        joined[:, :, self.head] += change[:, :, 0]
-        return joined
+        changed = outputs.clone()
+        changed[:, :, self.head] += change[:, :, 0]
+        return changed
 
 
 Edit = SwappedWrites | AddedWrites
@@ -123,7 +123,7 @@ _EDIT: ContextVar[Edit | None] = ContextVar("edit of the forward pass that is ru
 
 
 @contextmanager
-def carried(edit: Edit | None) -> Iterator[None]:
+def edit_in_force(edit: Edit | None) -> Iterator[None]:
     """While open, in this thread, the layers of the running forward pass see this edit, or none."""
     token = _EDIT.set(edit)
     try:
@@ -151,13 +151,13 @@ def mix_neighbours(
 ) -> Float[Tensor, "batch pos channel"]:
     """Apply a causal mixing of neighbouring tokens, as a convolution or a token shift, branches or not.
 
-    The neighbours of a branch are the native tokens before its position. So it gets what the native token
-    there gets, but for its own part.
+    The neighbours of a branch are the native tokens before its position. So its result is that of the native
+    token there, with the token's own contribution exchanged for the branch's.
 
     Args:
         mix: the mixing of a passage.
         hidden: its input, which ends with the branches where there are some.
-        own_weight: weight of the token itself in the mixing (None: it has no part in it).
+        own_weight: weight of the token itself in the mixing (None: the token itself does not contribute).
     """
     swapped = swapped_writes()
     if swapped is None:

@@ -46,7 +46,7 @@ class HeadHooks(NamedTuple):
         on_erase = self.erase is not None and is_listened_to(self.erase)
         on_state = is_listened_to(self.state)
         change: Change | None = None
-        difference: Tensor | None = None  # what enters the state beside what the scan accounts for
+        difference: Tensor | None = None  # what enters the state beside what the scan contains
         # 1. The write W_t = k_t v_t^T: a changed one enters the state as a difference.
         if is_listened_to(self.write):
             edited, touched = fire_matrices(self.write, _outer(rec.k, rec.v))
@@ -55,24 +55,24 @@ class HeadHooks(NamedTuple):
             elif edited.requires_grad:
                 out = _UnchangedWrite.apply(edited, *(getattr(rec, f) for f in "kvqgab"))
                 change = (out, rec.k.new_zeros(()).expand(len(out), 1, *edited.shape[-2:]))
-        # 2. The erase a_t b_t^T S_{t-1}: `after` is the recurrence without those that a hook set.
-        after = rec
+        # 2. The erase a_t b_t^T S_{t-1}: `free` is the recurrence without the erases that a hook has set.
+        free = rec
         if on_erase:
-            after, set_instead = self._fire_erase(rec, start, difference)
+            free, set_instead = self._fire_erase(rec, start, difference)
             if set_instead is not None:
                 difference = set_instead if difference is None else difference + set_instead
         if difference is not None:
-            change = respond(after, difference)
+            change = respond(free, difference)
         # 3. The state S_t, with the edits above: a changed one is set.
         if on_state:
-            # Apart from the tensor that the hook is shown, which it may edit in place.
+            # The hook gets a copy, because it may edit in place.
             states = Trajectory(rec, start).states()
             if difference is not None:
-                states = states + respond_states(after, difference)
+                states = states + respond_states(free, difference)
             edited, touched = fire_matrices(self.state, states.clone())
             if touched or edited.requires_grad:
                 moved = edited - states
-                outputs, final = respond(after, moved, state_is_set=(moved != 0).flatten(-2).any(-1))
+                outputs, final = respond(free, moved, state_is_set=(moved != 0).flatten(-2).any(-1))
                 change = (outputs, final) if change is None else (outputs + change[0], final + change[1])
         return change
 
@@ -81,8 +81,8 @@ class HeadHooks(NamedTuple):
     ) -> tuple[Recurrence, Tensor | None]:
         """Fire the erase hook: the recurrence without the erases that it set, and what enters instead.
 
-        A set erase no longer depends on the state, so the transition there is the decay alone. The set erase
-        enters less the native one, which the scan has accounted for already.
+        A set erase no longer depends on the state, so the transition there is the decay alone. The change of
+        the state is the set erase minus the native erase, which the scan already contains.
         """
         a, b = rec.with_erase_vector().a, rec.b
         assert self.erase is not None
@@ -123,7 +123,7 @@ def fire(point: nn.Module, x: Tensor) -> Tensor:
 
 
 def fire_copy(point: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
-    """Fire a hook point with a copy of a small tensor; its result, and whether that differs."""
+    """Fire a hook point with a copy of a small tensor; its result, and whether a hook changed the copy."""
     shown = x.clone()
     edited = fire(point, shown)
     return edited, edited is not shown or not torch.equal(edited, x)
@@ -151,7 +151,7 @@ class _UnchangedWrite(torch.autograd.Function):
     """The response to a write that is hooked and unedited: zero forwards, at no cost, the gradient backwards.
 
     The gradient with respect to the hooked write exists, although reading it changed nothing. The part of it
-    that goes on into k and v is taken back, because the scan accounts for it already.
+    that flows on into k and v is subtracted, because the scan contains it already.
     """
 
     @staticmethod

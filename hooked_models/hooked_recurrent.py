@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooked_models import edited_runs, edits, upstream, zoo
 from hooked_models.architectures import adapters
-from hooked_models.caches import CACHE_ARGUMENTS, refuse_unknown, the_cache
+from hooked_models.caches import CACHE_ARGUMENTS, pop_cache, refuse_unknown
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.files import loading
 from hooked_models.mixers import HookedMixer
@@ -134,9 +134,11 @@ class HookedRecurrent(upstream.CheckedBridge):
         cell = self.site(name).cell
         sides = sides_of(sae) or (cell.d_k, cell.d_v)
         if sae.cfg.d_in != cell.d_k * cell.d_v or sides != (cell.d_k, cell.d_v):
+            known = "" if sides_of(sae) is None else f" ({sides[0]} x {sides[1]})"
             raise HookedModelError(
-                f"the SAE takes {sae.cfg.d_in} numbers ({sides[0]} x {sides[1]}), but {name} gives "
-                f"{cell.d_k} x {cell.d_v} = {cell.d_k * cell.d_v}"
+                f"the SAE takes {sae.cfg.d_in} numbers{known}, but {name} gives {cell.d_k} x {cell.d_v} = "
+                f"{cell.d_k * cell.d_v}: give the model that it was trained on, as "
+                "HookedRecurrent.for_sae(sae) loads it"
             )
 
     def forward(self, input: Any, *args: Any, edit: edits.Edit | None = None, **kwargs: Any) -> Any:
@@ -154,7 +156,7 @@ class HookedRecurrent(upstream.CheckedBridge):
         Raises:
             HookedModelError: the cache is another model's, or nothing takes one of the arguments.
         """
-        cache = the_cache(kwargs)
+        cache = pop_cache(kwargs)
         n_layers = len(getattr(cache, "layers", ()))
         if cache is not None and n_layers != len(self.new_cache().layers):
             raise HookedModelError(
@@ -166,7 +168,7 @@ class HookedRecurrent(upstream.CheckedBridge):
         refuse_unknown({name: kwargs[name] for name in kwargs.keys() - of_model - of_bridge}, "the model")
         if cache is not None:
             kwargs[next(name for name in CACHE_ARGUMENTS if name in of_model)] = cache
-        with edits.carried(edit):
+        with edits.edit_in_force(edit):
             return super().forward(input, *args, **kwargs)
 
     def new_cache(self) -> Any:

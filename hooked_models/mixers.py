@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from hooked_models import edits
-from hooked_models.caches import cached, refuse_unknown, the_cache
+from hooked_models.caches import cached, pop_cache, refuse_unknown
 from hooked_models.errors import HookedModelError
 from hooked_models.head_hooks import HeadHooks, fire, fire_copy
 from hooked_models.recurrence import LOG_ZERO, Recurrence, scan
@@ -49,8 +49,8 @@ class HookedMixer(GeneralizedComponent):
                                                            result is written instead, erase and decay
                                                            stay native, later states follow
     hook_erase.{head}       [batch, pos, d_k * d_v]        what the transition adds besides the decay,
-                                                           a b^T S of the state before (not where nothing
-                                                           is erased); at a position where the hook
+                                                           a b^T S of the state before (absent where an
+                                                           architecture erases nothing); where the hook
                                                            changes it the erase is set, at others it
                                                            stays native
     hook_state.{head}       [batch, pos, d_k * d_v]        state after the token; at a position where the
@@ -102,7 +102,8 @@ class HookedMixer(GeneralizedComponent):
         """The recurrence's inputs, and the bypass: the tensors that `finish` needs besides its outputs.
 
         ``mask``, [batch, pos, 1] and 0 at padding, has been applied to ``hidden``. Convolutions and token
-        shifts must go through `edits.mix_neighbours`, since ``hidden`` may end with branches.
+        shifts must go through `edits.mix_neighbours`, since ``hidden`` may end with branches, and the log
+        decay through `fire_decay`, which fires ``hook_decay``.
         """
 
     @abstractmethod
@@ -159,7 +160,7 @@ class HookedMixer(GeneralizedComponent):
         return weight[:, head * d_v : (head + 1) * d_v].T
 
     def cached_state(self, cache: Any) -> Float[Tensor, "batch head d_k d_v"]:
-        """The layer's state in a cache, as a view: the next token meets whatever is assigned to it.
+        """The layer's state in a cache, as a view: assigning to it sets what the next token starts from.
 
         Raises:
             HookedModelError: the cache holds no state of this layer yet.
@@ -208,17 +209,17 @@ class HookedMixer(GeneralizedComponent):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """The wrapped component's forward pass, with hooks."""
-        run = self.mix if self.is_recurrent else super().forward
+        run = self.recurrent_forward if self.is_recurrent else super().forward
         return run(*args, **options)
 
-    def mix(
+    def recurrent_forward(
         self,
         hidden_states: Float[Tensor, "batch pos d_model"],
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """The forward pass of a recurrent layer."""
-        cache = the_cache(options)
+        cache = pop_cache(options)
         own = {name: options.pop(name) for name in self.own_arguments if name in options}
         refuse_unknown(options, type(self).__name__)
         if not hidden_states.shape[1]:
@@ -238,12 +239,12 @@ class HookedMixer(GeneralizedComponent):
             recurrence = self._fire_factors(recurrence)
             outputs = self._recur(recurrence, cache)
         if added is not None and not added.linear:
-            outputs = added.join(outputs, recurrence)
+            outputs = added.added_to(outputs, recurrence)
         outputs = fire(self.hook_recurrence_out, outputs)  # [batch, pos, head, d_v]
         # 4. Norm, gate and projection.
         finished = self.finish(outputs, bypass)
         if added is not None and added.linear:
-            moved = self.finish(added.join(outputs, recurrence), bypass)
+            moved = self.finish(added.added_to(outputs, recurrence), bypass)
             finished = forward_ad.make_dual(finished, moved - finished)
         return self.returned(fire(self.hook_out, finished), bypass)
 

@@ -26,11 +26,11 @@ def run_demo(
     training_tokens: int = zoo.TRAINING_TOKENS,
     seed: int = 0,
 ) -> ExperimentResult:
-    """Train a WriteSAE on a shipped model's held-out text, run the replacement test on it, write a report.
+    """Train a WriteSAE on text that a shipped model never saw, run the replacement test on it, write a report.
 
     Args:
         out: folder for sae/ (SAELens's format), records.csv, summary.json, PNG figures, report.html, and the
-            results that the page also shows (partition/, contexts/).
+            results that the page also shows (results/).
         model_name: a shipped model.
         cell: (layer, head); None is the model's best (`zoo.DEFAULT_CELLS`).
         d_sae, k: atoms in the dictionary, and atoms active per write.

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import LinearBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from hooked_models.caches import refuse_unknown, the_cache
+from hooked_models.caches import pop_cache, refuse_unknown
 from hooked_models.edits import mix_neighbours
 from hooked_models.mixers import AttributeNames, HookedMixer
 from hooked_models.modeling.rwkv7.layers import BonusAndGate, masked, one_earlier
@@ -87,7 +87,7 @@ class HookedRWKV7FeedForward(GeneralizedComponent):
         attention_mask: Int[Tensor, "batch all_pos"] | Tensor | None = None,
         **options: Any,
     ) -> Float[Tensor, "batch pos d_model"]:
-        cache = the_cache(options)
+        cache = pop_cache(options)
         refuse_unknown(options, type(self).__name__)
         layer: Any = self.original_component
         hidden = masked(self.hook_in(hidden_states), attention_mask)

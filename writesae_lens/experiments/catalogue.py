@@ -1,6 +1,6 @@
 """The catalogue of experiments: one declaration beside each experiment's function.
 
-A module of this folder declares its experiment by a decorator, and nothing else names it::
+A module of this folder declares its experiment by decorators; no other file needs to know it::
 
     @experiment("erase", paper=5, question="...", row="a position, condition and dose")
     def erase_atom(model, sae, tokens, doses: tuple[Positive, ...] = DOSES, ...) -> ExperimentResult:

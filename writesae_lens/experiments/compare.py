@@ -34,7 +34,7 @@ from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, KL_FLOOR, RANDOM, new_figure
 
-CONTROL, NO_ATOM = "delete", -1
+DELETED, NO_ATOM = "delete", -1
 Random = Literal["gaussian", "atom", "orthogonal", "native_marginals"]
 
 
@@ -97,9 +97,9 @@ def compare(
         )
     if not saes:
         raise WriteSAEError("there are no SAEs to compare: give one at least")
-    twice = set(saes) & {*swaps.RANDOM, CONTROL}
+    twice = set(saes) & {*swaps.RANDOM, DELETED}
     if twice:
-        raise WriteSAEError(f"{', '.join(sorted(twice))} are names of controls: call the SAEs otherwise")
+        raise WriteSAEError(f"{', '.join(sorted(twice))} are reserved names: give the SAEs others")
     first = next(iter(saes.values()))
     sites = {name: find_site(model, sae) for name, sae in saes.items()}
     cell = find_site(model, first).cell
@@ -170,7 +170,7 @@ def _test(
     for kind in random:
         drawn = swaps.random_like(kind, *next(iter(zip(saes.values(), every.values()))), kept, cell, rng)
         conditions[kind], about[kind] = swaps.with_norm(drawn, norm), nothing
-    conditions[CONTROL], about[CONTROL] = swaps.zeros_like(native), nothing
+    conditions[DELETED], about[DELETED] = swaps.zeros_like(native), nothing
     kls = swaps.divergences(model, cell, tokens, first.position, list(conditions.values()), kl)
     frames = [
         pd.DataFrame(
@@ -193,12 +193,12 @@ def _test(
 def _table(
     records: pd.DataFrame, saes: list[str], random: list[str], coverage: dict[str, float]
 ) -> list[dict[str, Any]]:
-    groups = {name: records.loc[records["name"] == name] for name in (*saes, *random, CONTROL)}
-    first, delete = groups[saes[0]]["kl"].to_numpy(), groups[CONTROL]["kl"].median()
+    groups = {name: records.loc[records["name"] == name] for name in (*saes, *random, DELETED)}
+    first, delete = groups[saes[0]]["kl"].to_numpy(), groups[DELETED]["kl"].median()
     table = []
     for name, part in groups.items():
         wins = (part["kl"] < part["kl_delete"]).to_numpy()
-        is_delete = name == CONTROL
+        is_delete = name == DELETED
         table.append(
             {
                 "name": name,

@@ -77,7 +77,8 @@ def erase_atom(
         atom: the atom (None: the one that fires most often).
         token: the token to watch, an id or the text of one token (None: the preferred one).
         doses: multiples of coefficient x atom.
-        max_firings: test a random choice of this many of the positions where the atom is active (None: all).
+        max_firings: take a random choice of this many of the positions where the atom is active (None: all);
+            without ``token``, every other one of them chooses the token and the rest are tested.
         context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
         seed: seed of the choice, control positions, random matrices and the bootstrap.
         progress_folder: folder that keeps finished passages, so that the same call resumes.

@@ -107,7 +107,7 @@ def draw_atoms(
     n_atoms: int,
     rng: torch.Generator,
 ) -> Int[Tensor, " atom"]:
-    """A random choice of ``n_atoms`` atoms that fire (all, where there are fewer), in order, on the CPU.
+    """A random choice of ``n_atoms`` atoms that fire (all, where there are fewer), sorted, on the CPU.
 
     Raises:
         WriteSAEError: no atom fires.

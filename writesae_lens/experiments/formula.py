@@ -54,12 +54,12 @@ def logit_formula_test(
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
-    """Add eps v w^T to a cell's state at t0, and compare the shift of later logits with its prediction.
+    """Add eps k v^T to a cell's state at t0, and compare the shift of later logits with its prediction.
 
     ``exact`` has no fitted number: the key side is carried through every later decay and erase to each read,
     the value side through the head's own norm and gate as they are, and what comes after the layer through
     its derivative at the native passage (`HookedRecurrent.run_with_added_writes`). ``gate_product`` is the
-    paper's: eps G(t0->t) <v, q_t> <w W_O, W_U[T]>, G the product of the gates, times one number fitted for
+    paper's: eps G(t0->t) <k, q_t> <v W_O, W_U[T]>, G the product of the gates, times one number fitted for
     each passage, atom and token (over horizons and eps), which takes the place of the derivative.
 
     Args:
@@ -262,7 +262,10 @@ def plot_formula(result: ExperimentResult) -> Figure:
     title = "nothing moves" if r2 is None else f"median R² {r2:.4f}"
     scatter.set_title(f"{summary['form']}: {title}", fontsize=11, loc="left")
     scatter.legend(
-        frameon=False, fontsize=9, markerscale=3, title=f"size ({summary['eps_unit'].replace('_', ' ')}s)"
+        frameon=False,
+        fontsize=9,
+        markerscale=3,
+        title="size added" + (" (write norms)" if summary["eps_unit"] == "write_norm" else ""),
     )
     for axis, level, title in (
         (sizes, "eps", "by size of what is added"),

@@ -28,7 +28,7 @@ from writesae_lens.experiments.run import Run, generator, seed_of
 from writesae_lens.experiments.subjects import find_cell
 from writesae_lens.figures import ATOM, DELETE, RANDOM, new_figure
 
-# Of Adam, on factors of norm 1.
+# Adam's learning rate; the factors have norm 1.
 _STEP = 0.1
 # Native ranks at the first step, from 1: the paper's strata.
 STRATA = {
@@ -67,7 +67,7 @@ def install_tokens(
     """Add a token's direction to a head's writes at a prompt's last positions, and decode: is the token said?
 
     At each of the last ``positions`` of the prompt a rank-1 matrix with ``magnitude`` times the norm of the
-    native write there joins that write; everything else is native. Directions:
+    native write there is added to that write; everything else is native. Directions:
 
     - ``unembedding`` (the paper's): key side that of the native write, value side W_O[head] W_U[target].
     - ``jacobian``: the rank-1 matrix of that norm that raises the target's logit most above the others: by
@@ -75,7 +75,7 @@ def install_tokens(
       the coming ``n_tokens`` steps, along the native continuation), through the true model: decay, erase,
       every coming read, norm, gate and all later layers. It starts as the gradient's leading singular pair at
       the native writes; as the head's norm bends the response long before three write norms,
-      ``n_refinements`` steps of Adam on both factors follow, and the best of all stays.
+      ``n_refinements`` steps of Adam on both factors follow, and the best step is kept.
 
     Each edit has a control, a Gaussian rank-1 write of the same norm.
 

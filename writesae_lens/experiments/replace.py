@@ -83,7 +83,8 @@ def replacement_test(
         replaces: whether each condition replaces the native write k v^T alone, while the token's erase
             still happens, or the whole update, erase and write (they differ where an architecture erases;
             an atom trained on writes cannot stand in for the erase).
-        max_firings, max_firings_per_atom: test a random choice of this many firings (None: all).
+        max_firings: test a random choice of this many firings (None: all).
+        max_firings_per_atom: test a random choice of this many firings of each atom (None: all).
         skip_positions: leave out the first positions of every passage.
         context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
         seed: seed of the random matrices, the thinning and the bootstrap.
@@ -112,7 +113,8 @@ def replacement_test(
         return _test_passage(model, sae, site.cell, passages[n], *some, n, *how, generator(seed, n))
 
     records = run.records([n for n, index in enumerate(kept) if len(index)], test, "Replacing")
-    summary = _summarize(records, sae.cfg.d_sae, seed)
+    n_dominant = len(torch.cat([f.atom for f in firings]).unique())
+    summary = _summarize(records, sae.cfg.d_sae - n_dominant, seed)
     low, high = summary["win_rate_ci"]
     headline = f"win rate {summary['win_rate']:.1%} ({low:.1%} to {high:.1%}), {len(records)} firings"
     return run.result(records, summary, headline)
@@ -177,13 +179,13 @@ def _test_passage(
     return pd.DataFrame(columns)
 
 
-def _summarize(records: pd.DataFrame, d_sae: int, seed: int) -> dict[str, Any]:
+def _summarize(records: pd.DataFrame, n_never_dominant: int, seed: int) -> dict[str, Any]:
     atom, delete, other = (records[f"kl_{name}"].to_numpy() for name in CONDITIONS)
     wins, chain = atom < delete, (atom < delete) & (delete < other)
     summary: dict[str, Any] = {
         "n_firings": len(records),
         "n_atoms": int(records.atom.nunique()),
-        "n_atoms_never_dominant": d_sae - int(records.atom.nunique()),
+        "n_atoms_never_dominant": n_never_dominant,
         "n_passages": int(records.passage.nunique()),
         "win_rate": float(wins.mean()),
         "win_rate_ci": list(statistics.wilson_interval(wins)),
@@ -266,7 +268,7 @@ def plot_replacement_by_effect(result: ExperimentResult) -> Figure:
         effect.text(i, rate + 0.015, f"{rate:.0%}", ha="center", fontsize=9, color=INK)
     effect.set_xticks(range(4), ["smallest", "2nd", "3rd", "largest"])
     effect.set_xlabel("quarter of the firings by the deletion's KL")
-    effect.set_title("Win rate by what the write matters", fontsize=11, loc="left")
+    effect.set_title("Win rate by how much the write matters", fontsize=11, loc="left")
 
     order = np.argsort(records.cosine.to_numpy())
     bins = [b for b in np.array_split(order, min(10, len(order))) if len(b)]

@@ -37,7 +37,7 @@ class Run:
         subject: the SAE, SAEs or cell that the experiment is about.
         tokens: passages or prompts.
         arguments: values of the experiment's arguments by name: ``locals()`` where the run is made, so that
-            option counts with the value that the experiment has settled on.
+            each option is recorded with the value that the variable of its name has then.
         parts_depend_on_options: False where finished parts are right whatever the options are.
         **settings: whatever else to record, or to record under an option's name in place of its value.
 

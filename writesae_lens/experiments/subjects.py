@@ -7,7 +7,7 @@ from typing import Any
 from sae_lens import SAE
 
 from hooked_models import HookedRecurrent
-from hooked_models.hooked_recurrent import Cell, Site, sides_of
+from hooked_models.hooked_recurrent import Cell, Site
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.options import shown
 
@@ -46,10 +46,9 @@ def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
     """The cell that the SAE was trained on, and whether on its writes or states, from the SAE's metadata.
 
     Raises:
-        WriteSAEError: there is no model or no SAE, the SAE names no hook or has NaN in its weights, its
-            sizes are not the cell's, it is on another device, or it expects inputs that are scaled at run
-            time.
-        HookedModelError: the model has no such cell.
+        WriteSAEError: there is no model or no SAE, the SAE names no hook or has NaN in its weights, it is on
+            another device, or it expects inputs that are scaled at run time.
+        HookedModelError: the model has no such cell, or one of other sizes than the SAE's.
     """
     check_model(model)
     check_sae(sae)
@@ -60,14 +59,7 @@ def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
             "example to model.write_hook_name(layer, head)"
         )
     site = model.site(name)
-    cell = site.cell
-    shape = sides_of(sae) or (cell.d_k, cell.d_v)
-    if shape != (cell.d_k, cell.d_v) or sae.cfg.d_in != cell.d_k * cell.d_v:
-        raise WriteSAEError(
-            f"the SAE is made for {shape[0]} x {shape[1]} matrices (d_in {sae.cfg.d_in}), but layer "
-            f"{cell.layer} head {cell.head} of the model writes {cell.d_k} x {cell.d_v}: give the model that "
-            "it was trained on, as HookedRecurrent.for_sae(sae) loads it"
-        )
+    model.check_sae(sae)
     sae_device = next(sae.parameters()).device
     model_device = next(model.original_model.parameters()).device
     if sae_device != model_device:

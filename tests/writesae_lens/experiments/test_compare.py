@@ -256,8 +256,8 @@ def test_saes_that_cannot_be_compared_are_refused(gdn, passages):
     for saes, options, message in (
         ({}, {}, "no SAEs to compare"),
         ({"a": sae, "b": make(gdn, head=1)}, {}, "^b belong to another"),
-        ({"gaussian": sae}, {}, "gaussian are names of controls"),
-        ({"a": sae, "delete": make(gdn, seed=1)}, {}, "delete are names of controls"),
+        ({"gaussian": sae}, {}, "gaussian are reserved names"),
+        ({"a": sae, "delete": make(gdn, seed=1)}, {}, "delete are reserved names"),
         ({"a": sae, "b": silenced(make(gdn, seed=1))}, {}, "no atom fires"),
         ({"a": sae}, {"skip_positions": 20}, "left none"),
     ):
