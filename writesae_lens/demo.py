@@ -26,7 +26,7 @@ def run_demo(
     training_tokens: int = zoo.TRAINING_TOKENS,
     seed: int = 0,
 ) -> ExperimentResult:
-    """Train a WriteSAE on text that a shipped model never saw, run the replacement test on it, write a report.
+    """Train a WriteSAE on text that a shipped model never saw, run the replacement test, write a report.
 
     Args:
         out: folder for sae/ (SAELens's format), records.csv, summary.json, PNG figures, report.html, and the

@@ -268,7 +268,7 @@ def check_wrong_subjects(subject: Subject) -> None:
         ({"sae": "my_sae"}, wanted),
         ({"sae": one.cfg}, wanted),
         ({"sae": broken}, "NaN in b_enc: its training went wrong, train it again"),
-        ({"sae": wrong(d_k=48, d_v=32)}, "48 x 32 .* writes 32 x 48: give the model"),
+        ({"sae": wrong(d_k=48, d_v=32)}, "48 x 32.* gives 32 x 48 = 1536: give the model"),
         ({"sae": wrong(hook_name=None)}, "does not say .* set sae.cfg.metadata.hook_name"),
         ({"sae": wrong(hook_name="blocks.0.mixer.hook_write.0")}, "not the hook of a cell's write or state"),
         (
