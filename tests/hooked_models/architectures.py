@@ -43,10 +43,10 @@ def nothing(x: Tensor, hook: Any) -> None:
 
 
 @contextmanager
-def refused(*parts: str) -> Iterator[None]:
+def refused(*parts: str) -> Iterator[pytest.ExceptionInfo[HookedModelError]]:
     """The body raises the package's error, whose message is a single line that has these parts."""
     with pytest.raises(HookedModelError) as error:
-        yield
+        yield error
     message = str(error.value)
     assert "\n" not in message.strip()
     for part in parts:
