@@ -49,28 +49,14 @@ def hub() -> Iterator[Hub]:
 
 
 VOCABULARY = 200
-LAYER_TYPES = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
-HYBRID: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": len(LAYER_TYPES),
-    "layer_types": LAYER_TYPES,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
-    "linear_conv_kernel_dim": 4,
-    "initializer_range": 0.05,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4}
+HEADS |= {"linear_key_head_dim": 16, "linear_value_head_dim": 24}
+HYBRID: dict[str, Any] = COMMON | ATTENTION | HEADS | {"hidden_size": 64, "intermediate_size": 96}
+HYBRID |= {"num_hidden_layers": 4, "max_position_embeddings": 512}
+HYBRID |= {"layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"]}
+HYBRID |= {"initializer_range": 0.05, "rms_norm_eps": 1e-5}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -160,33 +146,17 @@ def hybrid(architecture: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     if architecture == "qwen3_5":
         return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**HYBRID, **changes}))
-    experts = {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    experts |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
     return Qwen3NextForCausalLM(Qwen3NextConfig(**{**HYBRID, **experts, **changes}))
 
 
 def mamba2(**changes: Any) -> Any:
     """A tiny Mamba-2 with random weights: 3 layers, 8 heads of 32 x 14 in 2 groups, limited time steps."""
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 28,
-        "expand": 4,
-        "num_hidden_layers": 3,
-        "num_heads": 8,
-        "head_dim": 14,
-        "state_size": 32,
-        "n_groups": 2,
-        "chunk_size": 32,
-        "time_step_limit": (0.2, 1.2),
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-    }
+    sizes: dict[str, Any] = COMMON | {"hidden_size": 28, "expand": 4, "num_hidden_layers": 3, "num_heads": 8}
+    sizes |= {"head_dim": 14, "state_size": 32, "n_groups": 2, "chunk_size": 32}
+    sizes |= {"time_step_limit": (0.2, 1.2)}
     return Mamba2ForCausalLM(Mamba2Config(**{**sizes, **changes}))
 
 
@@ -195,22 +165,9 @@ def rwkv7(**changes: Any) -> Any:
     from hooked_models.modeling.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "head_dim": 16,
-        "value_dim": 96,
-        "decay_low_rank_dim": 12,
-        "a_low_rank_dim": 10,
-        "v_low_rank_dim": 8,
-        "gate_low_rank_dim": 14,
-        "fuse_norm": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-    }
+    sizes = COMMON | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16}
+    sizes |= {"value_dim": 96, "decay_low_rank_dim": 12, "a_low_rank_dim": 10, "v_low_rank_dim": 8}
+    sizes |= {"gate_low_rank_dim": 14, "fuse_norm": False}
     return RWKV7ForCausalLM(RWKV7Config(**{**sizes, **changes}))
 
 
@@ -244,25 +201,15 @@ qwen3_next_folder, qwen3_next_model, qwen3_next_reference = fixtures(
 mamba2_folder, mamba2_model, mamba2_reference = fixtures("mamba2", mamba2, 4)
 rwkv7_folder, rwkv7_model, rwkv7_reference = fixtures("rwkv7", rwkv7, 5)
 # The other values of every switch that these two architectures have.
+PLAIN = {"n_groups": 1, "use_bias": True, "use_conv_bias": False, "residual_in_fp32": False}
+PLAIN |= {"time_step_limit": (0.0, float("inf")), "tie_word_embeddings": True, "num_hidden_layers": 2}
+FUSED = {"fuse_norm": True, "norm_first": False, "value_dim": 32, "num_hidden_layers": 2}
+FUSED |= {"tie_word_embeddings": True}
 mamba2_plain_folder, mamba2_plain_model, mamba2_plain_reference = fixtures(
-    "mamba2_plain",
-    lambda: mamba2(
-        n_groups=1,
-        use_bias=True,
-        use_conv_bias=False,
-        residual_in_fp32=False,
-        time_step_limit=(0.0, float("inf")),
-        tie_word_embeddings=True,
-        num_hidden_layers=2,
-    ),
-    6,
+    "mamba2_plain", lambda: mamba2(**PLAIN), 6
 )
 rwkv7_fused_folder, rwkv7_fused_model, rwkv7_fused_reference = fixtures(
-    "rwkv7_fused",
-    lambda: rwkv7(
-        fuse_norm=True, norm_first=False, value_dim=32, num_hidden_layers=2, tie_word_embeddings=True
-    ),
-    7,
+    "rwkv7_fused", lambda: rwkv7(**FUSED), 7
 )
 
 
@@ -270,14 +217,9 @@ rwkv7_fused_folder, rwkv7_fused_model, rwkv7_fused_reference = fixtures(
 def llama_folder(build_folder: Build) -> Path:
     """A model without recurrent layers."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads)
     return build_folder("llama", LlamaForCausalLM(config), 2)
 
 
@@ -285,15 +227,8 @@ def llama_folder(build_folder: Build) -> Path:
 def vision_folder(build_folder: Build) -> Path:
     """Qwen3.5 as it is published: with a vision tower."""
     torch.manual_seed(0)
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "patch_size": 4,
-        "out_hidden_size": HYBRID["hidden_size"],
-        "num_position_embeddings": 16,
-    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+    vision |= {"out_hidden_size": HYBRID["hidden_size"], "num_position_embeddings": 16}
     specials = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     config = Qwen3_5Config(
         text_config=HYBRID,

@@ -110,79 +110,51 @@ def test_no_cache_stays_no_cache_and_an_empty_one_is_empty(model: Any, tokens: T
 
 @pytest.mark.parametrize("way", ["repeated", "run_with_added_writes"])
 def test_a_cache_that_was_filled_outside_no_grad_can_be_copied(model: Any, tokens: Tensor, way: str):
-    cache = model.new_cache()
+    cache, rest = model.new_cache(), tokens[:1, PREFIX:]
     model(tokens[:1, :PREFIX], past_key_values=cache, use_cache=True)
-    cell, rest = model.cell(LAYER, HEAD), tokens[0, PREFIX:]
     if way == "repeated":
-        found = go_on(model, rest[None], repeated(cache, 1))
+        found = go_on(model, rest, repeated(cache, 1))
     else:
-        none = torch.zeros(1, cell.d_k), torch.zeros(1, cell.d_v)
-        found = model.run_with_added_writes(
-            rest, LAYER, HEAD, torch.tensor([0]), *none, past_key_values=cache
-        ).double()
+        cell = model.cell(LAYER, HEAD)
+        none = torch.tensor([0]), torch.zeros(1, cell.d_k), torch.zeros(1, cell.d_v)
+        found = model.run_with_added_writes(rest[0], LAYER, HEAD, *none, past_key_values=cache).double()
     close(found, without_cache(model, tokens[:1])[:, PREFIX:])
 
 
 # Gradients.
 
 
-def gradient_without_cache(model: Any, tokens: Tensor, first: int, count: int, weight: Tensor) -> Tensor:
-    """Of the weighted later logits, by what joins the writes at ``count`` positions from ``first`` on."""
-    cell = model.cell(LAYER, HEAD)
-    added = torch.zeros(len(tokens), count, cell.d_k * cell.d_v, dtype=torch.float64, requires_grad=True)
-
-    def add(write: Tensor, hook: Any) -> Tensor:
-        later = tokens.shape[1] - first - count
-        return write + torch.nn.functional.pad(added, (0, 0, first, later)).to(write.dtype)
-
-    name = model.write_hook_name(LAYER, HEAD)
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(name, add)], use_cache=False)[:, PREFIX:]
-    (gradient,) = torch.autograd.grad((logits.double() * weight).sum(), added)
-    return gradient
-
-
-def random_weight(model: Any, rows: int) -> Tensor:
-    rng = torch.Generator().manual_seed(1)
-    return torch.randn(rows, REST, model.cfg.d_vocab, generator=rng, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("calls", [(REST,), (3, 2), (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("calls", "repeats"), [((REST,), False), ((3, 2), False), ((1,) * REST, False), ((REST,), True)]
+)
 def test_gradients_through_a_cached_continuation_are_those_of_the_uncached_pass(
-    model: Any, tokens: Tensor, calls: tuple[int, ...]
+    model: Any, tokens: Tensor, calls: tuple[int, ...], repeats: bool
 ):
-    """In one call, and where gradients come back through the cache between calls."""
-    cell, weight, name = model.cell(LAYER, HEAD), random_weight(model, 2), model.write_hook_name(LAYER, HEAD)
-    expected = gradient_without_cache(model, tokens[:2], PREFIX, REST, weight)
-    cache = read(model, tokens[:2, :PREFIX])
+    """In one call, where gradients come back through the cache between calls, and from a repeated cache."""
+    cell, name, rng = model.cell(LAYER, HEAD), model.write_hook_name(LAYER, HEAD), torch.Generator()
+    weight = torch.randn(2, REST, model.cfg.d_vocab, generator=rng.manual_seed(1), dtype=torch.float64)
+    prefix = tokens[:1].expand(2, -1) if repeats else tokens[:2]
+    whole = torch.cat([prefix[:, :PREFIX], tokens[1:3, PREFIX:]], dim=1)
+    cache = repeated(read(model, whole[:1, :PREFIX]), 2) if repeats else read(model, whole[:, :PREFIX])
     added = torch.zeros(2, REST, cell.d_k * cell.d_v, dtype=torch.float64, requires_grad=True)
-    logits, start = [], 0
-    for length in calls:
-        here = added[:, start : start + length]
 
-        def add(write: Tensor, hook: Any, here: Tensor = here) -> Tensor:
-            return write + here.to(write.dtype)
+    def gradient(start: int, lengths: tuple[int, ...], **cached: Any) -> Tensor:
+        """Of weighted later logits, by what joins the writes after the prefix; calls begin at ``start``."""
+        logits, now = [], start
+        for length in lengths:
+            later = torch.nn.functional.pad(added, (0, 0, PREFIX, 0))[:, now : now + length]
+            hook = (name, lambda write, hook, later=later: write + later.to(write.dtype))
+            with model.hooks(fwd_hooks=[hook]):
+                logits.append(model(whole[:, now : now + length], **cached))
+            now += length
+        loss = (torch.cat(logits, dim=1)[:, -REST:].double() * weight).sum()
+        return torch.autograd.grad(loss, added)[0]
 
-        with model.hooks(fwd_hooks=[(name, add)]):
-            new = tokens[:2, PREFIX + start : PREFIX + start + length]
-            logits.append(model(new, past_key_values=cache, use_cache=True))
-        start += length
-    (found,) = torch.autograd.grad((torch.cat(logits, dim=1).double() * weight).sum(), added)
+    expected = gradient(0, (PREFIX + REST,), use_cache=False)
+    found = gradient(PREFIX, calls, past_key_values=cache, use_cache=True)
     scale = float(expected.abs().max())
     assert scale > 1e-2
     close(found, expected, 1e-4 * scale)
-
-
-def test_gradients_through_a_repeated_cache_are_each_rows_own(model: Any, tokens: Tensor):
-    cell, weight, name = model.cell(LAYER, HEAD), random_weight(model, 2), model.write_hook_name(LAYER, HEAD)
-    prefix = tokens[:1, :PREFIX].expand(2, -1)
-    whole = torch.cat([prefix, tokens[1:3, PREFIX:]], dim=1)
-    expected = gradient_without_cache(model, whole, PREFIX, REST, weight)
-    added = torch.zeros(2, REST, cell.d_k * cell.d_v, dtype=torch.float64, requires_grad=True)
-    cache = repeated(read(model, tokens[:1, :PREFIX]), 2)
-    with model.hooks(fwd_hooks=[(name, lambda write, hook: write + added.to(write.dtype))]):
-        logits = model(whole[:, PREFIX:], past_key_values=cache, use_cache=True)
-    (found,) = torch.autograd.grad((logits.double() * weight).sum(), added)
-    close(found, expected, 1e-4 * float(expected.abs().max()))
 
 
 # The state in a cache.
@@ -281,16 +253,12 @@ def test_added_writes_after_a_cache_are_those_of_the_uncached_run(model: Any, to
 
 
 @pytest.mark.parametrize("name", CACHE_ARGUMENTS)
-def test_a_cache_is_taken_under_every_name_of_transformers(model: Any, tokens: Tensor, name: str):
+def test_a_model_and_a_layer_take_their_cache_under_every_name(model: Any, tokens: Tensor, name: str):
     expected = without_cache(model, tokens[:1])[:, PREFIX:]
     cache = read(model, tokens[:1, :PREFIX])
     with torch.no_grad():
         found = model(tokens[:1, PREFIX:], use_cache=True, **{name: cache})
     close(found.double(), expected)
-
-
-@pytest.mark.parametrize("name", CACHE_ARGUMENTS)
-def test_a_layer_takes_its_cache_under_every_name(model: Any, tokens: Tensor, name: str):
     hidden = torch.randn(1, PREFIX, model.cfg.d_model, dtype=torch.float64)
 
     def mix(part: Tensor, **cache: Any) -> Tensor:

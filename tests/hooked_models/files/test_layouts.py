@@ -610,40 +610,44 @@ class Code:
         return open, (str(self.path), "w")
 
 
-def bad_content(kind: str, folder: Path) -> Any:
-    evil, one = Code(folder / MARKER), torch.ones(2)
-    contents = {"code": {"a": evil}, "list": [one], "nothing": {}, "numbers": {"emb.weight": 3}}
-    contents |= {"nested": {"state_dict": {"emb.weight": one}, "epoch": 3}}
-    contents |= {"keys": {0: one, "emb.weight": one}}
-    return contents[kind]
+# What a file holds (code would leave a file at ``path``), and words of the message.
+BAD_CONTENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "code": (lambda path: {"a": Code(path)}, "wants to run code"),
+    "list": (lambda path: [torch.ones(2)], "tensors by name"),
+    "nothing": (lambda path: {}, "tensors by name"),
+    "nested": (
+        lambda path: {"state_dict": {"emb.weight": torch.ones(2)}, "epoch": 3},
+        "'state_dict' (dict), 'epoch' (int): save what 'state_dict' holds",
+    ),
+    "numbers": (
+        lambda path: {"emb.weight": 3},
+        "tensors by name and nothing else, but also holds 'emb.weight' (int)",
+    ),
+    "keys": (
+        lambda path: {0: torch.ones(2), "emb.weight": torch.ones(2)},
+        "tensors by name and nothing else, but has keys that are not names: 0",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("kind", "part"),
-    [
-        ("truncated", "truncated or damaged"),
-        ("pickle", "wants to run code (io.open)"),
-        ("code", "wants to run code"),
-        ("list", "tensors by name"),
-        ("nested", "'state_dict' (dict), 'epoch' (int): save what 'state_dict' holds"),
-        ("numbers", "tensors by name and nothing else, but also holds 'emb.weight' (int)"),
-        ("keys", "tensors by name and nothing else, but has keys that are not names: 0"),
-        ("nothing", "tensors by name"),
-    ],
-)
+@pytest.mark.parametrize("kind", [*BAD_CONTENTS, "truncated", "pickle"])
 @pytest.mark.parametrize("form", ["pth", "bin"])
-def test_a_bad_file(pth, mamba_folder, tmp_path, tokenizer, form, kind, part):
+def test_a_bad_file(pth, mamba_folder, tmp_path, tokenizer, form, kind):
     """Every other way to be damaged or hostile: test_torch_files.py."""
     source = {"pth": tmp_path / "bad.pth", "bin": mamba_folder}[form]
     file = source if form == "pth" else mamba_folder / "pytorch_model.bin"
+    marker = file.parent / MARKER
     if kind == "truncated":
+        part = "truncated or damaged"
         file.write_bytes(pth.read_bytes()[:-1000])
     elif kind == "pickle":
-        file.write_bytes(pickle.dumps({"emb.weight": Code(file.parent / MARKER)}))
+        part = "wants to run code (io.open)"
+        file.write_bytes(pickle.dumps({"emb.weight": Code(marker)}))
     else:
-        torch.save(bad_content(kind, file.parent), file)
+        content, part = BAD_CONTENTS[kind]
+        torch.save(content(marker), file)
     refuses(source, str(file), part, tokenizer=tokenizer)
-    assert not (file.parent / MARKER).exists()
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint\n" * 20, None])

@@ -130,8 +130,8 @@ def same(found: Any, expected: Any) -> None:
     """Equal in types, numbers, shapes and strides; NaN equals NaN."""
     if isinstance(expected, torch.Tensor):
         assert isinstance(found, torch.Tensor)
-        for form in (torch.Tensor.dtype.__get__, torch.Tensor.size, torch.Tensor.stride):
-            assert form(found) == form(expected)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert found.stride() == expected.stride()
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     elif isinstance(expected, (dict, list, tuple)):
         assert type(found) is type(expected)
@@ -375,24 +375,18 @@ def zipped(
     return out.getvalue()
 
 
-def legacy(
-    pickled: bytes,
-    keys: tuple[str, ...] = (),
-    data: bytes = b"",
-    magic: bytes | None = None,
-    version: bytes | None = None,
-    system: bytes | None = None,
-    last: bytes | None = None,
-) -> bytes:
-    """A file in the form before zip."""
-    parts = [
-        magic or pickle.dumps(0x1950A86A20F9469CFC6C, 2),
-        version or pickle.dumps(1001, 2),
-        system or pickle.dumps({"protocol_version": 1001, "little_endian": True, "type_sizes": {}}, 2),
-        pickled,
-        last or pickle.dumps(list(keys), 2),
-    ]
-    return b"".join(parts) + data
+def legacy(pickled: bytes, keys: tuple[str, ...] = (), data: bytes = b"", **others: bytes) -> bytes:
+    """A file in the form before zip; ``others`` replace the pickles magic, version, system and last."""
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    values = {
+        "magic": 0x1950A86A20F9469CFC6C,
+        "version": 1001,
+        "system": system,
+        "": None,
+        "last": list(keys),
+    }
+    parts = {part: pickle.dumps(value, 2) for part, value in values.items()} | {"": pickled} | others
+    return b"".join(parts.values()) + data
 
 
 FOUR, ONE = {"0": bytes(4)}, number(1) + bytes(4)  # one number, in either form
