@@ -143,7 +143,7 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
         init_from_writes: atoms start as writes of the first batches (of states: their leading singular
             pairs), which keeps most of them alive. Their encoders get the size at which the first
             reconstruction has least squared error. False: atoms and encoders start at random.
-        encoder_bias: learn a threshold for each atom. TopK needs none, and atoms of small writes die of it: a
+        encoder_bias: learn a threshold for each atom. TopK needs none, and the atoms of small writes die: a
             step of the optimiser is large beside their coefficients.
         decoder_bias: learn a matrix that is added at decode. Atoms then learn differences from the mean
             write, and stand in for whole writes less well.

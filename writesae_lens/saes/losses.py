@@ -1,7 +1,9 @@
 """The training losses, one function each, from inner products: neither X nor its reconstruction is built.
 
-To add a loss, write a function of a `Step` and give it a line in `LOSSES`. A function returns None where its
-loss does not apply. Sparsity losses that belong to an activation function are that function's own
+A docstring gives a loss per input, as a share or as a squared error; the function returns its mean over the
+batch times the loss's weight, shares in units of the mean |X|^2. To add a loss, write a function of a `Step`
+and give it a line in `LOSSES`; its weight is a field of `WriteSAETrainingConfig`, checked in `_check_numbers`
+there, and 0 in the paper's recipe. A function may return None where its loss does not apply. Sparsity losses that belong to an activation function are that function's own
 (`writesae_lens.saes.activations`).
 """
 
@@ -28,7 +30,7 @@ from writesae_lens.saes.rank1 import (
 )
 
 # The dead-atom loss costs the square of the atoms in it: at most this many times k_aux take part.
-_DEAD_POOL = 4
+_POOL_PER_K_AUX = 4
 # Read alignment looks at this many of an input's strongest atoms, weighted by a softmax of their coefficients
 # with this temperature, in units of the input's norm.
 _CANDIDATES, _TEMPERATURE = 4, 0.1
@@ -101,8 +103,8 @@ def dead_atoms(step: Step) -> Tensor:
     if step.dead is None or n_dead == 0 or not (cfg.aux_loss_coefficient and cfg.k_aux):
         return step.scores.new_zeros(())
     pool = step.dead.nonzero().squeeze(-1)
-    if n_dead > _DEAD_POOL * cfg.k_aux:
-        pool = pool[step.scores.detach()[:, pool].amax(0).topk(_DEAD_POOL * cfg.k_aux).indices]
+    if n_dead > _POOL_PER_K_AUX * cfg.k_aux:
+        pool = pool[step.scores.detach()[:, pool].amax(0).topk(_POOL_PER_K_AUX * cfg.k_aux).indices]
     codes = step.scores[:, pool]
     if len(pool) > cfg.k_aux:
         values, indices = codes.topk(cfg.k_aux, dim=-1, sorted=False)

@@ -32,7 +32,7 @@ from writesae_lens.saes.rank1 import (
 )
 from writesae_lens.saes.sae import MatrixSAE
 
-# Two inputs whose cosine is above this start one atom: equal atoms would fire together.
+# Inputs whose cosine is above this count as one start: equal atoms would fire together.
 _SAME = 0.999
 
 
@@ -221,7 +221,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
             earlier = normalized(self.atoms())[:started]
             starts = _distinct(leading_pairs(rows[squared_norms(rows) > 0]), earlier)[: cfg.d_sae - started]
             slots = torch.arange(started, started + len(starts.key), device=self.b_enc.device)
-            # At first the random encoders of the other atoms get the same size.
+            # On the first batch all encoders are rescaled, those of atoms that have not started too.
             self._start_atoms(slots, starts, rows, slots if started else torch.arange(cfg.d_sae))
             started += len(slots)
         if step and cfg.renormalize_every and step % cfg.renormalize_every == 0:
@@ -267,7 +267,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
                 raw[slots] = starts.matrix().to(raw.dtype)
                 continue
             for parameter, factor in zip(raw, starts):
-                # Further ranks keep their direction, at little weight.
+                # Ranks 2 and above keep their direction and are scaled to norm 0.1.
                 parameter[slots] = 0.1 * torch.nn.functional.normalize(parameter[slots], dim=-1)
                 parameter[slots, :1] = factor.to(parameter.dtype)
         self.b_enc[slots] = 0
