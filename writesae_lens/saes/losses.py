@@ -1,10 +1,11 @@
 """The training losses, one function each, from inner products: neither X nor its reconstruction is built.
 
-A docstring gives a loss per input, as a share or as a squared error; the function returns its mean over the
-batch times the loss's weight, shares in units of the mean |X|^2. To add a loss, write a function of a `Step`
-and give it a line in `LOSSES`; its weight is a field of `WriteSAETrainingConfig`, checked in `_check_numbers`
-there, and 0 in the paper's recipe. A function may return None where its loss does not apply. Sparsity losses that belong to an activation function are that function's own
-(`writesae_lens.saes.activations`).
+A docstring gives a loss for one input, as a squared error or as a share. The function returns the mean over
+the batch times the loss's weight, and shares in units of the mean |X|^2. None: the loss does not apply.
+
+To add a loss, write a function of a `Step` and give it a line in `LOSSES`. Its weight is a field of
+`WriteSAETrainingConfig`: checked in `_check_numbers` there, and 0 in the paper's recipe. Sparsity losses that
+belong to an activation function are in `writesae_lens.saes.activations`.
 """
 
 from __future__ import annotations
