@@ -15,22 +15,10 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3_5Config,
-    Qwen3_5ForCausalLM,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5TextConfig,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.writesae_lens.published.hub import Hub
 
@@ -142,13 +130,15 @@ def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 def hybrid(architecture: str, **changes: Any) -> Any:
-    """A tiny hybrid model, "qwen3_5" or "qwen3_next", with random weights."""
+    """A tiny hybrid model, "qwen3_5", "qwen3_5_moe" or "qwen3_next", with random weights."""
     torch.manual_seed(0)
     if architecture == "qwen3_5":
-        return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**HYBRID, **changes}))
-    experts = {"num_experts": 4, "num_experts_per_tok": 2}
-    experts |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**{**HYBRID, **experts, **changes}))
+        return transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**{**HYBRID, **changes}))
+    options = HYBRID | {"num_experts": 4, "num_experts_per_tok": 2}
+    options |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32} | changes
+    if architecture == "qwen3_5_moe":
+        return transformers.Qwen3_5MoeForCausalLM(transformers.Qwen3_5MoeTextConfig(**options))
+    return transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**options))
 
 
 def mamba2(**changes: Any) -> Any:
@@ -157,7 +147,7 @@ def mamba2(**changes: Any) -> Any:
     sizes: dict[str, Any] = COMMON | {"hidden_size": 28, "expand": 4, "num_hidden_layers": 3, "num_heads": 8}
     sizes |= {"head_dim": 14, "state_size": 32, "n_groups": 2, "chunk_size": 32}
     sizes |= {"time_step_limit": (0.2, 1.2)}
-    return Mamba2ForCausalLM(Mamba2Config(**{**sizes, **changes}))
+    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**{**sizes, **changes}))
 
 
 def rwkv7(**changes: Any) -> Any:
@@ -219,8 +209,8 @@ def llama_folder(build_folder: Build) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads)
-    return build_folder("llama", LlamaForCausalLM(config), 2)
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads)
+    return build_folder("llama", transformers.LlamaForCausalLM(config), 2)
 
 
 @pytest.fixture(scope="session")
@@ -230,12 +220,12 @@ def vision_folder(build_folder: Build) -> Path:
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
     vision |= {"out_hidden_size": HYBRID["hidden_size"], "num_position_embeddings": 16}
     specials = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = Qwen3_5Config(
+    config = transformers.Qwen3_5Config(
         text_config=HYBRID,
         vision_config=vision,
         **{name: VOCABULARY - 1 - n for n, name in enumerate(specials)},
     )
-    return build_folder("qwen3_5_vision", Qwen3_5ForConditionalGeneration(config), 3)
+    return build_folder("qwen3_5_vision", transformers.Qwen3_5ForConditionalGeneration(config), 3)
 
 
 @pytest.fixture(scope="module")

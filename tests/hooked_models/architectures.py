@@ -55,14 +55,8 @@ def refused(*parts: str) -> Iterator[pytest.ExceptionInfo[HookedModelError]]:
 
 def greedy(model: Any, prompt: Tensor | str, count: int) -> Tensor:
     """The tokens of a prompt and its greedy continuation."""
-    return model.generate(
-        prompt,
-        max_new_tokens=count,
-        do_sample=False,
-        stop_at_eos=False,
-        return_type="tokens",
-        verbose=False,
-    )
+    options = {"do_sample": False, "stop_at_eos": False, "return_type": "tokens", "verbose": False}
+    return model.generate(prompt, max_new_tokens=count, **options)
 
 
 def sae_at(name: str, d_in: int, seed: int = 0) -> TopKSAE:

@@ -23,6 +23,7 @@ from transformers import DynamicCache, Qwen3_5ForConditionalGeneration
 import hooked_models
 from hooked_models import HookedRecurrent, RWKV7Config, zoo
 from hooked_models.errors import HookedModelError
+from tests.conftest import hybrid
 from tests.hooked_models.architectures import (
     Pair,
     assert_close,
@@ -411,24 +412,12 @@ def test_a_dtype_may_be_given_by_name(gdn_folder):
     assert next(model.original_model.parameters()).dtype == torch.bfloat16
 
 
+@torch.no_grad()
 def test_qwen3_5_with_experts_is_hooked_too(build_folder):
-    from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
-
-    torch.manual_seed(0)
-    config = Qwen3_5MoeTextConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2,
-        layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
-        linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=10,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    reference = Qwen3_5MoeForCausalLM(config).eval()
-    folder = build_folder("moe", reference, 3)
-    model, tokens = boot(folder), torch.randint(0, 64, (2, 20))
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens), reference(tokens).logits, atol=1e-4, rtol=1e-4)
-    assert len(model.cells) == 4
+    reference, tokens = hybrid("qwen3_5_moe"), some_tokens(2, 20)
+    model = boot(build_folder("moe", reference, 3))
+    assert_close(model(tokens), reference(tokens).logits)
+    assert len(model.cells) == 12
 
 
 def test_a_vision_checkpoint_takes_a_device_map(vision_folder):

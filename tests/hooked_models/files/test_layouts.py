@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import pickle
 import shutil
@@ -204,35 +205,32 @@ def test_mamba_ssm_heads_that_contradict_their_tie(mamba_folder, tokenizer):
 # RWKV-7 in BlinkDL's and flash-linear-attention's forms.
 
 
+# BlinkDL's names of a block's norms and matrices, and flash-linear-attention's.
+BLOCK = [("ln1", "attn_norm"), ("ln2", "ffn_norm"), ("att.ln_x", "attn.g_norm")]
+BLOCK += [("att.receptance", "attn.r_proj"), ("att.key", "attn.k_proj"), ("att.value", "attn.v_proj")]
+BLOCK += [("att.output", "attn.o_proj"), ("ffn.key", "ffn.key"), ("ffn.value", "ffn.value")]
+
+
 def blinkdl(model: Any) -> Tensors:
     """Written out by hand from what the two projects call things; linear maps of low rank lie transposed."""
-    ours = model.state_dict()
-    theirs = {
-        "emb.weight": ours["model.embeddings.weight"],
-        "ln_out.weight": ours["model.norm.weight"],
-        "ln_out.bias": ours["model.norm.bias"],
-        "head.weight": ours["lm_head.weight"],
-    }
+    ours, theirs = model.state_dict(), {}
+    pairs = [("emb", "model.embeddings"), ("ln_out", "model.norm"), ("head", "lm_head")]
+    pairs += [("blocks.0.ln0", "model.layers.0.pre_norm")]
     for n in range(model.config.num_hidden_layers):
         there, here = f"blocks.{n}.", f"model.layers.{n}."
-        norms = [("ln1", "attn_norm"), ("ln2", "ffn_norm"), ("att.ln_x", "attn.g_norm")]
-        for name, norm in norms + [("ln0", "pre_norm")] * (n == 0):
-            theirs[f"{there}{name}.weight"] = ours[f"{here}{norm}.weight"]
-            theirs[f"{there}{name}.bias"] = ours[f"{here}{norm}.bias"]
+        pairs += [(there + their_name, here + our_name) for their_name, our_name in BLOCK]
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a"):
             theirs[f"{there}att.{name}"] = ours[f"{here}attn.{name}"].view(1, 1, -1)
+        theirs[f"{there}ffn.x_k"] = ours[f"{here}ffn.x_k"].view(1, 1, -1)
         theirs[f"{there}att.r_k"] = ours[f"{here}attn.r_k"]
-        for name in ("receptance", "key", "value", "output"):
-            short = {"receptance": "r", "output": "o"}.get(name, name[0])
-            theirs[f"{there}att.{name}.weight"] = ours[f"{here}attn.{short}_proj.weight"]
         for name in "wag" if n == 0 else "wagv":
             theirs[f"{there}att.{name}1"] = ours[f"{here}attn.{name}_lora.lora.0.weight"].T
             theirs[f"{there}att.{name}2"] = ours[f"{here}attn.{name}_lora.lora.2.weight"].T
             if name != "g":
                 theirs[f"{there}att.{name}0"] = ours[f"{here}attn.{name}_lora.lora.2.bias"][None, None]
-        theirs[f"{there}ffn.x_k"] = ours[f"{here}ffn.x_k"].view(1, 1, -1)
-        theirs[f"{there}ffn.key.weight"] = ours[f"{here}ffn.key.weight"]
-        theirs[f"{there}ffn.value.weight"] = ours[f"{here}ffn.value.weight"]
+    for (their_name, our_name), kind in itertools.product(pairs, ("weight", "bias")):
+        if f"{our_name}.{kind}" in ours:
+            theirs[f"{their_name}.{kind}"] = ours[f"{our_name}.{kind}"]
     return {name: tensor.clone().contiguous() for name, tensor in theirs.items()}
 
 
