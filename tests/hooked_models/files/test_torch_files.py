@@ -67,6 +67,11 @@ def nothing_but_reading(path: Path) -> Iterator[None]:
     assert not others
 
 
+@pytest.fixture(params=CONTAINERS)
+def container(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def save(folder: Path, value: Any, container: str = "zip", protocol: int = 2) -> Path:
     """`torch.save` in one of the two forms."""
     path, zipped = folder / "best.pt", container == "zip"
@@ -216,7 +221,6 @@ def everything_in_one_file() -> dict[str, Any]:
 
 @pytest.mark.parametrize("make", [tensors_of_every_form, containers_of_every_form, everything_in_one_file])
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("container", CONTAINERS)
 def test_read_as_torch_reads_it(tmp_path, container, protocol, make):
     for name, value in make().items():
         file = save(tmp_path, value, container, protocol)
@@ -226,7 +230,6 @@ def test_read_as_torch_reads_it(tmp_path, container, protocol, make):
             raise AssertionError(f"{name}: {error}") from error
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
 def test_views_of_one_storage_stay_views_and_the_file_stays_as_it_is(tmp_path, container):
     whole = torch.arange(12.0).view(3, 4)
     file = save(tmp_path, {"a": whole, "b": whole[1], "c": whole.T}, container)
@@ -268,7 +271,6 @@ class Outer(nn.Module):
 
 
 @pytest.mark.parametrize("protocol", [1, 2, 4, 5])
-@pytest.mark.parametrize("container", CONTAINERS)
 def test_a_module_is_inert(tmp_path, container, protocol):
     value = {"sae": Outer(), "config": argparse.Namespace(k=3, name="x")}
     file = save(tmp_path, value, container, protocol)
@@ -543,7 +545,6 @@ def code(marker: str) -> dict[str, bytes]:
     return {disguise: pickled + b"." for disguise, pickled in found.items()}
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("disguise", list(code("marker")))
 def test_code_is_refused(tmp_path, disguise, container):
     marker = tmp_path / "marker"
@@ -598,7 +599,7 @@ def test_code_in_the_other_pickles_of_a_legacy_file(tmp_path, part, disguise):
 
 
 SYSTEM, ORDERED = name("os", "system"), name("collections", "OrderedDict")
-DICT, EVAL, CODE = name("builtins", "dict"), name("builtins", "eval"), dict_(text("__code__"), text("x"))
+DICT, CODE = name("builtins", "dict"), dict_(text("__code__"), text("x"))
 METHODS = dict_(text("__class__"), SYSTEM, text("items"), SYSTEM)
 # What names no call: its pickle, and what is read.
 INERT: dict[str, tuple[bytes, Any]] = {
@@ -607,8 +608,8 @@ INERT: dict[str, tuple[bytes, Any]] = {
     "a class with a state": (DICT + dict_(text("__init__"), SYSTEM) + b"b", Global("builtins", "dict")),
     "an OrderedDict with a state": (call(ORDERED) + METHODS + b"b", {}),
     "functions in lists": (
-        list_(SYSTEM, tuple_(EVAL)),
-        [Global("os", "system"), (Global("builtins", "eval"),)],
+        list_(SYSTEM, tuple_(DICT)),
+        [Global("os", "system"), (Global("builtins", "dict"),)],
     ),
     "code after the end": (b"N." + call(SYSTEM, text("touch marker")), None),
 }
@@ -900,14 +901,12 @@ def test_memory_and_time_are_bounded(measure, what):
 GOOD = {"x": torch.arange(5.0), "y": torch.arange(6).view(2, 3).T, "k": 3, "name": "abc"}
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
 def test_every_truncation_is_refused(tmp_path, container):
     whole = save(tmp_path, GOOD, container).read_bytes()
     for length in [*range(0, len(whole), max(1, len(whole) // 60)), *range(len(whole) - 20, len(whole))]:
         refused(write(tmp_path, whole[:length]))
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
 def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path, container):
     """One bit, or all; in the pickle, the data and the directory. No other exception comes of it.
 
@@ -966,84 +965,86 @@ def scripted() -> bytes:
     return out.getvalue()
 
 
-BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
-    "an empty file": (lambda: b"", "empty"),
-    "text": (lambda: b"hello\n" * 50, ""),
-    "a page": (lambda: b"<!DOCTYPE html><html>404</html>", ""),
-    "a pointer of Git LFS": (
-        lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
-        "",
-    ),
-    "GIF": (lambda: b"GIF89a" + bytes(100), ""),
-    "safetensors": (lambda: struct.pack("<Q", 2) + b"{}", ""),
-    "gzip": (lambda: gzip.compress(zipped(X, FOUR)), ""),
-    "tar": (tar, ""),
-    "a pickle alone": (lambda: pickle.dumps({"x": 1}), ""),
-    "random bytes": (lambda: np.random.default_rng(0).bytes(1000), ""),
-    "random bytes as a zip": (lambda: b"PK\x03\x04" + np.random.default_rng(0).bytes(1000), ""),
-    "an empty zip": (lambda: archive(), ""),
-    "a zip of text": (lambda: archive(**{"a.txt": b"x"}), ""),
-    "an npz": (lambda: archive(**{"x.npy": b"\x93NUMPY"}), ""),
-    "no pickle": (lambda: zipped(None, FOUR), ""),
-    "two pickles": (lambda: zipped(X, FOUR, {"other/data.pkl": X}), ""),
-    "a pickle of nothing": (lambda: zipped(b""), ""),
-    "a pickle without an end": (lambda: zipped(X[:-1], FOUR), ""),
-    "an end without a pickle": (lambda: zipped(b"."), ""),
-    "an unknown memo": (lambda: zipped(b"h\x07."), ""),
-    "a mark too few": (lambda: zipped(b"t."), ""),
-    "an odd dict": (lambda: zipped(b"}(Nu."), ""),
-    "a lone tensor of text": (lambda: zipped(tensor(text("x"), [1], [1]) + b"."), ""),
-    "more sizes than strides": (lambda: zipped(tensor(stored(1), [1, 1], [1]) + b".", FOUR), ""),
-    "a storage of another kind": (lambda: zipped(stored(1, kind=COMPLEX) + b".", {"0": bytes(8)}), ""),
-    "missing data": (lambda: zipped(X), ""),
-    "too little data": (lambda: zipped(X, {"0": bytes(3)}), ""),
-    "too much data": (lambda: zipped(X, {"0": bytes(8)}), "declares 1 numbers"),
-    "data of another checksum": (lambda: forged(zipped(X, FOUR), "best/data/0", crc=1), "damaged"),
-    "a pickle of another checksum": (lambda: forged(zipped(X, FOUR), "best/data.pkl", crc=1), "damaged"),
-    "data outside of the file": (lambda: forged(zipped(X, FOUR), "best/data/0", offset=2**31), ""),
-    "data in the directory": (lambda: forged(zipped(X, FOUR), "best/data/0", offset=600), ""),
-    "a link": (lambda: forged(zipped(X, FOUR), "best/data/0", attributes=0o120777 << 16), "link"),
-    "two files of one name": (lambda: twice("best/data/0"), "two files"),
-    "two pickles of one name": (lambda: twice("best/data.pkl"), "two files"),
-    "TorchScript": (scripted, "TorchScript"),
-    "constants": (lambda: zipped(X, FOUR, {"best/constants.pkl": b"N."}), "TorchScript"),
-    "big-endian (zip)": (lambda: zipped(X, FOUR, {"best/byteorder": b"big"}), "big-endian"),
-    "big-endian (legacy)": (
-        lambda: legacy(X, ("0",), ONE, system=pickle.dumps({"little_endian": False}, 2)),
-        "big-endian",
-    ),
-    "an unknown byte order": (lambda: zipped(X, FOUR, {"best/byteorder": b"middle"}), ""),
+BROKEN: dict[str, Callable[[], bytes]] = {
+    "an empty file": lambda: b"",
+    "text": lambda: b"hello\n" * 50,
+    "a page": lambda: b"<!DOCTYPE html><html>404</html>",
+    "a pointer of Git LFS": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+    "GIF": lambda: b"GIF89a" + bytes(100),
+    "safetensors": lambda: struct.pack("<Q", 2) + b"{}",
+    "gzip": lambda: gzip.compress(zipped(X, FOUR)),
+    "tar": tar,
+    "a pickle alone": lambda: pickle.dumps({"x": 1}),
+    "random bytes": lambda: np.random.default_rng(0).bytes(1000),
+    "random bytes as a zip": lambda: b"PK\x03\x04" + np.random.default_rng(0).bytes(1000),
+    "an empty zip": lambda: archive(),
+    "a zip of text": lambda: archive(**{"a.txt": b"x"}),
+    "an npz": lambda: archive(**{"x.npy": b"\x93NUMPY"}),
+    "no pickle": lambda: zipped(None, FOUR),
+    "two pickles": lambda: zipped(X, FOUR, {"other/data.pkl": X}),
+    "a pickle of nothing": lambda: zipped(b""),
+    "a pickle without an end": lambda: zipped(X[:-1], FOUR),
+    "an end without a pickle": lambda: zipped(b"."),
+    "an unknown memo": lambda: zipped(b"h\x07."),
+    "a mark too few": lambda: zipped(b"t."),
+    "an odd dict": lambda: zipped(b"}(Nu."),
+    "a lone tensor of text": lambda: zipped(tensor(text("x"), [1], [1]) + b"."),
+    "more sizes than strides": lambda: zipped(tensor(stored(1), [1, 1], [1]) + b".", FOUR),
+    "a storage of another kind": lambda: zipped(stored(1, kind=COMPLEX) + b".", {"0": bytes(8)}),
+    "missing data": lambda: zipped(X),
+    "too little data": lambda: zipped(X, {"0": bytes(3)}),
+    "too much data": lambda: zipped(X, {"0": bytes(8)}),
+    "data of another checksum": lambda: forged(zipped(X, FOUR), "best/data/0", crc=1),
+    "a pickle of another checksum": lambda: forged(zipped(X, FOUR), "best/data.pkl", crc=1),
+    "data outside of the file": lambda: forged(zipped(X, FOUR), "best/data/0", offset=2**31),
+    "data in the directory": lambda: forged(zipped(X, FOUR), "best/data/0", offset=600),
+    "a link": lambda: forged(zipped(X, FOUR), "best/data/0", attributes=0o120777 << 16),
+    "two files of one name": lambda: twice("best/data/0"),
+    "two pickles of one name": lambda: twice("best/data.pkl"),
+    "TorchScript": scripted,
+    "constants": lambda: zipped(X, FOUR, {"best/constants.pkl": b"N."}),
+    "big-endian (zip)": lambda: zipped(X, FOUR, {"best/byteorder": b"big"}),
+    "big-endian (legacy)": lambda: legacy(X, ("0",), ONE, system=pickle.dumps({"little_endian": False}, 2)),
+    "an unknown byte order": lambda: zipped(X, FOUR, {"best/byteorder": b"middle"}),
     **{
-        f"a file named {filename}": (lambda filename=filename: zipped(X, FOUR, {filename: b"x"}), "outside")
+        f"a file named {filename}": lambda filename=filename: zipped(X, FOUR, {filename: b"x"})
         for filename in ("../x", "best/../../x", "/etc/x", "\\x", "..\\x", "best\\..\\x", "C:\\x", "C:/x")
     },
-    "another magic number": (lambda: legacy(X, ("0",), ONE, magic=pickle.dumps(7, 2)), ""),
-    "another version": (lambda: legacy(X, ("0",), ONE, version=pickle.dumps(1002, 2)), ""),
-    "no system": (lambda: legacy(X, ("0",), ONE, system=pickle.dumps({}, 2)), ""),
-    "a system that is a number": (lambda: legacy(X, ("0",), b"", system=pickle.dumps(1, 2)), ""),
-    "a key too few": (lambda: legacy(X, (), b""), ""),
-    "a key too many": (lambda: legacy(X, ("0", "1"), ONE + ONE), ""),
-    "a key that is a list": (lambda: legacy(X, last=pickle.dumps([["0"]], 2)), ""),
-    "keys that are a number": (lambda: legacy(X, last=pickle.dumps(3, 2)), ""),
-    "a storage of another size": (lambda: legacy(X, ("0",), number(2) + bytes(8)), ""),
-    "a storage of size -1": (lambda: legacy(X, ("0",), number(-1) + bytes(8)), ""),
-    "one storage of two sizes": (
-        lambda: legacy(list_(stored(1), stored(2)) + b".", ("0",), number(2) + bytes(8)),
-        "",
+    "another magic number": lambda: legacy(X, ("0",), ONE, magic=pickle.dumps(7, 2)),
+    "another version": lambda: legacy(X, ("0",), ONE, version=pickle.dumps(1002, 2)),
+    "no system": lambda: legacy(X, ("0",), ONE, system=pickle.dumps({}, 2)),
+    "a system that is a number": lambda: legacy(X, ("0",), b"", system=pickle.dumps(1, 2)),
+    "a key too few": lambda: legacy(X, (), b""),
+    "a key too many": lambda: legacy(X, ("0", "1"), ONE + ONE),
+    "a key that is a list": lambda: legacy(X, last=pickle.dumps([["0"]], 2)),
+    "keys that are a number": lambda: legacy(X, last=pickle.dumps(3, 2)),
+    "a storage of another size": lambda: legacy(X, ("0",), number(2) + bytes(8)),
+    "a storage of size -1": lambda: legacy(X, ("0",), number(-1) + bytes(8)),
+    "one storage of two sizes": lambda: legacy(
+        list_(stored(1), stored(2)) + b".", ("0",), number(2) + bytes(8)
     ),
-    "one storage of two types": (
-        lambda: legacy(list_(stored(1), stored(1, kind=WHOLE)) + b".", ("0",), ONE),
-        "",
-    ),
+    "one storage of two types": lambda: legacy(list_(stored(1), stored(1, kind=WHOLE)) + b".", ("0",), ONE),
+}
+# Words of the message, for some of them.
+SAID = {
+    "an empty file": "empty",
+    "too much data": "declares 1 numbers",
+    "data of another checksum": "damaged",
+    "a pickle of another checksum": "damaged",
+    "a link": "link",
+    "two files of one name": "two files",
+    "two pickles of one name": "two files",
+    "TorchScript": "TorchScript",
+    "constants": "TorchScript",
+    "big-endian (zip)": "big-endian",
+    "big-endian (legacy)": "big-endian",
 }
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_broken_or_no_checkpoint_is_refused(tmp_path, what):
-    make, said = BROKEN[what]
-    path = write(tmp_path, make())
-    message = refused(path)
-    assert said in message
+    message = refused(write(tmp_path, BROKEN[what]()))
+    assert SAID.get(what, "outside" if what.startswith("a file named") else "") in message
     assert message.isprintable()
 
 
@@ -1058,7 +1059,6 @@ def test_no_file(tmp_path):
             torch_files.read(path)
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
 def test_containers_in_themselves(tmp_path, container):
     """A list, a dict and a module that hold themselves are as they were; nothing follows them for ever."""
     loop: list[Any] = []
@@ -1091,6 +1091,5 @@ def test_containers_in_themselves(tmp_path, container):
     ],
     ids=lambda x: type(x).__name__,
 )
-@pytest.mark.parametrize("container", CONTAINERS)
 def test_what_is_no_plain_tensor_is_refused(tmp_path, container, value):
     refused(save(tmp_path, {"x": value}, container))
