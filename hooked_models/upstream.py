@@ -133,7 +133,7 @@ class CheckedBridge(SAETransformerBridge):
             HookedModelError: there is no such hook point.
         """
         name = self._resolve_hook_name(hook_name)
-        self._check_hook_names([name])
+        self.check_hook_names([name])
         return name
 
     def run_with_cache(
@@ -145,7 +145,7 @@ class CheckedBridge(SAETransformerBridge):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        self._check_hook_names([names_filter] if isinstance(names_filter, str) else names_filter)
+        self.check_hook_names([names_filter] if isinstance(names_filter, str) else names_filter)
         return super().run_with_cache(
             input, return_cache_object, remove_batch_dim, names_filter, *args, **kwargs
         )
@@ -163,7 +163,7 @@ class CheckedBridge(SAETransformerBridge):
         return super().hooks(fwd_hooks, bwd_hooks, *args, **kwargs)
 
     def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> Any:
-        self._check_hook_names([name])
+        self.check_hook_names([name])
         return super().add_hook(name, *args, **kwargs)
 
     def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
@@ -187,10 +187,10 @@ class CheckedBridge(SAETransformerBridge):
                 f"hooks must be a list of (name, function), got {wrong!r:.80} in it: write "
                 "fwd_hooks=[(name, function)]"
             )
-        self._check_hook_names([name for name, _ in pairs])
+        self.check_hook_names([name for name, _ in pairs])
         return pairs
 
-    def _check_hook_names(self, names: Iterable[str | Callable[..., Any]] | Any) -> None:
+    def check_hook_names(self, names: Iterable[str | Callable[..., Any]] | Any) -> None:
         """Refuse names that are no hook point's, and filter functions that no hook point's name satisfies."""
         if names is None:
             return
@@ -204,7 +204,7 @@ class CheckedBridge(SAETransformerBridge):
         hook_dict = self.hook_dict
         for name in wanted:
             if callable(name):
-                self._check_hook_names(name)
+                self.check_hook_names(name)
             elif not isinstance(name, str):
                 raise HookedModelError(
                     f"a hook's name must be a text, got {name!r:.80}: see model.hook_dict, or "

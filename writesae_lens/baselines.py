@@ -16,7 +16,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import sides_of
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.options import Count, Natural, check
+from writesae_lens.experiments.options import Count, Seed, check
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import native_writes
 from writesae_lens.experiments.subjects import check_model, check_sae
@@ -104,7 +104,7 @@ def principal_component(
         HookedModelError: the model has no such cell, or the text is shorter than a passage.
     """
     check_model(model)
-    check(Natural, seed=seed)
+    check(Seed, seed=seed)
     cell = model.cell(layer, head)
     passages = find_passages(model, cell, tokens, context_size)
     writes = [native_writes(model, cell, passage) for passage in passages]

@@ -20,7 +20,7 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import Prefix, batches
 from writesae_lens.experiments.firings import activity, atom_factors, check_atom, choose_atom
-from writesae_lens.experiments.options import Count, Natural, NotNegative, Positive
+from writesae_lens.experiments.options import Count, NotNegative, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, seed_of
@@ -49,7 +49,7 @@ def amplify(
     n_tokens: Count = 200,
     temperature: NotNegative = 1.0,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

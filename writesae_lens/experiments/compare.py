@@ -26,7 +26,7 @@ from writesae_lens.experiments.firings import (
     find_firings,
     native_cosines,
 )
-from writesae_lens.experiments.options import Count, Natural, as_list
+from writesae_lens.experiments.options import Count, Natural, Seed, as_list
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.replace import thin
 from writesae_lens.experiments.result import ExperimentResult
@@ -35,7 +35,6 @@ from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, KL_FLOOR, RANDOM, new_figure
 
 DELETED, NO_ATOM = "delete", -1
-Random = Literal["gaussian", "atom", "orthogonal", "native_marginals"]
 
 
 @experiment(
@@ -49,13 +48,13 @@ def compare(
     model: HookedRecurrent,
     saes: Mapping[str, SAE[Any]],
     tokens: Int[Tensor, "passage pos"] | str,
-    random: Sequence[Random] = swaps.RANDOM,
+    random: Sequence[swaps.Random] = swaps.RANDOM,
     scale: Literal["coefficient", "matched_norm"] = "coefficient",
     kl: Literal["patched_base", "base_patched"] = "patched_base",
     max_firings: Count | None = None,
     skip_positions: Natural = 0,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

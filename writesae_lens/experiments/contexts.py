@@ -16,7 +16,7 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import Firings, activity, atom_factors, check_any_fires, native_cosines
-from writesae_lens.experiments.options import Count, Natural
+from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
@@ -40,7 +40,7 @@ def top_contexts(
     before: Natural = 16,
     after: Natural = 4,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

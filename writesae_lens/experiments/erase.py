@@ -26,7 +26,7 @@ from writesae_lens.experiments.firings import (
     check_atom,
     choose_atom,
 )
-from writesae_lens.experiments.options import Count, Natural, Positive
+from writesae_lens.experiments.options import Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages, token_id
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
@@ -55,7 +55,7 @@ def erase_atom(
     doses: tuple[Positive, ...] = DOSES,
     max_firings: Count | None = 500,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

@@ -20,7 +20,7 @@ from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import Prefix, batches
-from writesae_lens.experiments.options import Count, Natural, NotNegative, Positive, as_list
+from writesae_lens.experiments.options import Count, Natural, NotNegative, Positive, Seed, as_list
 from writesae_lens.experiments.passages import find_passages, token_id
 from writesae_lens.experiments.passes import native_writes, unembedding_directions
 from writesae_lens.experiments.result import ExperimentResult
@@ -60,7 +60,7 @@ def install_tokens(
     n_tokens: Count = 20,
     temperature: NotNegative = 0.0,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

@@ -21,16 +21,19 @@ from writesae_lens.errors import WriteSAEError
 
 @dataclass(frozen=True)
 class Bound:
-    """The smallest value of a number; ``exclusive``: it must be above it."""
+    """The smallest and the largest value of a number; ``exclusive``: it must be above the smallest."""
 
     minimum: int | float
     exclusive: bool = False
+    maximum: int | None = None
 
 
 Count = Annotated[int, Bound(1)]
 """A whole number, 1 or more."""
 Natural = Annotated[int, Bound(0)]
-"""A whole number, 0 or more; seeds are such."""
+"""A whole number, 0 or more."""
+Seed = Annotated[int, Bound(0, maximum=2**32 - 1)]
+"""A seed: a whole number of 32 bits, as numpy takes it."""
 Positive = Annotated[float, Bound(0, exclusive=True)]
 """A finite number above 0."""
 NotNegative = Annotated[float, Bound(0)]
@@ -158,9 +161,10 @@ def _check_each(name: str, value: Any, annotation: Any) -> None:
 
 def _check_number(name: str, value: Any, kind: type, bound: Bound) -> None:
     if kind is int:
-        if not (is_whole(value) and value >= bound.minimum):
+        if not (is_whole(value) and bound.minimum <= value <= (bound.maximum or value)):
             whole = "" if is_whole(value) else ", a whole number"
-            raise WriteSAEError(f"{name}={shown(value)} makes no sense: give {bound.minimum} or more{whole}")
+            most = "or more" if bound.maximum is None else f"to {bound.maximum}"
+            raise WriteSAEError(f"{name}={shown(value)} makes no sense: give {bound.minimum} {most}{whole}")
     elif bound.exclusive:
         if not (is_number(value) and bound.minimum < value < float("inf")):
             raise WriteSAEError(f"{name} must be positive, a number above 0, got {shown(value)}")

@@ -18,7 +18,7 @@ from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import atom_factors, check_any_fires, find_firings, native_cosines
-from writesae_lens.experiments.options import Count, Natural
+from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
@@ -47,7 +47,7 @@ def partition_atoms(
     n_seeds: Count = 10,
     skip_positions: Natural = 0,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

@@ -14,7 +14,7 @@ from hooked_models import HookedRecurrent
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment, figure
-from writesae_lens.experiments.options import Count, Natural
+from writesae_lens.experiments.options import Count, Seed
 from writesae_lens.experiments.partition import CLASS_COLORS, class_names
 from writesae_lens.experiments.replace import replacement_test
 from writesae_lens.experiments.result import ExperimentResult
@@ -37,7 +37,7 @@ def population_test(
     tokens: Int[Tensor, "passage pos"] | str,
     max_firings_per_atom: Count | None = 30,
     min_firings: Count = 5,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
     **options: Any,

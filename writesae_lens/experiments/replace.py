@@ -26,7 +26,7 @@ from writesae_lens.experiments.firings import (
     find_firings,
     native_cosines,
 )
-from writesae_lens.experiments.options import Count, Natural
+from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
@@ -49,14 +49,14 @@ def replacement_test(
     sae: SAE[Any],
     tokens: Int[Tensor, "passage pos"] | str,
     scale: Literal["coefficient", "matched_norm"] = "coefficient",
-    random: Literal["gaussian", "atom", "orthogonal", "native_marginals"] = "gaussian",
+    random: swaps.Random = "gaussian",
     kl: Literal["patched_base", "base_patched"] = "patched_base",
     replaces: Literal["write", "update"] = "write",
     max_firings: Count | None = None,
     max_firings_per_atom: Count | None = None,
     skip_positions: Natural = 0,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

@@ -19,7 +19,7 @@ from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import Firings, activity, atom_factors, draw_atoms
-from writesae_lens.experiments.options import Bound, Count, Natural, Positive
+from writesae_lens.experiments.options import Bound, Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import native_writes
 from writesae_lens.experiments.result import ExperimentResult
@@ -45,7 +45,7 @@ def selectivity(
     top_k: Count = 20,
     magnitude: Positive = 1.0,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

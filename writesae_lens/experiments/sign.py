@@ -17,7 +17,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.options import Count, Natural, Positive
+from writesae_lens.experiments.options import Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import LOGITS_PER_PASS, native_factors, unembedding_directions
 from writesae_lens.experiments.result import ExperimentResult
@@ -42,7 +42,7 @@ def sign_test(
     magnitude: Positive = 1.0,
     n_trials: Count = 2000,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

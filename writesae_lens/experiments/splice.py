@@ -19,7 +19,7 @@ from hooked_models.hooked_recurrent import Site
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.options import Count, Natural, as_list
+from writesae_lens.experiments.options import Count, Seed, as_list
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
@@ -41,7 +41,7 @@ def splice_test(
     saes: SAE[Any] | Sequence[SAE[Any]],
     tokens: Int[Tensor, "passage pos"] | str,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

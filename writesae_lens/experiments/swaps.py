@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,8 @@ from writesae_lens.experiments.firings import Firings, atom_factors
 from writesae_lens.experiments.passes import LOGITS_PER_PASS
 from writesae_lens.saes.rank1 import Factors
 
-RANDOM = ("gaussian", "atom", "orthogonal", "native_marginals")
+Random = Literal["gaussian", "atom", "orthogonal", "native_marginals"]
+RANDOM: tuple[Random, ...] = get_args(Random)
 
 
 def native(firings: Firings) -> Factors:

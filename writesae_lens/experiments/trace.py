@@ -18,7 +18,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
-from writesae_lens.experiments.options import Count, Natural, Positive
+from writesae_lens.experiments.options import Count, Natural, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import cache_of
 from writesae_lens.experiments.result import ExperimentResult
@@ -46,7 +46,7 @@ def reader_trace(
     magnitude: Positive = 1.0,
     max_horizon: Natural = 16,
     context_size: Count | None = None,
-    seed: Natural = 0,
+    seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:

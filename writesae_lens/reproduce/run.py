@@ -18,7 +18,7 @@ from hooked_models import HookedRecurrent, zoo
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import baselines
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment, find_experiment
-from writesae_lens.experiments.options import Count, Natural, as_list, check
+from writesae_lens.experiments.options import Count, Seed, as_list, check
 from writesae_lens.experiments.passages import as_passages
 from writesae_lens.experiments.result import ExperimentResult, Progress, write_whole
 from writesae_lens.published import releases
@@ -117,7 +117,7 @@ def reproduce(
     """
     paper = config(name)
     check(Recipe, recipe=recipe)
-    check(Natural, seed=seed)
+    check(Seed, seed=seed)
     check(Count | None, training_tokens=training_tokens)
     names = list(EXPERIMENTS) if experiments is None else as_list("experiments", experiments)
     chosen = [find_experiment(each) for each in names]

@@ -75,5 +75,5 @@ def _boot(
     model = HookedRecurrent.boot_transformers(
         model_name, device=device, **(model_from_pretrained_kwargs or {})
     )
-    model._check_hook_names(hook_names)
+    model.check_hook_names(hook_names)
     return model

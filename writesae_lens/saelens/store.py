@@ -34,7 +34,7 @@ def _cell(store: Any, hook_name: str, live: bool = True) -> Cell | None:
     model = store.model
     if not isinstance(model, HookedRecurrent) or ".hook_write." not in hook_name:
         return None
-    model._check_hook_names([hook_name])
+    model.check_hook_names([hook_name])
     heads = {store.hook_name: store.hook_head_index} | store._hook_head_indices
     if heads.get(hook_name) is not None or (live and is_listened_to(model.hook_dict[hook_name])):
         return None
@@ -77,7 +77,7 @@ def from_config(original: Any, owner: Any, model: Any, cfg: Any, *args: Any, **k
     sae, name = getattr(cfg, "sae", None), cfg.hook_name
     is_matrix = ".hook_write." in name or ".hook_state." in name
     if isinstance(model, HookedRecurrent) and isinstance(sae, WriteSAETrainingConfig) and is_matrix:
-        model._check_hook_names([name])
+        model.check_hook_names([name])
         _check_width(name, model.site(name).cell, sae.d_in, (sae.d_k, sae.d_v))
     return original(owner, model, cfg, *args, **kwargs)
 

@@ -337,7 +337,9 @@ def wrong_scalars(kind: Any, bound: Bound | None) -> Iterator[tuple[Any, str]]:
         wrong = (bound.minimum - 0.5, float("nan"), float("inf"), "much", True)
         yield from ((x, f"makes no sense: give {bound.minimum} or more") for x in wrong)
     elif kind is int and bound is not None:
-        yield bound.minimum - 1, f"makes no sense: give {bound.minimum} or more"
+        most = "or more" if bound.maximum is None else f"to {bound.maximum}"
+        beyond = [] if bound.maximum is None else [bound.maximum + 1]
+        yield from ((x, f"makes no sense: give {bound.minimum} {most}") for x in (bound.minimum - 1, *beyond))
         yield from ((x, ", a whole number") for x in (bound.minimum + 0.5, "many", True, [3]))
 
 
