@@ -409,7 +409,7 @@ OTHERS = [
     ),
     Case("experiments a text", lambda g: again(g, experiments="replace"), ("experiments", *LIST)),
     Case("no training", lambda g: again(g, training_tokens=0), ("training_tokens=0", "give 1 or more")),
-    Case("run's seed", lambda g: again(g, seed=-1), ("seed=-1", "give 0 or more")),
+    Case("run's seed", lambda g: again(g, seed=-1), ("seed=-1", "give 0 to 4294967295")),
     Case("estimate's dtype", lambda g: estimate("mamba2-370m-L24H0", dtype="bf16"), ("'bf16'", "bfloat16")),
 ]
 
