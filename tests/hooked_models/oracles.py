@@ -315,12 +315,8 @@ class RWKV7Layer(Layer):
         return Native(r, k, v, decay, lambda decay: (removal * rate, -removal), finish, v_first)
 
 
-LAYERS: dict[str, type[Layer]] = {
-    "qwen3_5_text": GatedDeltaNetLayer,
-    "qwen3_next": GatedDeltaNetLayer,
-    "mamba2": Mamba2Layer,
-    "rwkv7": RWKV7Layer,
-}
+LAYERS: dict[str, type[Layer]] = {"mamba2": Mamba2Layer, "rwkv7": RWKV7Layer}
+LAYERS |= {"qwen3_5_text": GatedDeltaNetLayer, "qwen3_next": GatedDeltaNetLayer}
 
 
 @contextmanager

@@ -49,17 +49,14 @@ def test_boots_a_folder(pair: Pair):
     model = boot(pair.folder, dtype=torch.float32)
     assert isinstance(model, HookedRecurrent)
     assert isinstance(model, SAETransformerBridge)
-    assert [(layer, type(mixer)) for layer, mixer in model.mixers.items()] == [
-        (layer, pair.mixer) for layer in pair.layers
-    ]
+    types = [(layer, type(mixer)) for layer, mixer in model.mixers.items()]
+    assert types == [(layer, pair.mixer) for layer in pair.layers]
     assert model.cfg.model_name == str(pair.folder)
     tokens = model.to_tokens("w9 w150 w4 w77", prepend_bos=False)
     assert tokens.tolist() == [[9, 150, 4, 77]]
     assert_close(model(tokens), pair.logits(tokens))
-    assert_close(
-        model("w9 w150 w4 w77", return_type="loss", prepend_bos=False),
-        torch.nn.functional.cross_entropy(pair.logits(tokens)[0, :-1], tokens[0, 1:]),
-    )
+    expected = torch.nn.functional.cross_entropy(pair.logits(tokens)[0, :-1], tokens[0, 1:])
+    assert_close(model("w9 w150 w4 w77", return_type="loss", prepend_bos=False), expected)
 
 
 @once_per_architecture
@@ -92,6 +89,8 @@ def test_boots_a_vision_checkpoint_text_only(vision_folder: Path):
     expected = whole(tokens, use_cache=False).logits
     assert expected.std() > 0.3
     assert_close(model(tokens), expected)
+    placed = HookedRecurrent.boot_transformers(str(vision_folder), device_map="cpu")
+    assert torch.equal(placed(tokens), model(tokens))
 
 
 @once_per_architecture
@@ -112,9 +111,8 @@ def test_hook_names_and_sites(pair: Pair):
         full = model.hook_name(layer, hook, int(head) if head else None)
         assert full == pair.point(layer, name)
         assert model.hook_dict[full].name == full
-    assert model.write_factor_hook_names(1) == tuple(
-        pair.point(1, name) for name in ("write_key", "write_value", "read")
-    )
+    factors = [pair.point(1, name) for name in ("write_key", "write_value", "read")]
+    assert model.write_factor_hook_names(1) == tuple(factors)
     for cell, kind in itertools.product(model.cells, ("write", "state")):
         name = getattr(model, f"{kind}_hook_name")(cell.layer, cell.head)
         assert name == pair.point(cell.layer, f"{kind}.{cell.head}")
@@ -205,12 +203,6 @@ def test_a_checkpoint_that_does_not_fit(gdn_folder: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "quux", "architectures": ["Quux"]}))
     with refused("quux"):
         boot(tmp_path)
-
-
-def test_the_exception_is_a_value_error():
-    """So that callers who know nothing of the package can catch it."""
-    assert issubclass(HookedModelError, ValueError)
-    assert hooked_models.HookedModelError is HookedModelError
 
 
 # What users of the bridge know.
@@ -380,6 +372,7 @@ def test_the_package_offers_its_names_and_no_others():
         assert getattr(hooked_models, name).__name__ == name
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = hooked_models.no_such_thing
+    assert issubclass(HookedModelError, ValueError)  # so that callers who know nothing of it can catch it
 
 
 # What a review found: each of these once failed in silence or with another error.
@@ -407,25 +400,12 @@ def test_rwkv_7_layers_have_values_of_one_width(value_dim: Any):
         RWKV7Config(hidden_size=32, head_dim=16, num_hidden_layers=2, value_dim=value_dim)
 
 
-def test_a_dtype_may_be_given_by_name(gdn_folder):
-    model = boot(gdn_folder, dtype="bfloat16")
-    assert next(model.original_model.parameters()).dtype == torch.bfloat16
-
-
 @torch.no_grad()
 def test_qwen3_5_with_experts_is_hooked_too(build_folder):
     reference, tokens = hybrid("qwen3_5_moe"), some_tokens(2, 20)
     model = boot(build_folder("moe", reference, 3))
     assert_close(model(tokens), reference(tokens).logits)
     assert len(model.cells) == 12
-
-
-def test_a_vision_checkpoint_takes_a_device_map(vision_folder):
-    tokens = torch.arange(8)[None]
-    placed = HookedRecurrent.boot_transformers(str(vision_folder), device_map="cpu")
-    plain = boot(vision_folder)
-    with torch.no_grad():
-        assert torch.equal(placed(tokens), plain(tokens))
 
 
 # RWKV-7 as a transformers model.

@@ -335,25 +335,17 @@ def test_writes_erases_and_states_edited_at_one_head(pair: Pair):
             look_into(seen)(x, hook)
             x[0, chosen] = states[0, chosen].flatten(-2)
 
-        hooks = {
-            "write": replace(written, writes[:, written]),
-            "erase": replace_in_place(erased, erases[:, erased]),
-            "state": set_states,
-        }
+        hooks = {"write": replace(written, writes[:, written]), "state": set_states}
+        hooks["erase"] = replace_in_place(erased, erases[:, erased])
         logits = pair.run(tokens, layer, {f"{kind}.{head}": hooks[kind] for kind in pair.kinds})
         assert_close(logits, expected)
         assert_seen(seen, before_states)
 
 
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("write_key", "keys"),
-        ("write_value", "values"),
-        ("read", "reads"),
-        ("recurrence_out", "recurrence_out"),
-    ],
-)
+FIELDS = [("write_key", "keys"), ("write_value", "values"), ("read", "reads")]  # of `Edits`
+
+
+@pytest.mark.parametrize(("name", "field"), [*FIELDS, ("recurrence_out", "recurrence_out")])
 @torch.no_grad()
 def test_edited_factors(pair: Pair, name: str, field: str):
     """Keys and values leave the erase native, reads and outputs touch one token only; later hooks see it."""
@@ -636,10 +628,7 @@ def test_gradient_through_edits_that_depend_on_what_they_edit(pair: Pair):
         assert_same_gradient(torch.autograd.grad(loss_of(out), leaf)[0], gradient)
 
 
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [("write_key", "keys"), ("write_value", "values"), ("read", "reads"), ("decay", "decay")],
-)
+@pytest.mark.parametrize(("name", "field"), [*FIELDS, ("decay", "decay")])
 def test_gradient_with_respect_to_factors(pair: Pair, name: str, field: str):
     """Through an erase that stays native, but for a decay that is a factor of it."""
     tokens, layer = some_tokens(2, 30), 0
@@ -811,7 +800,7 @@ def test_bfloat16(pair: Pair):
     """No further from float32 than transformers in bfloat16; the recurrence's hooks come in float32."""
     tokens = some_tokens(2, 65)
     exact = pair.logits(tokens)
-    model = HookedRecurrent.boot_transformers(str(pair.folder), device="cpu", dtype=torch.bfloat16)
+    model = HookedRecurrent.boot_transformers(str(pair.folder), device="cpu", dtype="bfloat16")
     stock = type(pair.reference).from_pretrained(
         pair.folder, dtype=torch.bfloat16, attn_implementation="eager"
     )

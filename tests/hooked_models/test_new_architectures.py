@@ -23,9 +23,8 @@ def test_a_new_architecture_is_one_mixer_and_one_row(toy_folder: Path):
     twin = HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
     assert {type(mixer) for mixer in toy.mixers.values()} == {HookedToy}
     assert {cell.architecture for cell in toy.cells} == {"toy"}
-    assert [(c.layer, c.head, c.d_k, c.d_v) for c in toy.cells] == [
-        (c.layer, c.head, c.d_k, c.d_v) for c in twin.cells
-    ]
+    sizes = [[(c.layer, c.head, c.d_k, c.d_v) for c in model.cells] for model in (toy, twin)]
+    assert sizes[0] == sizes[1]
     cell, tokens = toy.cells[-1], some_tokens(1, 20)
     site = toy.write_hook_name(cell.layer, cell.head)
     keys, values, positions = random(3, cell.d_k), random(3, cell.d_v), torch.tensor([2, 9, 9])

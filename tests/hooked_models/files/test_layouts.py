@@ -505,6 +505,13 @@ def a_form(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, 
     return copy, copy, "blocks.1.att.output.weight"
 
 
+WRONG_SHAPE = "has the wrong shape for 1 tensor(s): {name} {cut} instead of {shape}"
+
+
+def wings(name: str) -> str:
+    return name.replace("weight", "wings")
+
+
 def numbers(dtype: torch.dtype) -> tuple[Any, str]:
     line = f"needs floating-point numbers in 1 tensor(s): {{name}} ({dtype})"
     return lambda tensors, name: {name: tensors[name].to(dtype)}, line
@@ -514,13 +521,10 @@ def numbers(dtype: torch.dtype) -> tuple[Any, str]:
 MISFITS: dict[str, tuple[Callable[[Tensors, str], Tensors], str]] = {
     "missing": (lambda t, name: {}, "lacks 1 tensor(s): {name}"),
     "unexpected": (
-        lambda t, name: {name: t[name], name.replace("weight", "wings"): torch.ones(2)},
+        lambda t, name: {name: t[name], wings(name): torch.ones(2)},
         "has unexpected 1 tensor(s): {other}",
     ),
-    "another shape": (
-        lambda t, name: {name: t[name][:-1].clone()},
-        "has the wrong shape for 1 tensor(s): {name} {cut} instead of {shape}",
-    ),
+    "another shape": (lambda t, name: {name: t[name][:-1].clone()}, WRONG_SHAPE),
     "int64": numbers(torch.int64),
     "bool": numbers(torch.bool),
 }
@@ -530,7 +534,7 @@ MISFITS: dict[str, tuple[Callable[[Tensors, str], Tensors], str]] = {
 def test_tensors_that_do_not_fit(a_form, tokenizer, misfit):
     source, file, name = a_form
     change, line = MISFITS[misfit]
-    words = {"name": name, "other": name.replace("weight", "wings")}
+    words: dict[str, Any] = {"name": name, "other": wings(name)}
 
     def changed(tensors: Tensors) -> None:
         rows, columns = tensors[name].shape
@@ -608,23 +612,16 @@ class Code:
         return open, (str(self.path), "w")
 
 
+ONE, ONLY = {"emb.weight": torch.ones(2)}, "tensors by name and nothing else, but "
+NESTED = "'state_dict' (dict), 'epoch' (int): save what 'state_dict' holds"
 # What a file holds (code would leave a file at ``path``), and words of the message.
 BAD_CONTENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code": (lambda path: {"a": Code(path)}, "wants to run code"),
     "list": (lambda path: [torch.ones(2)], "tensors by name"),
     "nothing": (lambda path: {}, "tensors by name"),
-    "nested": (
-        lambda path: {"state_dict": {"emb.weight": torch.ones(2)}, "epoch": 3},
-        "'state_dict' (dict), 'epoch' (int): save what 'state_dict' holds",
-    ),
-    "numbers": (
-        lambda path: {"emb.weight": 3},
-        "tensors by name and nothing else, but also holds 'emb.weight' (int)",
-    ),
-    "keys": (
-        lambda path: {0: torch.ones(2), "emb.weight": torch.ones(2)},
-        "tensors by name and nothing else, but has keys that are not names: 0",
-    ),
+    "nested": (lambda path: {"state_dict": ONE, "epoch": 3}, NESTED),
+    "numbers": (lambda path: {"emb.weight": 3}, ONLY + "also holds 'emb.weight' (int)"),
+    "keys": (lambda path: {0: torch.ones(2)} | ONE, ONLY + "has keys that are not names: 0"),
 }
 
 

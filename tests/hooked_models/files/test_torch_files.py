@@ -7,6 +7,7 @@ import codecs
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -599,7 +601,7 @@ def test_code_in_the_other_pickles_of_a_legacy_file(tmp_path, part, disguise):
 
 
 SYSTEM, ORDERED = name("os", "system"), name("collections", "OrderedDict")
-DICT, CODE = name("builtins", "dict"), dict_(text("__code__"), text("x"))
+DICT, EVAL, CODE = name("builtins", "dict"), name("builtins", "eval"), dict_(text("__code__"), text("x"))
 METHODS = dict_(text("__class__"), SYSTEM, text("items"), SYSTEM)
 # What names no call: its pickle, and what is read.
 INERT: dict[str, tuple[bytes, Any]] = {
@@ -608,8 +610,8 @@ INERT: dict[str, tuple[bytes, Any]] = {
     "a class with a state": (DICT + dict_(text("__init__"), SYSTEM) + b"b", Global("builtins", "dict")),
     "an OrderedDict with a state": (call(ORDERED) + METHODS + b"b", {}),
     "functions in lists": (
-        list_(SYSTEM, tuple_(DICT)),
-        [Global("os", "system"), (Global("builtins", "dict"),)],
+        list_(SYSTEM, tuple_(EVAL)),
+        [Global("os", "system"), (Global("builtins", "eval"),)],
     ),
     "code after the end": (b"N." + call(SYSTEM, text("touch marker")), None),
 }
@@ -698,13 +700,8 @@ def forged(content: bytes, entry: str, **fields: int) -> bytes:
 
 def in_both(pickles: dict[str, bytes]) -> dict[str, Callable[[], bytes]]:
     """Files in both forms, each with one storage of one number."""
-    return {
-        f"{what} ({container})": lambda pickled=pickled, container=container: in_container(
-            container, pickled + b"."
-        )
-        for what, pickled in pickles.items()
-        for container in CONTAINERS
-    }
+    forms = itertools.product(pickles.items(), CONTAINERS)
+    return {f"{what} ({form})": partial(in_container, form, x + b".") for (what, x), form in forms}
 
 
 DEVICE, PATH, SIZE = name("torch", "device"), name("pathlib", "PosixPath"), name("torch", "Size")
