@@ -50,16 +50,14 @@ HYBRID |= {"initializer_range": 0.05, "rms_norm_eps": 1e-5}
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty and its like are full of NaN (integers: the largest), so nothing lives off them."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    memory, set_algorithms = torch.utils.deterministic, torch.use_deterministic_algorithms
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    before, filled = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    set_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    set_algorithms(before, warn_only=warns)
+    memory.fill_uninitialized_memory = filled
 
 
 # Mean (None: the initial value) and deviation of parameters, by the first pattern that their name matches;

@@ -76,7 +76,9 @@ def test_repeated_rows_go_on_as_the_rows_of_a_batch_would(model: Any, tokens: Te
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_going_on_from_a_copy_leaves_the_original_untouched(model: Any, tokens: Tensor, count: int):
+def test_going_on_from_a_copy_or_its_original_leaves_the_other_untouched(
+    model: Any, tokens: Tensor, count: int
+):
     cache = read(model, tokens[:2, :PREFIX])
     before = [x.clone() for x in tensors(cache)]
     assert len(before) >= 2 * len(model.mixers)
@@ -88,16 +90,11 @@ def test_going_on_from_a_copy_leaves_the_original_untouched(model: Any, tokens: 
     after = list(tensors(cache))
     assert len(after) == len(before)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-    rest = tokens[:2, PREFIX:]
-    close(go_on(model, rest, cache), without_cache(model, tokens[:2])[:, PREFIX:])
-
-
-def test_an_original_that_goes_on_leaves_its_copy_untouched(model: Any, tokens: Tensor):
-    cache = read(model, tokens[:1, :PREFIX])
-    twin = repeated(cache, 2)
-    go_on(model, tokens[1:2, PREFIX:], cache)
-    found = go_on(model, tokens[:1, PREFIX:].expand(2, -1), twin)
-    close(found, without_cache(model, tokens[:1])[:, PREFIX:].expand(2, -1, -1))
+    twin = repeated(cache, count)
+    rest, expected = tokens[:2, PREFIX:], without_cache(model, tokens[:2])[:, PREFIX:]
+    close(go_on(model, rest, cache), expected)
+    repeats = rest.repeat_interleave(count, dim=0)
+    close(go_on(model, repeats, twin), expected.repeat_interleave(count, dim=0))
 
 
 def test_no_cache_stays_no_cache_and_an_empty_one_is_empty(model: Any, tokens: Tensor):

@@ -173,12 +173,7 @@ def assert_seen(seen: dict[str, Tensor], trace: Trace) -> None:
 def replace(position: int | slice | list[int], new: Tensor) -> Callable[..., Tensor]:
     """A hook on a write, erase or state that returns a new tensor."""
 
-    def hook(x: Tensor, hook: Any) -> Tensor:
-        x = x.clone()
-        x[:, position] = new.flatten(-2).to(x)
-        return x
-
-    return hook
+    return lambda x, hook: at(position, slice(None), new.flatten(-2))(x)
 
 
 def replace_in_place(position: int | slice | list[int], new: Tensor) -> Callable[..., None]:

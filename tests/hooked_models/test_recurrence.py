@@ -33,10 +33,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def log_decay(generator: torch.Generator, kind: str, *shape: int) -> Tensor:
-    """Log decays: none at all, a few per mille, e^-1 to e^-40, or all of these side by side.
-
-    Or such that chunks of 64 lose as much as one reference point of their exponents can bear, more or less.
-    """
+    """Log decays: none, a few per mille, e^-1 to e^-40, all of these, or about what one chunk can bear."""
     weak = -1e-3 * uniform(generator, *shape)
     strong = -1 - 39 * uniform(generator, *shape) ** 3
     if kind == "mixed":
@@ -320,10 +317,9 @@ def test_no_tokens_leave_the_state_as_it_was(erase: str):
 
 def test_one_erase_factor_alone_is_refused():
     rec = make().recurrence
-    with pytest.raises(ValueError, match="both erase factors"):
-        Recurrence(rec.q, rec.g, rec.k, rec.v, a=rec.k)
-    with pytest.raises(ValueError, match="both erase factors"):
-        Recurrence(rec.q, rec.g, rec.k, rec.v, b=rec.k)
+    for alone in ("a", "b"):
+        with pytest.raises(ValueError, match="both erase factors"):
+            Recurrence(rec.q, rec.g, rec.k, rec.v, **{alone: rec.k})
 
 
 @pytest.mark.parametrize("decays", [True, False], ids=["gated", "plain"])

@@ -27,32 +27,26 @@ from hooked_models.caches import cached
 from hooked_models.mixers import HookedMixer
 from tests.hooked_models.architectures import Pair, nothing, once_per_architecture, some_tokens
 
-TABLES = {
-    "adapters": factory.ArchitectureAdapterFactory._adapters,
-    "model classes": factory.SUPPORTED_ARCHITECTURES,
-}
+TABLES = {"adapters": factory.ArchitectureAdapterFactory._adapters}
+TABLES["model classes"] = factory.SUPPORTED_ARCHITECTURES
 
 
 class Adapter:
     def __init__(self, cfg: Any) -> None: ...
 
 
-def test_transformer_lens_looks_model_classes_up_in_both_tables():
+def test_transformer_lens_looks_model_classes_up_in_both_tables(mamba2_model: Any):
+    """And adapters have the slots and methods that rows replace."""
     for name, row in adapters.ADAPTERS.items():
         assert all(table[name] is row.adapter for table in TABLES.values())
+        assert callable(row.adapter.prepare_loading)
+        assert callable(row.adapter.create_stateful_cache)
+    assert set(mamba2_model.adapter.component_mapping["blocks"].submodules) >= {"mixer"}
     config = SimpleNamespace(architectures=["Nobodys"], architecture="Nobodys")
     with upstream.registered({"Nobodys": Adapter}):
         assert determine_architecture_from_hf_config(config) == "Nobodys"
         select = factory.ArchitectureAdapterFactory.select_architecture_adapter
         assert isinstance(select(config), Adapter)
-
-
-def test_adapters_have_the_slots_and_methods_that_rows_replace(mamba2_model: Any):
-    for row in adapters.ADAPTERS.values():
-        stock = row.adapter
-        assert callable(stock.prepare_loading)
-        assert callable(stock.create_stateful_cache)
-    assert set(mamba2_model.adapter.component_mapping["blocks"].submodules) >= {"mixer"}
 
 
 def test_other_bridges_keep_their_own_adapters(gdn_folder: Path, mamba2_folder: Path):
