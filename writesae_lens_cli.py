@@ -55,14 +55,22 @@ def experiment_questions() -> dict[str, str]:
 
 def _declarations(path: Path) -> Iterator[tuple[bool, int, str, str]]:
     """Experiments that a module declares: not in the paper, number in the paper, name, question."""
-    for statement in ast.parse(path.read_bytes()).body:
+    try:
+        statements = ast.parse(path.read_bytes(), filename=str(path)).body
+    except SyntaxError as error:
+        raise HookedModelError(f"{path}, line {error.lineno}: not valid Python ({error.msg})") from error
+    for statement in statements:
         for decorator in getattr(statement, "decorator_list", ()):
-            match decorator:
-                case ast.Call(func=ast.Name(id="experiment"), args=[ast.Constant(value=str(name))]):
-                    literals = {keyword.arg: keyword.value for keyword in decorator.keywords}
-                    question = ast.literal_eval(literals["question"])
-                    paper = ast.literal_eval(literals["paper"]) if "paper" in literals else None
-                    yield paper is None, paper or 0, name, question
+            if not isinstance(decorator, ast.Call) or not ast.unparse(decorator.func).endswith("experiment"):
+                continue
+            literals = {keyword.arg: keyword.value for keyword in decorator.keywords}
+            literals |= {"name": decorator.args[0]} if decorator.args else {}
+            name, question, paper = (
+                node.value if isinstance(node := literals.get(key), ast.Constant) else None
+                for key in ("name", "question", "paper")
+            )
+            if isinstance(name, str):
+                yield paper is None, paper if isinstance(paper, int) else 0, name, str(question or "")
 
 
 class Commands(TyperGroup):
@@ -72,6 +80,8 @@ class Commands(TyperGroup):
         super().__init__(**attributes)
         self._questions = experiment_questions()
         for name, question in self._questions.items():
+            if name in self.commands:
+                raise HookedModelError(f"the experiment {name!r} has the name of a command: give it another")
             self.add_command(TyperCommand(name, help=question, rich_help_panel=TEST))
         in_order = sorted(self.commands.items(), key=lambda item: PANELS.index(item[1].rich_help_panel))  # type: ignore[attr-defined]
         self.commands = dict(in_order)

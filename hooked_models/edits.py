@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooked_models.errors import HookedModelError
 from hooked_models.recurrence import Recurrence, Trajectory, scan
 
 
@@ -124,7 +125,13 @@ _EDIT: ContextVar[Edit | None] = ContextVar("edit of the forward pass that is ru
 
 @contextmanager
 def edit_in_force(edit: Edit | None) -> Iterator[None]:
-    """While open, in this thread, the layers of the running forward pass see this edit, or none."""
+    """While open, in this thread, the layers of the running forward pass see this edit, or none.
+
+    Raises:
+        HookedModelError: it is no edit.
+    """
+    if not isinstance(edit, (SwappedWrites, AddedWrites, type(None))):
+        raise HookedModelError(f"edit must be SwappedWrites or AddedWrites, got a {type(edit).__name__}")
     token = _EDIT.set(edit)
     try:
         yield

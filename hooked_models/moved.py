@@ -12,14 +12,18 @@ from types import ModuleType
 from typing import Any
 
 NewNames = Mapping[str, str | tuple[str, ...]]
-OLD_NAMES = {
+OLD_NAMES: dict[str, str | tuple[str, ...]] = {
     "hooked_models.adapters": "hooked_models.architectures.adapters",
     "hooked_models.checkpoints": "hooked_models.files.layouts",
     "hooked_models.gated_delta_net": "hooked_models.architectures.gated_delta_net",
     "hooked_models.loading": "hooked_models.files.loading",
     "hooked_models.mamba2": "hooked_models.architectures.mamba2",
     "hooked_models.rwkv7": "hooked_models.architectures.rwkv7",
-    "hooked_models.rwkv7_model": "hooked_models.modeling.rwkv7",
+    "hooked_models.rwkv7_model": (
+        "hooked_models.modeling.rwkv7",
+        "hooked_models.modeling.rwkv7.layers",
+        "hooked_models.modeling.rwkv7.model",
+    ),
     "hooked_models.torch_files": "hooked_models.files.torch_files",
     "hooked_models.world_tokenizer": "hooked_models.files.world_tokenizer",
 }

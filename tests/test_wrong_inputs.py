@@ -157,6 +157,7 @@ MODELS = [
         lambda g: g.hooked(lambda x, hook: x[:, :1], "blocks.1.linear_attn.hook_in"),
         ("blocks.1.linear_attn.hook_in", "returned shape (2, 1, 128), expected (2, 24, 128)"),
     ),
+    Case("edit", lambda g: g.model(g.tokens, edit=3), ("edit must be SwappedWrites or", "got a int")),
     Case("no tokens", lambda g: g.model(""), ("no tokens to read", "give one at least")),
     Case("cache", lambda g: g.model(g.tokens, past_key_values=3), ("this int", "model.new_cache()")),
     Case(

@@ -1,6 +1,6 @@
 """Module names from before the modules of this package were moved; `hooked_models.moved` keeps them alive."""
 
-OLD_NAMES = {
+OLD_NAMES: dict[str, str | tuple[str, ...]] = {
     "writesae_lens.activations": "writesae_lens.saes.activations",
     "writesae_lens.atoms": "writesae_lens.report.atoms",
     "writesae_lens.checkpoints": "writesae_lens.published.checkpoints",
@@ -8,7 +8,13 @@ OLD_NAMES = {
     "writesae_lens.config": "writesae_lens.saes.config",
     "writesae_lens.experiments.amplification": "writesae_lens.experiments.amplify",
     "writesae_lens.experiments.erasure": "writesae_lens.experiments.erase",
-    "writesae_lens.experiments.inputs": "writesae_lens.experiments.passages",
+    "writesae_lens.experiments.inputs": (
+        "writesae_lens.experiments.passages",
+        "writesae_lens.experiments.subjects",
+        "writesae_lens.experiments.firings",
+        "writesae_lens.experiments.passes",
+        "writesae_lens.experiments.run",
+    ),
     "writesae_lens.experiments.readers": "writesae_lens.experiments.trace",
     "writesae_lens.experiments.replacement": "writesae_lens.experiments.replace",
     "writesae_lens.experiments.signs": "writesae_lens.experiments.sign",
@@ -20,6 +26,8 @@ OLD_NAMES = {
     "writesae_lens.rank1": "writesae_lens.saes.rank1",
     "writesae_lens.releases": "writesae_lens.published.releases",
     "writesae_lens.sae": "writesae_lens.saes.sae",
+    "writesae_lens.saelens_plugin": "writesae_lens.saelens.registration",
+    "writesae_lens.saelens_store": "writesae_lens.saelens.store",
     "writesae_lens.sharing": "writesae_lens.published.sharing",
     "writesae_lens.train": (
         "writesae_lens.saelens.runner",

@@ -136,7 +136,7 @@ def _typer_type(annotation: Any) -> tuple[Any, dict[str, Any]]:
     arguments = get_args(annotation)
     if get_origin(annotation) in (tuple, Sequence):
         if get_origin(arguments[0]) is Literal:  # typer has no such lists: the experiment refuses
-            return list[str], {"metavar": "|".join(get_args(arguments[0]))}
+            return list[str], {"metavar": "|".join(map(str, get_args(arguments[0])))}
         element, how = _typer_type(arguments[0])
         return list[element], how
     if get_origin(annotation) in (Union, types.UnionType):

@@ -86,6 +86,8 @@ def run_training(
         raise WriteSAEError("nothing to train on: give --cells or --hook_name")
     if cells is not None and "--hook_name" in given:
         raise WriteSAEError("--cells and --hook_name both say what to train on: give one of them")
+    if "--model_name" not in given and "--help" not in given:
+        raise WriteSAEError("no model to train on: give --model_name")
     cfg = _parse(arguments, given)
     if cfg.model_class_name != MODEL_CLASS_NAME:
         raise WriteSAEError(

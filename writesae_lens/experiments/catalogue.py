@@ -78,6 +78,8 @@ class Experiment:
         }
 
 
+# Options that the command line gives every experiment.
+_COMMAND_OPTIONS = {"cell", "text", "out", "max_passages", "device"}
 EXPERIMENTS: dict[str, Experiment] = {}
 """Every declared experiment by name, in the order of the paper."""
 
@@ -89,7 +91,7 @@ def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
     (`writesae_lens.experiments.options`).
 
     Raises:
-        WriteSAEError: there is another experiment of that name.
+        WriteSAEError: there is another experiment of that name, or the function lacks what all have.
     """
 
     def declare(function: _F) -> _F:
@@ -107,6 +109,7 @@ def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
                 check(annotation, **{argument: given.arguments[argument]})
             return function(*given.args, **given.kwargs)
 
+        _check_declaration(name, signature, own, declaration)
         if name in EXPERIMENTS:
             raise WriteSAEError(
                 f"there is an experiment {name!r} already: declare this one under another name"
@@ -117,6 +120,28 @@ def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
         return checked  # type: ignore[return-value]
 
     return declare
+
+
+def _check_declaration(
+    name: str, signature: inspect.Signature, own: Mapping[str, Option], declaration: Mapping[str, Any]
+) -> None:
+    """Refuse a declaration that the command line, the report or a run would fail on later."""
+    arguments = signature.parameters
+    lacks = [n for n in ("model", "seed", "progress_folder", "verbose") if n not in arguments]
+    if lacks or not {"sae", "saes", "sae_or_cell"} & set(arguments):
+        what = ", ".join(lacks) or "sae, saes or sae_or_cell"
+        raise WriteSAEError(f"the experiment {name!r} lacks an argument that every experiment has: {what}")
+    if taken := _COMMAND_OPTIONS & set(own):
+        raise WriteSAEError(
+            f"the experiment {name!r} has an argument {min(taken)!r}, which is an option of every command: "
+            "give it another name"
+        )
+    if not all(isinstance(declaration.get(text), str) for text in ("question", "row")):
+        raise WriteSAEError(f"the experiment {name!r} lacks question or row: give both as texts")
+    for option in own:
+        default = arguments[option].default
+        if default is not inspect.Parameter.empty:
+            check(arguments[option].annotation, **{option: default})
 
 
 def figure(name: str, stem: str | None = None) -> Callable[[_F], _F]:

@@ -131,8 +131,9 @@ def _check(name: str, value: Any, annotation: Any) -> None:
         if not (value is None and types.NoneType in arguments):
             _check(name, value, _alternative(value, [a for a in arguments if a is not types.NoneType]))
     elif origin is Literal:
-        if value not in arguments:
-            raise WriteSAEError(f"{name}={value!r} is unknown: choose {' or '.join(arguments)}")
+        if not any(type(value) is type(choice) and value == choice for choice in arguments):
+            choices = " or ".join(map(str, arguments))
+            raise WriteSAEError(f"{name}={shown(value)} is unknown: choose {choices}")
     elif origin in (tuple, Sequence):
         _check_each(name, value, arguments[0])
     elif origin is Annotated:

@@ -69,7 +69,7 @@ class Run:
             cell.architecture,
             model.mixers[cell.layer].erases,
             hooks[0] if len(hooks) == 1 else hooks,
-            [fingerprint(*sae.state_dict().values()) for sae in saes],
+            [fingerprint_sae(sae) for sae in saes],
         )
         measured_on: dict[str, Any] = dict(zip(MEASURED_ON, values, strict=True))
         self.settings = measured_on | options
@@ -121,6 +121,17 @@ def fingerprint_run(
     ]
     as_bytes = torch.frombuffer(bytearray(json.dumps(options, default=str).encode()), dtype=torch.uint8)
     return fingerprint(passages, logits, as_bytes)
+
+
+def fingerprint_sae(sae: SAE[Any]) -> str:
+    """A short hash of an SAE's weights, by which results are told apart.
+
+    A tied encoder's gain of 1 does not count: files from before it was kept have none.
+    """
+    weights = sae.state_dict()
+    if "enc_gain" in weights and bool((weights["enc_gain"] == 1).all()):
+        del weights["enc_gain"]
+    return fingerprint(*weights.values())
 
 
 def fingerprint(*tensors: Tensor) -> str:

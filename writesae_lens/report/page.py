@@ -19,7 +19,7 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, find_experiment
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult, Progress, write_whole
-from writesae_lens.experiments.run import fingerprint
+from writesae_lens.experiments.run import fingerprint_sae
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.report import sections
 from writesae_lens.report.atoms import profiles
@@ -118,7 +118,7 @@ def _check_fits(result: ExperimentResult, model: HookedRecurrent, sae: SAE[Any])
     n_atoms = sae.cfg.d_sae
     largest = result.records["atom"].to_numpy().max() if "atom" in result.records else 0
     wrong_size = int(largest) >= n_atoms or (result.name == "partition" and len(result.records) != n_atoms)
-    if wrong_size or (fingerprints and fingerprint(*sae.state_dict().values()) not in fingerprints):
+    if wrong_size or (fingerprints and fingerprint_sae(sae) not in fingerprints):
         raise WriteSAEError(f"the {result.name} result is of another SAE on {hook} than this one")
 
 

@@ -144,6 +144,7 @@ CASES = [
     ((*TRAIN, "--dataset_path", "EMPTY"), "EMPTY doesn't contain any data files"),
     ((*TRAIN, "--dataset_path", "no/where"), "no/where"),
     ((*TRAIN, "--dataset_path", "FEW_ROWS"), "Dataset may be too small"),
+    (("train", "--cells", "1:*"), "no model to train on: give --model_name"),
     ((*TRAIN, "--train_batch_size_tokens", "100000"), "is the text shorter than one batch of writes?"),
     ((*TRAIN, "--resume_from_checkpoint", "no/where"), "no/where is no checkpoint: give the folder"),
 ]  # fmt: skip

@@ -10,9 +10,12 @@ import pytest
 from torch import Tensor
 
 from tests.writesae_lens.experiments.contract import CHECKS, Subject
+from tests.writesae_lens.experiments.truth import make_sae
 from writesae_lens import WriteSAEError, experiments
 from writesae_lens.experiments import EXPERIMENTS, Experiment
-from writesae_lens.experiments.catalogue import find_experiment
+from writesae_lens.experiments.catalogue import experiment, find_experiment
+from writesae_lens.experiments.options import Count
+from writesae_lens.experiments.run import fingerprint, fingerprint_sae
 
 
 @pytest.mark.usefixtures("without_type_checks", "few_resamples")
@@ -42,3 +45,36 @@ def test_former_names_are_found_and_unknown_ones_refused() -> None:
         assert find_experiment(former).name == name
     with pytest.raises(WriteSAEError, match="no experiment is called 'x': there are replace"):
         find_experiment("x")
+
+
+def misdeclared(name="mistaken", second="sae", option="n: Count = 1", **declaration):
+    """Declare an experiment whose arguments are the second one, an option and those of every experiment."""
+    arguments = f"model, {second}, tokens, {option}, seed=0, progress_folder=None, verbose=True"
+    scope: dict = {"Count": Count}
+    exec(f"def function({arguments}): pass", scope)
+    experiment(name, **({"question": "Why?", "row": "a row"} | declaration))(scope["function"])
+
+
+@pytest.mark.parametrize(
+    ("declaration", "message"),
+    [
+        ({"name": "replace"}, "there is an experiment 'replace' already"),
+        ({"second": "thing"}, "lacks an argument that every experiment has: sae, saes or sae_or_cell"),
+        ({"option": "out='x'"}, "has an argument 'out', which is an option of every command"),
+        ({"option": "m: Count = 0"}, "m=0 makes no sense: give 1 or more"),
+        ({"question": None}, "lacks question or row"),
+    ],
+)
+def test_a_wrong_declaration_is_refused_at_once(declaration, message):
+    with pytest.raises(WriteSAEError, match=message):
+        misdeclared(**declaration)
+    assert "mistaken" not in EXPERIMENTS
+
+
+def test_a_tied_encoders_gain_of_1_does_not_tell_saes_apart(gdn):
+    """Files from before the gain was kept have none, and their saved results bear the hash without it."""
+    sae = make_sae(gdn, encoder="tied")
+    weights = {name: x for name, x in sae.state_dict().items() if name != "enc_gain"}
+    assert fingerprint_sae(sae) == fingerprint(*weights.values())
+    sae.enc_gain.fill_(0.5)
+    assert fingerprint_sae(sae) != fingerprint(*weights.values())

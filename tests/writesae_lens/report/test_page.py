@@ -169,6 +169,7 @@ def test_the_page_of_an_atom(tab, data, results):
     records = results["contexts"].records
     mine = records[records.atom == int(first)].sort_values("rank")
     lines = tab.locator("#contexts .context")
+    lines.first.wait_for()
     assert lines.count() == len(mine)
     assert tab.locator("#contexts mark").all_text_contents() == [
         text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "") for text in mine.text
