@@ -25,6 +25,7 @@ from writesae_lens.experiments.firings import (
     check_any_fires,
     find_firings,
     native_cosines,
+    native_of,
 )
 from writesae_lens.experiments.options import Count, Natural, Seed, as_list
 from writesae_lens.experiments.passages import find_passages
@@ -157,7 +158,7 @@ def _test(
 ) -> pd.DataFrame:
     firings = {name: f.subset(kept) for name, f in every.items()}
     first = next(iter(firings.values()))
-    native, conditions, about = swaps.native(first), {}, {}
+    native, conditions, about = native_of(first), {}, {}
     nothing = torch.full_like(first.atom, NO_ATOM), torch.full_like(first.coefficient, float("nan"))
     for name, sae in saes.items():
         f = firings[name]

@@ -25,6 +25,7 @@ from writesae_lens.experiments.firings import (
     atom_factors,
     check_atom,
     choose_atom,
+    native_of,
 )
 from writesae_lens.experiments.options import Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages, token_id
@@ -192,7 +193,7 @@ def _fall(
 
 def _erased(sae: SAE[Any], cell: Cell, firings: Firings, dose: float) -> swaps.Factors:
     atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
-    return swaps.summed(swaps.native(firings), swaps.scaled(atoms, -dose * firings.coefficient))
+    return swaps.summed(native_of(firings), swaps.scaled(atoms, -dose * firings.coefficient))
 
 
 @torch.no_grad()
@@ -212,7 +213,7 @@ def _erase(
         other = swaps.random_like("gaussian", sae, firings, torch.arange(len(firings.atom)), cell, rng)
         other = swaps.with_norm(other, firings.coefficient * atoms.norm())
         ones = torch.ones_like(firings.coefficient)
-        written = [swaps.summed(swaps.native(firings), swaps.scaled(other, -d * ones)) for d in doses]
+        written = [swaps.summed(native_of(firings), swaps.scaled(other, -d * ones)) for d in doses]
     else:
         written = [_erased(sae, cell, firings, dose) for dose in doses]
     changes, kls = [], []

@@ -33,6 +33,11 @@ class Firings(NamedTuple):
         return Firings(*(x[index] for x in self))
 
 
+def native_of(firings: Firings) -> Factors:
+    """The native writes of firings, as factors of rank 1."""
+    return Factors(firings.write_key[:, None].float(), firings.write_value[:, None].float())
+
+
 class Activity(NamedTuple):
     """Coefficients of all atoms at every position of one passage, and the native writes."""
 
@@ -162,5 +167,5 @@ def atom_factors(sae: SAE[Any], atoms: Int[Tensor, " atom"], d_k: int, d_v: int)
 
 def native_cosines(firings: Firings, atoms: Factors) -> Float[Tensor, " firing"]:
     """Signed cosine between each firing's native write and its own atom, as matrices (0: either is zero)."""
-    native = Factors(firings.write_key[:, None].float(), firings.write_value[:, None].float())
-    return inner(native, atoms) / (native.norm().clamp(min=1e-30) * atoms.norm().clamp(min=1e-30))
+    writes = native_of(firings)
+    return inner(writes, atoms) / (writes.norm().clamp(min=1e-30) * atoms.norm().clamp(min=1e-30))

@@ -15,11 +15,10 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
 from writesae_lens.experiments.options import Count, Natural, Positive, Seed
-from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passages import check_horizon, find_passages
 from writesae_lens.experiments.passes import LOGITS_PER_PASS, cache_of, unembedding_directions
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
@@ -87,11 +86,7 @@ def logit_formula_test(
         WriteSAEError: SAE and cell do not fit, the text or a passage is too short, or no atom fires.
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    if passages.shape[1] <= max_horizon:
-        raise WriteSAEError(
-            f"passages of {passages.shape[1]} tokens have no room for a horizon of {max_horizon}: give "
-            "longer ones, or a smaller max_horizon"
-        )
+    check_horizon(passages, max_horizon)
     n_tokens = min(n_tokens, model.cfg.d_vocab)
     found = [activity(model, sae, site, passage) for passage in passages]
     rng = torch.Generator().manual_seed(seed)

@@ -97,6 +97,19 @@ def find_passages(
     return as_passages(model, tokens, context_size, bool(metadata and metadata.prepend_bos))
 
 
+def check_horizon(passages: Int[Tensor, "passage pos"], max_horizon: int) -> None:
+    """Refuse passages in which no position has ``max_horizon`` tokens after it.
+
+    Raises:
+        WriteSAEError: the passages are too short.
+    """
+    if passages.shape[1] <= max_horizon:
+        raise WriteSAEError(
+            f"passages of {passages.shape[1]} tokens have no room for a horizon of {max_horizon}: give "
+            "longer ones, or a smaller max_horizon"
+        )
+
+
 def token_id(model: HookedRecurrent, token: int | str) -> int:
     """The id of a token that is given as an id, or as the text of exactly one token.
 

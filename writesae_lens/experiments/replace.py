@@ -25,6 +25,7 @@ from writesae_lens.experiments.firings import (
     check_any_fires,
     find_firings,
     native_cosines,
+    native_of,
 )
 from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
@@ -160,7 +161,7 @@ def _test_passage(
     rng: torch.Generator,
 ) -> pd.DataFrame:
     firings = every.subset(kept)
-    atoms, native = atom_factors(sae, firings.atom, cell.d_k, cell.d_v), swaps.native(firings)
+    atoms, native = atom_factors(sae, firings.atom, cell.d_k, cell.d_v), native_of(firings)
     norm = atoms.norm().clamp(min=1e-30)
     size = firings.coefficient if scale == "coefficient" else native.norm() / norm
     other = swaps.with_norm(swaps.random_like(random, sae, every, kept, cell, rng), size * norm)

@@ -18,7 +18,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.firings import Firings, activity, atom_factors, draw_atoms
+from writesae_lens.experiments.firings import Firings, activity, atom_factors, draw_atoms, native_of
 from writesae_lens.experiments.options import Bound, Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import native_writes
@@ -124,7 +124,7 @@ def _push(
     key, value = native_writes(model, cell, tokens)
     count, n = len(positions), len(atoms.key)
     at = positions.repeat_interleave(2 * n)
-    native = swaps.native(Firings(at, torch.zeros_like(at), torch.ones_like(at).float(), key[at], value[at]))
+    native = native_of(Firings(at, torch.zeros_like(at), torch.ones_like(at).float(), key[at], value[at]))
     both = swaps.one_after_another(atoms, others)
     both = Factors(both.key.repeat(count, 1, 1), both.value.repeat(count, 1, 1))
     added = swaps.with_norm(both, magnitude * native.norm())

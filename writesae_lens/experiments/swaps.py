@@ -21,11 +21,6 @@ Random = Literal["gaussian", "atom", "orthogonal", "native_marginals"]
 RANDOM: tuple[Random, ...] = get_args(Random)
 
 
-def native(firings: Firings) -> Factors:
-    """The native writes of firings, as factors of rank 1."""
-    return Factors(firings.write_key[:, None].float(), firings.write_value[:, None].float())
-
-
 def zeros_like(swap: Factors) -> Factors:
     """Zero matrices, as factors of rank 1."""
     return Factors(swap.key[:, :1] * 0, swap.value[:, :1] * 0)

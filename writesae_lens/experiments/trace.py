@@ -15,11 +15,10 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
 from writesae_lens.experiments.options import Count, Natural, Positive, Seed
-from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passages import check_horizon, find_passages
 from writesae_lens.experiments.passes import cache_of
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
@@ -81,11 +80,7 @@ def reader_trace(
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     cell, length = site.cell, passages.shape[1]
-    if length <= max_horizon:
-        raise WriteSAEError(
-            f"passages of {length} tokens have no room for a horizon of {max_horizon}: give longer ones, or "
-            "a smaller max_horizon"
-        )
+    check_horizon(passages, max_horizon)
     found = [activity(model, sae, site, p) for p in passages]
     chosen = draw_atoms(found, passages, n_atoms, torch.Generator().manual_seed(seed))
     atoms = leading_pairs(atom_factors(sae, chosen.to(passages.device), cell.d_k, cell.d_v))
