@@ -1,4 +1,4 @@
-"""Whether memory stays flat over a long training and many experiments: ``python -m tests.benchmarks.endurance``.
+"""Memory over a long training and many experiments: ``python -m tests.benchmarks.endurance``.
 
 Prints the resident memory of the process every so often, then its slope: MiB per 10 minutes of training, and
 MiB per 100 calls of the replacement test, each by least squares over all but the first fifth, where caches
