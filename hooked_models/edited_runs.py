@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from hooked_models.caches import repeated
 from hooked_models.edits import AddedWrites, SwappedWrites
 from hooked_models.errors import HookedModelError
+from hooked_models.unembedding import run_to_logits
 
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import Cell, HookedRecurrent
@@ -43,7 +44,8 @@ def run_with_swapped_writes(
     edit = SwappedWrites(model.mixers[cell.layer], cell.head, len(tokens), positions, keys, values, erase)
     differentiate = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
     with torch.set_grad_enabled(differentiate):
-        logits = model.forward(
+        logits = run_to_logits(
+            model,
             torch.cat([tokens, tokens[positions]])[None],
             edit=edit,
             use_cache=False,
@@ -76,7 +78,7 @@ def run_with_added_writes(
         past = {"use_cache": True, "past_key_values": repeated(past_key_values, len(positions))}
     edit = AddedWrites(mixer, cell.head, positions, keys, values, linear)
     with _dual_level() if linear else contextlib.nullcontext():
-        logits = model.forward(tokens.expand(len(positions), -1), edit=edit, **past)
+        logits = run_to_logits(model, tokens.expand(len(positions), -1), edit=edit, **past)
         if not linear:
             return logits
         change = forward_ad.unpack_dual(logits).tangent

@@ -15,6 +15,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
+from hooked_models.unembedding import run_to_logits
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
 from writesae_lens.experiments.options import Count, Natural, Positive, Seed
@@ -128,7 +129,9 @@ def _passage(
     """Predicted and measured shifts of one passage; atoms and epsilons by number."""
     past = cache_of(model, tokens[:position])
     coming, n_atoms = tokens[position:], len(atoms.key)
-    native = model(coming[None], past_key_values=repeated(past, 1), use_cache=past is not None)[0]
+    native = run_to_logits(
+        model, coming[None], past_key_values=repeated(past, 1), use_cache=past is not None
+    )[0]
     followed = native[0].topk(n_tokens).indices
     atom = torch.arange(n_atoms).repeat_interleave(len(sizes))
     size = sizes.repeat(n_atoms).to(atoms.key)
