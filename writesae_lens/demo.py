@@ -57,7 +57,7 @@ def run_demo(
         seed=seed,
     )
     sae = SAE.load_from_disk(folder)
-    passages = as_passages(model, "\n\n".join(zoo.shipped_text()[1]), sae.cfg.metadata.context_size)
+    passages = as_passages(model, zoo.text("test"), sae.cfg.metadata.context_size)
     passages = passages[:TEST_PASSAGES]
     result = replacement_test(model, sae, passages, seed=seed)
     result.save(out)

@@ -154,13 +154,11 @@ def find_cells(model: HookedRecurrent, model_name: str, paper: Paper) -> list[Ce
 def texts(model_name: str) -> tuple[list[str], str]:
     """Documents to train on, and text to test on."""
     if model_name in zoo.SHIPPED:
-        training, testing = zoo.shipped_text()
-    else:
-        stream = load_dataset(TEXT, split="train", streaming=True)
-        documents = [row["text"] for row in islice(stream, N_DOCUMENTS)]
-        cut = len(documents) * 4 // 5
-        training, testing = documents[:cut], documents[cut:]
-    return training, "\n\n".join(testing)
+        return zoo.documents("train"), zoo.text("test")
+    stream = load_dataset(TEXT, split="train", streaming=True)
+    documents = [row["text"] for row in islice(stream, N_DOCUMENTS)]
+    cut = len(documents) * 4 // 5
+    return documents[:cut], "\n\n".join(documents[cut:])
 
 
 def train(setup: Setup, with_flat: bool) -> Dictionaries:
