@@ -1,7 +1,7 @@
 """A pickle read as data: an interpreter of the opcodes that make tensors, numbers, text and containers.
 
 It works on `pickletools.genops`, imports nothing that a pickle names and calls nothing but the functions in
-`PickleMachine._call`. Its memory is bounded by the length of the pickle.
+`PickleMachine._call`. All that one file's pickles make may take `MOST_MEMORY`, by the costs below.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import io
 import math
 import pickletools
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +22,18 @@ from hooked_models.errors import HookedModelError
 
 LONGEST_PICKLE = 16 * 2**20
 """Bytes that a pickle may have. Without the numbers of tensors, real ones have some hundred KiB at most."""
+MOST_MEMORY = 64 * 2**20
+"""Bytes that the objects of one pickle may take. A tensor in a state dict takes about 3 KiB of them."""
 _MOST_AXES = 8
+# Bytes that an opcode's work may leave in memory, where that is more than a number or a place in a list: a
+# pickle of one-byte opcodes could otherwise grow a hundredfold. The values that follow an opcode come on top.
+_LEAST_COST = 48
+_COSTS = dict.fromkeys(("EMPTY_DICT", "DICT"), 224)
+_COSTS |= dict.fromkeys(("EMPTY_LIST", "EMPTY_SET", "MARK", "LIST", "FROZENSET"), 128)
+_COSTS |= dict.fromkeys(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "SETITEM"), 96)
+_COSTS |= dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"), 128)
+_COSTS |= dict.fromkeys(("GLOBAL", "STACK_GLOBAL"), 256)
+_COSTS |= dict.fromkeys(("REDUCE", "NEWOBJ", "NEWOBJ_EX", "BINPERSID"), 800)  # a tensor, a storage, an object
 _T = TypeVar("_T")
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -88,7 +100,7 @@ class PickleMachine:
         self.storage, self.objects = storage, objects
         self.storages: dict[str, Storage] = {}
         self._stand_ins: list[StandIn] = []
-        self._bytes_to_copy = LONGEST_PICKLE
+        self._memory_left = MOST_MEMORY
         self._stack: list[Any] = []
         self._outer_stacks: list[list[Any]] = []  # one for each open mark
 
@@ -97,13 +109,15 @@ class PickleMachine:
 
         Raises:
             WantsCode: the pickle calls a function or makes an object that is not allowed.
-            HookedModelError: it asks for more memory than it has bytes.
+            HookedModelError: it asks for more memory than `MOST_MEMORY`, or declares more numbers than there
+                are.
             ValueError: PyTorch does not write such a pickle. Damage raises other exceptions, too.
         """
         self._stack, self._outer_stacks = [], []
         memo: dict[int, Any] = {}
         for opcode, arg, _ in pickletools.genops(stream):
             name: str = opcode.name
+            self._spend(_COSTS.get(name, _LEAST_COST) + (0 if arg is None else sys.getsizeof(arg)))
             if name in _VALUES:
                 self._stack.append(arg)
             elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
@@ -211,7 +225,7 @@ class PickleMachine:
                 return b""
             case ("_codecs", "encode") if arguments[1] in ("latin1", "latin-1"):
                 text = _typed(arguments[0], str)
-                self._count_copy(len(text))
+                self._spend(len(text))
                 return text.encode("latin1")
             case ("copyreg" | "copy_reg", "_reconstructor"):
                 kind, _, value = arguments
@@ -245,17 +259,19 @@ class PickleMachine:
             attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
             if slots:
                 plain = _typed(attributes or {}, dict)
-                self._count_copy(len(_typed(slots, dict)) + len(plain))
+                self._spend(100 * (len(_typed(slots, dict)) + len(plain)))
                 attributes = {**plain, **slots}
             target.state = attributes
         elif not (type(target) is dict or isinstance(target, Global)):  # an OrderedDict's, a number type's
             raise ValueError("a state for an object that has none")
 
-    def _count_copy(self, size: int) -> None:
-        """Refuse to copy more than the longest pickle has bytes; PyTorch's pickles stay far below."""
-        self._bytes_to_copy -= size
-        if self._bytes_to_copy < 0:
-            raise HookedModelError("makes more of its pickle than is in it: not written by PyTorch")
+    def _spend(self, size: int) -> None:
+        """Refuse a pickle that makes more than `MOST_MEMORY`; those of checkpoints stay far below."""
+        self._memory_left -= size
+        if self._memory_left < 0:
+            raise HookedModelError(
+                f"makes objects of more than {MOST_MEMORY >> 20} MiB beside its tensors: not a checkpoint"
+            )
 
     def _stored(self, reference: Any) -> Any:
         """The storage (or the class) that a persistent id of PyTorch refers to."""
@@ -263,6 +279,10 @@ class PickleMachine:
             return reference[1]  # a class, with its source
         _, kind, key, _, count = reference[:5]
         named = isinstance(kind, Global) and kind.module in ("torch", "torch.cuda")
+        if named and kind.name.endswith("Storage") and kind.name not in _DTYPES:
+            raise HookedModelError(
+                f"holds numbers of a kind that no weights have, {kind}: save them as float32"
+            )
         if not named or kind.name not in _DTYPES or type(key) is not str or type(count) is not int:
             raise ValueError("numbers of an unknown kind")
         if count < 0 or (len(reference) > 5 and reference[5] is not None):

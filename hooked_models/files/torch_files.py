@@ -13,16 +13,20 @@ import mmap
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from hooked_models.errors import HookedModelError
 from hooked_models.files.pickle_machine import LONGEST_PICKLE, PickleMachine, Storage, WantsCode, short_count
 
 # Files that torch.save wrote before it wrote zip archives begin with this number, in a pickle of its own.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# Bytes of a zip archive's directory; Python's reader makes some 15 times as many of them.
+_LARGEST_DIRECTORY = 4 * 2**20
 
 
 def read(path: Path, objects: bool = False) -> Any:
@@ -39,7 +43,9 @@ def read(path: Path, objects: bool = False) -> Any:
         HookedModelError: the file is missing, empty, damaged, not PyTorch's, or wants code to be run.
     """
     if not path.is_file():
-        raise HookedModelError(f"{path} is {'a folder' if path.is_dir() else 'missing'}: expected a file")
+        # A pipe or a device would be read without end.
+        found = "a folder" if path.is_dir() else "no plain file" if path.exists() else "missing"
+        raise HookedModelError(f"{path} is {found}: expected a file")
     if not path.stat().st_size:
         raise HookedModelError(f"{path} is empty: fetch it again")
     try:
@@ -61,7 +67,33 @@ def read(path: Path, objects: bool = False) -> Any:
         raise HookedModelError(f"{path} is truncated or damaged, or no PyTorch file of tensors") from error
 
 
-def _read_zip(file: Any, mapped: mmap.mmap, objects: bool) -> Any:
+def check_total_size(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Refuse tensors of a file that together declare more bytes than the file has.
+
+    Tensors of a PyTorch file may share their numbers, so that a small file can name any number of large
+    tensors, each of which takes memory of its own once it is converted. One of them may have a second name,
+    as the embedding that a model also uses as its head.
+
+    Raises:
+        HookedModelError: the sum of the sizes is above the file's.
+    """
+    total, seen, twice = 0, set(), 0
+    for tensor in tensors:
+        place = (tensor.data_ptr(), tensor.nbytes)
+        total += tensor.nbytes
+        twice = max(twice, tensor.nbytes if place in seen else 0)
+        seen.add(place)
+    size = path.stat().st_size
+    if total - twice > size:
+        raise HookedModelError(
+            f"{path} has {size:,} bytes, but declares tensors of {total:,}, which share their numbers: save "
+            "each tensor's own numbers (tensor.clone())"
+        )
+
+
+def _read_zip(file: BinaryIO, mapped: mmap.mmap, objects: bool) -> Any:
+    if _directory_size(mapped) > _LARGEST_DIRECTORY:
+        raise HookedModelError(f"has a directory of more than {_LARGEST_DIRECTORY:,} bytes: not a checkpoint")
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
     if any(info.filename.rpartition("/")[2] == "constants.pkl" for info in infos):
@@ -88,6 +120,16 @@ def _read_zip(file: Any, mapped: mmap.mmap, objects: bool) -> Any:
     if f"{root}byteorder" in places and content(f"{root}byteorder") != b"little":
         raise HookedModelError("was written on a big-endian machine: load and save it there first")
     return PickleMachine(storage, objects).run(io.BytesIO(content(pickles[0])))
+
+
+def _directory_size(mapped: mmap.mmap) -> int:
+    """Bytes of the directory at the end of an archive, as the last record declares them."""
+    record, locator, larger = mapped[-22:], mapped[-42:-38], mapped[-98:-42]
+    if not (record.startswith(b"PK\x05\x06") and record.endswith(b"\0\0")):
+        raise ValueError("no record at the end, or a comment after it")
+    if locator == b"PK\x06\x07" and larger.startswith(b"PK\x06\x06"):  # the form for large files
+        return int.from_bytes(larger[40:48], "little")
+    return int.from_bytes(record[12:16], "little")
 
 
 def _entries(mapped: mmap.mmap, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
@@ -150,6 +192,7 @@ def _read_legacy(mapped: mmap.mmap, objects: bool) -> Any:
         position += 8 + values.nbytes
     if position > len(mapped):
         raise ValueError("truncated")
+    del sizes  # the content, once
     head.seek(begin)
     machine = PickleMachine(lambda dtype, key, count: _flat(mapped, places[key], dtype, count), objects)
     return machine.run(head)
@@ -164,6 +207,7 @@ def _flat(mapped: mmap.mmap, begin: int, dtype: torch.dtype, count: int) -> Stor
     if not count:
         return Storage(torch.empty(0, dtype=dtype))
     if begin % dtype.itemsize:
-        aligned = bytearray(mapped[begin : begin + count * dtype.itemsize])
+        with memoryview(mapped) as whole, whole[begin : begin + count * dtype.itemsize] as part:
+            aligned = bytearray(part)
         return Storage(torch.frombuffer(aligned, dtype=dtype, count=count))
     return Storage(torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin))

@@ -880,7 +880,7 @@ def test_memory_and_time_are_bounded(measure, what):
     path, found = measure(content, True)
     assert "died" not in found, "it took more than 6 seconds, or crashed"
     assert found["wanting"] is False, "it asked for more than 2 GiB, or raised something else"
-    assert found["bytes"] < 100e6 + 100 * len(content)
+    assert found["bytes"] < 200e6 + 4 * len(content)
     message = found["error"]
     assert message or what not in REFUSED
     if message:
