@@ -22,8 +22,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.options import Option, check, options_of
+from writesae_lens.experiments.origin import ORIGIN
+from writesae_lens.locks import locked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +111,9 @@ def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
             given.apply_defaults()
             for argument, annotation in annotations.items():
                 check(annotation, **{argument: given.arguments[argument]})
-            return function(*given.args, **given.kwargs)
+            # Several differentiate, whatever the caller has switched off.
+            with torch.inference_mode(False), torch.enable_grad(), locked(given.arguments["progress_folder"]):
+                return function(*given.args, **given.kwargs)
 
         _check_declaration(name, signature, own, declaration)
         if name in EXPERIMENTS:
@@ -134,6 +140,11 @@ def _check_declaration(
     if taken := _COMMAND_OPTIONS & set(own):
         raise WriteSAEError(
             f"the experiment {name!r} has an argument {min(taken)!r}, which is an option of every command: "
+            "give it another name"
+        )
+    if taken := set(ORIGIN) & set(own):
+        raise WriteSAEError(
+            f"the experiment {name!r} has an argument {min(taken)!r}, which is an entry of every result: "
             "give it another name"
         )
     if not all(isinstance(declaration.get(text), str) for text in ("question", "row")):

@@ -15,6 +15,7 @@ from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment, figure
 from writesae_lens.experiments.options import Count, Seed
+from writesae_lens.experiments.origin import call_of, with_warnings
 from writesae_lens.experiments.partition import CLASS_COLORS, class_names
 from writesae_lens.experiments.replace import replacement_test
 from writesae_lens.experiments.result import ExperimentResult
@@ -72,6 +73,7 @@ def population_test(
     Raises:
         WriteSAEError: as `replacement_test`, or no atom has ``min_firings`` tested firings.
     """
+    given = dict(locals())
     if max_firings_per_atom is not None and min_firings > max_firings_per_atom:
         raise WriteSAEError(
             f"min_firings={min_firings} is above max_firings_per_atom={max_firings_per_atom}, so no atom "
@@ -110,7 +112,8 @@ def population_test(
     }
     interval = statistics.between(summary["mean_win_rate_ci"], ".1%")
     headline = f"mean win rate {summary['mean_win_rate']:.1%}{interval}, {len(records)} atoms"
-    summary = {"headline": headline, **summary}
+    summary["call"] = call_of(model, [summary["hook_name"]], summary["text"], population_test, given)
+    summary = {"headline": with_warnings(headline, summary["warnings"]), **summary}
     return ExperimentResult("population", records, summary)
 
 

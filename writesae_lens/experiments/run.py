@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -19,10 +18,20 @@ from tqdm.auto import tqdm
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.experiments.catalogue import EXPERIMENTS
+from writesae_lens.experiments.origin import (
+    ORIGIN,
+    fingerprint,
+    fingerprint_sae,
+    now,
+    origin_of,
+    with_warnings,
+)
+from writesae_lens.experiments.passages import Passages
 from writesae_lens.experiments.result import ExperimentResult, Progress
 
-MEASURED_ON = ("experiment", "model", "architecture", "erases", "hook_name", "sae_fingerprints")
-"""Entries of every result's summary that name what it was measured on."""
+_SUBJECT = ("experiment", "model", "architecture", "erases", "hook_name", "sae_fingerprints")
+MEASURED_ON = (*_SUBJECT, *ORIGIN)
+"""Entries of every result's summary that say what it was measured on, by which call, and when."""
 
 
 class Run:
@@ -42,7 +51,11 @@ class Run:
         **settings: whatever else to record, or to record under an option's name in place of its value.
 
     Raises:
-        WriteSAEError: the folder ``progress_folder`` holds parts made with other settings.
+        WriteSAEError: the folder ``progress_folder`` holds parts made with other settings, or the SAEs are
+            of different models.
+
+    Warns:
+        ResultWarning: of what speaks against the figures, such as a model in half precision.
     """
 
     def __init__(
@@ -71,7 +84,9 @@ class Run:
             hooks[0] if len(hooks) == 1 else hooks,
             [fingerprint_sae(sae) for sae in saes],
         )
-        measured_on: dict[str, Any] = dict(zip(MEASURED_ON, values, strict=True))
+        measured_on: dict[str, Any] = dict(zip(_SUBJECT, values, strict=True))
+        read = tokens if isinstance(tokens, Passages) else Passages.of(tokens)
+        self._origin = origin_of(model, saes, hooks, read, EXPERIMENTS[name].function, arguments)
         self.settings = measured_on | options
         folder = arguments["progress_folder"]
         inputs = None if folder is None else fingerprint_run(model, saes, tokens)
@@ -90,8 +105,12 @@ class Run:
         return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
 
     def result(self, records: pd.DataFrame, summary: dict[str, Any], headline: str) -> ExperimentResult:
-        """The result, with the settings in its summary."""
-        return ExperimentResult(self.name, records, {"headline": headline, **summary, **self.settings})
+        """The result, with the settings and what it was measured on in its summary."""
+        about = self._origin | {"date": now()}
+        headline = with_warnings(headline, about["warnings"])
+        return ExperimentResult(
+            self.name, records, {"headline": headline, **summary, **self.settings, **about}
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -121,24 +140,3 @@ def fingerprint_run(
     ]
     as_bytes = torch.frombuffer(bytearray(json.dumps(options, default=str).encode()), dtype=torch.uint8)
     return fingerprint(passages, logits, as_bytes)
-
-
-def fingerprint_sae(sae: SAE[Any]) -> str:
-    """A short hash of an SAE's weights, by which results are told apart.
-
-    A tied encoder's gain of 1 does not count: files from before it was kept have none.
-    """
-    weights = sae.state_dict()
-    if "enc_gain" in weights and bool((weights["enc_gain"] == 1).all()):
-        del weights["enc_gain"]
-    return fingerprint(*weights.values())
-
-
-def fingerprint(*tensors: Tensor) -> str:
-    """A short hash of the contents of tensors."""
-    digest = hashlib.sha256()
-    for x in tensors:
-        x = x.detach().cpu().contiguous()
-        digest.update(str((x.dtype, tuple(x.shape))).encode())
-        digest.update(x.view(torch.uint8).numpy().tobytes() if x.numel() else b"")
-    return digest.hexdigest()[:16]

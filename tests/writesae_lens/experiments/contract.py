@@ -6,11 +6,14 @@ on an experiment that it declares itself.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from unittest import mock
@@ -21,11 +24,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hooked_models import HookedModelError
+from hooked_models import HookedModelError, HookedRecurrent
 from tests.writesae_lens.experiments.truth import HEAD, dominant_atoms, make_sae, silenced
 from writesae_lens import WriteSAEError
-from writesae_lens.experiments import Experiment, ExperimentResult
+from writesae_lens.experiments import Experiment, ExperimentResult, as_passages
 from writesae_lens.experiments.options import Bound, Option
+from writesae_lens.experiments.origin import ORIGIN, ResultWarning
 from writesae_lens.experiments.result import Progress
 
 # Options that make a run short, for the experiments that have them.
@@ -83,6 +87,11 @@ class Subject(NamedTuple):
             return self.experiment.function(model, sae, tokens, **self.short | {"verbose": False} | options)
 
 
+@functools.cache
+def half_model() -> Any:
+    return HookedRecurrent.boot_transformers("tiny-gdn", device="cpu", dtype=torch.bfloat16)
+
+
 def head_of(sae: Any) -> int:
     """The head that an SAE names, or that of these tests."""
     name = getattr(getattr(getattr(sae, "cfg", None), "metadata", None), "hook_name", None)
@@ -93,9 +102,16 @@ def strict_json(folder: Path) -> Any:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 
-def same(one: ExperimentResult, other: ExperimentResult) -> None:
+# Entries of a summary that say how the same tokens were given.
+HOW_GIVEN = ("text", "text_range", "whole_text_hash", "call")
+
+
+def same(one: ExperimentResult, other: ExperimentResult, but: Sequence[str] = ()) -> None:
+    """Two results are equal but for the date, and for further entries of the summary."""
     pd.testing.assert_frame_equal(one.records, other.records, rtol=1e-12)
-    assert json.loads(json.dumps(one.summary)) == json.loads(json.dumps(other.summary))
+    summaries = [json.loads(json.dumps(result.summary)) for result in (one, other)]
+    first, second = ({k: v for k, v in s.items() if k not in ("date", *but)} for s in summaries)
+    assert first == second
 
 
 def outcome(subject: Subject, **options: Any) -> ExperimentResult | str:
@@ -146,9 +162,46 @@ def check_result(subject: Subject) -> None:
     assert isinstance(back.plot(), Figure)
 
 
+def check_origin(subject: Subject) -> None:
+    """A result says which text, model and version it is of, by which call, and when; other ones differ."""
+    summary, read = subject.whole.summary, subject.tokens
+    assert set(ORIGIN) <= set(summary)
+    assert (summary["text"], summary["text_range"], summary["whole_text_hash"]) == ("tokens", None, None)
+    assert (summary["text_tokens"], summary["dtype"]) == (read.numel(), "float32")
+    assert (summary["version"], summary["warnings"]) == (version("writesae-lens"), [])
+    assert summary["call"].startswith(f"{subject.experiment.function.__name__}(model='tiny-gdn', ")
+    assert "seed=0" in summary["call"]
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(summary["date"])
+    assert timedelta(0) <= age < timedelta(hours=1)
+    text = subject.model.tokenizer.decode(read.flatten().tolist())
+    passages = as_passages(subject.model, text, 13, name="my.txt")[1:]
+    weight = subject.model.original_model.get_output_embeddings().weight.data
+    weight[-1, -1] += 1
+    try:
+        other = subject.run(tokens=passages)
+    finally:
+        weight[-1, -1] -= 1
+    assert (other.summary["text"], other.summary["text_range"]) == ("my.txt", [13, 13 * (len(passages) + 1)])
+    for entry in ("text_hash", "whole_text_hash", "model_fingerprint"):
+        assert other.summary[entry] != summary[entry]
+    assert "'my.txt'" in other.summary["call"]
+
+
+def check_half_precision(subject: Subject) -> None:
+    """On a model in half precision the headline, the summary and a warning say so."""
+    half = half_model()
+    with pytest.warns(ResultWarning, match="the model is in bfloat16"):
+        result = subject.run(make_sae(half), model=half)
+    (warning,) = result.summary["warnings"]
+    assert "bfloat16" in warning
+    assert result.headline.endswith(f"[{warning}]")
+    assert result.summary["dtype"] == "bfloat16"
+
+
 def check_seed(subject: Subject) -> None:
-    """One seed gives one result."""
-    same(subject.run(), subject.whole)
+    """One seed gives one result, also where the caller has switched gradients off."""
+    with torch.no_grad():
+        same(subject.run(), subject.whole)
 
 
 def check_resume(subject: Subject) -> None:
@@ -219,9 +272,9 @@ def check_text_is_cut(subject: Subject) -> None:
     expected = subject.run(tokens=torch.cat([bos, cut], dim=1))
     sae = make_sae(subject.model)
     sae.cfg.metadata.prepend_bos, sae.cfg.metadata.context_size = True, 20
-    same(subject.run(sae, tokens=text), expected)
+    same(subject.run(sae, tokens=text), expected, HOW_GIVEN)
     sae.cfg.metadata.context_size = 10
-    same(subject.run(sae, tokens=text, context_size=20), expected)
+    same(subject.run(sae, tokens=text, context_size=20), expected, HOW_GIVEN)
     (subject.folder / "text").write_text("text")
     for given, message in (
         ({"context_size": 10}, "context_size cuts text; these tokens are cut"),
