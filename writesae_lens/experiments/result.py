@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
-import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from hooked_models.errors import one_line
+from hooked_models.files.whole_files import replacing, write_whole
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, find_experiment
+from writesae_lens.locks import LOCK, locked
 
 RECORDS, SUMMARY, SETTINGS = "records.csv", "summary.json", "settings.json"
 
@@ -62,16 +65,19 @@ class ExperimentResult:
     def save(self, folder: str | Path) -> Path:
         """Write records.csv, summary.json and a PNG per figure; returns the folder.
 
-        Each file is written beside its place and then renamed, so that no half-written file stays.
+        The files take their places together, so `load` never meets some of this result and some of another.
+
+        Raises:
+            WriteSAEError: another run is writing to the folder.
+            OSError: of the disk; if it is full, an earlier result stays.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_table(folder / RECORDS, self.records)
         text = json.dumps(self.summary, indent=2, allow_nan=False, default=np.generic.item)
-        write_whole(folder / SUMMARY, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-        for stem, draw in self.figures.items():
-            figure = draw(self)
-            write_whole(folder / f"{stem}.png", lambda path, f=figure: f.savefig(path, format="png", dpi=150))
+        with locked(folder), replacing(folder, (SUMMARY,), _pictures_in(folder)) as beside:
+            write_table(beside / RECORDS, self.records)
+            (beside / SUMMARY).write_text(text + "\n", encoding="utf-8")
+            for stem, draw in self.figures.items():
+                draw(self).savefig(beside / f"{stem}.png", format="png", dpi=150)
         return folder
 
     @classmethod
@@ -79,7 +85,8 @@ class ExperimentResult:
         """Read back what `save` wrote; an experiment's former name becomes its present one.
 
         Raises:
-            WriteSAEError: the folder holds no result, a damaged one, or one of an unknown experiment.
+            WriteSAEError: the folder holds no result, a damaged one, or one of an unknown experiment; or
+                another result took its place meanwhile.
         """
         folder = Path(folder)
         missing = [name for name in (RECORDS, SUMMARY) if not (folder / name).is_file()]
@@ -89,45 +96,76 @@ class ExperimentResult:
                 "the folder that `save` wrote, or a command's --out"
             )
         try:
-            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+            text = (folder / SUMMARY).read_text(encoding="utf-8")
+            summary = json.loads(text)
             records, name = read_table(folder / RECORDS), find_experiment(summary["experiment"]).name
-        except (ValueError, KeyError, TypeError) as error:
+            if (folder / SUMMARY).read_text(encoding="utf-8") != text:
+                raise WriteSAEError("another result took its place meanwhile: read it again")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise WriteSAEError(f"the result in {folder} does not read: {one_line(error)}") from error
         return cls(name, records, summary | {"experiment": name})
 
 
+def _pictures_in(folder: Path) -> list[Path]:
+    """Where the result that a folder holds, if it does, has its figures."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        experiment = find_experiment(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["experiment"])
+        return [folder / f"{stem}.png" for stem in experiment.figures]
+    return []
+
+
 # Columns that are text even where every entry is a number.
 _TEXTS = ("text", "text_before", "text_after", "name", "condition")
+# A cell that a spreadsheet takes for a formula, after any number of apostrophes that `write_table` adds.
+_FORMULA = re.compile(r"'*(?:\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])")
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a table that `write_table` wrote: floats are exact, and only empty cells are missing values."""
-    return pd.read_csv(
-        path,
+def read_table(table: Path | IO[bytes]) -> pd.DataFrame:
+    """Read a table that `write_table` wrote: floats are exact, texts are as they were, and only empty cells
+    are missing values.
+    """
+    frame = pd.read_csv(
+        table,
         float_precision="round_trip",
         keep_default_na=False,
         na_values=[""],
         dtype=dict.fromkeys(_TEXTS, str),
     )
+    return _map_texts(frame, lambda x: x[1:] if x.startswith("'") and _FORMULA.match(x, 1) else x)
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    """Write a CSV with all texts in quotes, for they may hold line breaks of any kind."""
-    write_whole(path, lambda beside: frame.to_csv(beside, index=False, quoting=csv.QUOTE_NONNUMERIC))
+    """Write a CSV with all texts in quotes, for they may hold line breaks of any kind.
+
+    A text that a spreadsheet would take for a formula (it starts with =, +, -, @, a tab or a line break,
+    after spaces too) gets an apostrophe before it, which `read_table` takes away; numbers stay as they are.
+    """
+    write_whole(path, lambda beside: beside.write_bytes(_as_csv(frame)))
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a file beside ``path``, then rename it, so that no half-written file is left."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except OSError as error:
-        if error.filename is None:  # the error of a full disk does not name the file
-            error.filename = str(path)
-        raise
-    finally:
-        beside.unlink(missing_ok=True)
+def _as_csv(frame: pd.DataFrame) -> bytes:
+    escaped = _map_texts(frame, lambda x: f"'{x}" if _FORMULA.match(x) else x)
+    text = escaped.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    return text.encode("utf-8")
+
+
+def _map_texts(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    """The table with texts changed, in the columns' names too; columns without any change stay the same."""
+    changed = frame.rename(columns=lambda x: change(x) if isinstance(x, str) else x)
+    for number, kind in enumerate(frame.dtypes):
+        if pd.api.types.is_numeric_dtype(kind):
+            continue
+        column = frame.iloc[:, number]
+        values = [change(x) if isinstance(x, str) else x for x in column]
+        if any(new is not old for new, old in zip(values, column)):
+            own = object if isinstance(kind, pd.CategoricalDtype) else kind
+            changed.isetitem(number, pd.Series(values, index=frame.index, dtype=own))
+    return changed
+
+
+_PART = re.compile(r"part_\d{6,}\.csv")
+_OLD_PART = re.compile(rf"({re.escape(SETTINGS)}|{_PART.pattern})\.part")  # as earlier versions named them
+_PARTS_END = re.compile(rb"# (\d+) rows\n\Z")
 
 
 class Progress:
@@ -138,28 +176,36 @@ class Progress:
         settings: the settings that the parts depend on.
 
     Raises:
-        WriteSAEError: the folder holds parts made with other settings, or files that are not an experiment's.
+        WriteSAEError: the folder holds parts made with other settings, or files that are not an experiment's,
+            or another run is writing to it.
     """
 
     def __init__(self, folder: str | Path | None, settings: dict[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / SETTINGS).exists() and any(self.folder.iterdir()):
+        with locked(self.folder):
+            self._begin(self.folder, json.dumps(settings, indent=2, sort_keys=True, default=np.generic.item))
+
+    def _begin(self, folder: Path, text: str) -> None:
+        """Note the settings in a new folder, or check those that it has; remove what is not whole."""
+        path = folder / SETTINGS
+        names = {entry.name for entry in folder.iterdir()} - {LOCK}
+        leftovers = {name for name in names if _OLD_PART.fullmatch(name)}
+        whole = _is_json(path)
+        if not whole and path.exists():  # an earlier version lost power: nothing says what its parts are of
+            leftovers |= {name for name in names if name == SETTINGS or _PART.fullmatch(name)}
+        if not whole and names - leftovers:
+            raise WriteSAEError(f"{folder} is not empty, and holds no progress of a run: give another folder")
+        if whole and path.read_text(encoding="utf-8") != text:
             raise WriteSAEError(
-                f"{self.folder} is not empty, and holds no progress of a run: give another folder"
-            )
-        path, text = (
-            self.folder / SETTINGS,
-            json.dumps(settings, indent=2, sort_keys=True, default=np.generic.item),
-        )
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise WriteSAEError(
-                f"{self.folder} holds the progress of a run with other settings (see {SETTINGS}): "
+                f"{folder} holds the progress of a run with other settings (see {SETTINGS}): "
                 "resume with the same ones, remove the folder, or give another"
             )
-        write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
+        for name in leftovers:
+            (folder / name).unlink()
+        if not whole:
+            write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
     @staticmethod
     def clear(folder: Path) -> None:
@@ -170,14 +216,32 @@ class Progress:
             folder.rmdir()
 
     def part(self, number: int, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """The part from the folder if it is there, else computed and kept."""
+        """The part from the folder if it is there and whole, else computed and kept."""
         if self.folder is None:
             return compute()
         path = self.folder / f"part_{number:06d}.csv"
-        if path.exists():
-            # A part that does not read back is computed again.
-            with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError):
-                return read_table(path)
+        if path.exists() and (kept := _read_part(path)) is not None:
+            return kept
         frame = compute()
-        write_table(path, frame)
+        content = _as_csv(frame) + b"# %d rows\n" % len(frame)
+        write_whole(path, lambda beside: beside.write_bytes(content))
         return frame
+
+
+def _is_json(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        json.loads(path.read_text(encoding="utf-8"))
+        return True
+    return False
+
+
+def _read_part(path: Path) -> pd.DataFrame | None:
+    """A finished part, or None if its last line or some of its rows are missing."""
+    content = path.read_bytes()
+    end = _PARTS_END.search(content)
+    if end is None:
+        return None
+    with contextlib.suppress(ValueError):  # what pandas raises for a table that is not one
+        frame = read_table(io.BytesIO(content[: end.start()]))
+        return frame if len(frame) == int(end[1]) else None
+    return None
