@@ -32,7 +32,8 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedModel
 
 from hooked_models.errors import HookedModelError
-from hooked_models.files.layouts import listed
+from hooked_models.files.declared_sizes import within_checkpoint
+from hooked_models.files.layouts import listed, not_finite
 
 
 @contextmanager
@@ -74,10 +75,15 @@ def complete_checkpoints() -> Iterator[None]:
         if kwargs.pop("output_loading_info", False):
             return load(cls, *args, output_loading_info=True, **kwargs)
         kwargs.setdefault("ignore_mismatched_sizes", True)
-        model, info = load(cls, *args, output_loading_info=True, **kwargs)
+        held = (args[0] if args else None, kwargs.get("revision"), kwargs.get("state_dict"))
+        with within_checkpoint(*held, cls.__name__):
+            model, info = load(cls, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         mismatched = sorted(str(key) for key in info["mismatched_keys"])
-        for problem, names in (("lacks", missing), ("has the wrong shape for", mismatched)):
+        infinite = not_finite(model.state_dict())
+        problems = {"lacks": missing, "has the wrong shape for": mismatched}
+        problems["has NaN or infinite numbers in"] = infinite
+        for problem, names in problems.items():
             if names:
                 where = "" if not args or args[0] is None else f" in {args[0]}"
                 raise HookedModelError(f"the checkpoint of {cls.__name__}{where} {problem} {listed(names)}")

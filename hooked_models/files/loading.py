@@ -15,7 +15,7 @@ from hooked_models import zoo
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.files import layouts
 from hooked_models.files.layouts import Checkpoint
-from hooked_models.files.sources import check_source, read_weights
+from hooked_models.files.sources import check_json_files, check_source, read_weights
 from hooked_models.files.tokenizers import check_tokenizer, find_tokenizer
 
 Name = str | os.PathLike[str]
@@ -97,6 +97,7 @@ def _checkpoint_in_another_form(source: str, options: dict[str, Any]) -> Checkpo
     if Path(source).is_file():
         return layouts.from_blinkdl(source, layouts.read_tensors(Path(source)))
     revision = options.get("revision")
+    check_json_files(source, revision)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     except TypeError:  # a number or null, for which transformers has no message

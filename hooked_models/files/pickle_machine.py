@@ -22,7 +22,7 @@ from hooked_models.errors import HookedModelError
 
 LONGEST_PICKLE = 16 * 2**20
 """Bytes that a pickle may have. Without the numbers of tensors, real ones have some hundred KiB at most."""
-MOST_MEMORY = 64 * 2**20
+MOST_MEMORY = 96 * 2**20
 """Bytes that the objects of one pickle may take. A tensor in a state dict takes about 3 KiB of them."""
 _MOST_AXES = 8
 # Bytes that an opcode's work may leave in memory, where that is more than a number or a place in a list: a

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers.utils import cached_file
 
 from hooked_models import zoo
-from hooked_models.errors import HookedModelError
+from hooked_models.errors import HookedModelError, one_line
+from hooked_models.files.json_files import LARGEST, LARGEST_INDEX, check_json_size, read_json
 from hooked_models.files.layouts import Tensors, read_tensors
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# Those that transformers reads. (The tokenizers package reads tokenizer.json, which may be large.)
+_JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_JSON_FILES += ("added_tokens.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def check_source(source: str) -> None:
@@ -53,33 +56,66 @@ def find_file(source: str, name: str, revision: str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
+def check_json_files(source: str, revision: str | None) -> None:
+    """Refuse JSON files of a folder or repository that are larger than any of their kind.
+
+    transformers reads them, and a file of brackets takes some 25 times its size once it is read.
+
+    Raises:
+        HookedModelError: one is, or is no plain file.
+    """
+    for name in _JSON_FILES:
+        path = find_file(source, name, revision)
+        if path is not None:
+            check_json_size(path, LARGEST_INDEX if name.endswith(".index.json") else LARGEST)
+
+
+def weight_files(source: str, revision: str | None) -> list[Path]:
+    """The files of all weights of a folder or repository, one or several (none: it has no weights).
+
+    Raises:
+        HookedModelError: a file of several is missing, or their index cannot be read.
+    """
+    for name in _WEIGHTS:
+        whole = find_file(source, name, revision)
+        if whole is not None:
+            return [whole]
+        index = find_file(source, f"{name}.index.json", revision)
+        if index is not None:
+            files = {part: find_file(source, part, revision) for part in _parts(index)}
+            missing = next((part for part, path in files.items() if path is None), None)
+            if missing is not None:
+                raise HookedModelError(f"{source} lacks {missing}, which its {index.name} names")
+            return [path for path in files.values() if path is not None]
+    return []
+
+
+def _parts(index: Path) -> list[str]:
+    """The names of the files of weights that an index lists."""
+    content = read_json(index, LARGEST_INDEX)
+    try:
+        parts = sorted(set(content["weight_map"].values()))
+        if any(Path(part).name != part or part in ("..", "") for part in parts):
+            raise ValueError("a part outside of the folder")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise HookedModelError(
+            f"{index} does not say which tensors are where (weight_map): {one_line(error)}"
+        ) from error
+    return parts
+
+
 def read_weights(source: str, revision: str | None) -> Tensors:
     """All weights of a folder or repository, from one file or several.
 
     Raises:
         HookedModelError: there are no weights, a file of several is missing, or one cannot be read.
     """
-    for name in _WEIGHTS:
-        whole = find_file(source, name, revision)
-        if whole is not None:
-            return read_tensors(whole)
-        index = find_file(source, f"{name}.index.json", revision)
-        if index is None:
-            continue
-        try:
-            parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if any(Path(part).name != part for part in parts):
-                raise ValueError("a part outside of the folder")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise HookedModelError(f"{index} does not say which tensors are where (weight_map)") from error
-        tensors: Tensors = {}
-        for part in parts:
-            path = find_file(source, part, revision)
-            if path is None:
-                raise HookedModelError(f"{source} lacks {part}, which its {index.name} names")
-            tensors |= read_tensors(path)
-        return tensors
-    raise no_weights(source)
+    tensors: Tensors = {}
+    for path in weight_files(source, revision):
+        tensors |= read_tensors(path)
+    if not tensors:
+        raise no_weights(source)
+    return tensors
 
 
 def has_weights(source: str, revision: str | None) -> bool:

@@ -5,7 +5,14 @@ and shape, and returns the class, configuration and weights of a transformers mo
 """
 
 from hooked_models.files.layouts.blinkdl import from_blinkdl, to_blinkdl
-from hooked_models.files.layouts.checkpoint import Checkpoint, Tensors, check_activation, listed, read_tensors
+from hooked_models.files.layouts.checkpoint import (
+    Checkpoint,
+    Tensors,
+    check_activation,
+    listed,
+    not_finite,
+    read_tensors,
+)
 from hooked_models.files.layouts.fla import FLA_TYPES, from_fla
 from hooked_models.files.layouts.mamba_ssm import from_mamba_ssm
 
@@ -18,6 +25,7 @@ __all__ = [
     "from_fla",
     "from_mamba_ssm",
     "listed",
+    "not_finite",
     "read_tensors",
     "to_blinkdl",
 ]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -14,8 +13,12 @@ from transformers.activations import ACT2FN
 
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.files import torch_files
+from hooked_models.files.pickle_machine import short_count
 
 Tensors = dict[str, Tensor]
+LARGEST_HEADER = 4 * 2**20
+"""Bytes that the header of a ``.safetensors`` file may have: those of some 40,000 tensors."""
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Checkpoint(NamedTuple):
@@ -33,13 +36,51 @@ def read_tensors(path: Path) -> Tensors:
         HookedModelError: the file is missing, empty, truncated or damaged, or holds anything but tensors.
     """
     if path.suffix == ".safetensors" and path.is_file() and path.stat().st_size:
+        check_header(path)
         try:
             return load_file(path)
-        except SafetensorError as error:
-            raise HookedModelError(f"{path} is truncated or damaged ({one_line(error)})") from error
+        except Exception as error:  # which one depends on where the damage is
+            raise damaged(path, error) from error
     content = torch_files.read(path)
     _check_is_tensors_by_name(path, content)
+    torch_files.check_total_size(path, content.values())
     return dict(content)
+
+
+def check_header(path: Path) -> None:
+    """Refuse a ``.safetensors`` file whose header, which lists the tensors, is larger than any real one.
+
+    Raises:
+        HookedModelError: it has more than `LARGEST_HEADER` bytes.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > LARGEST_HEADER:
+        raise HookedModelError(
+            f"{path} is truncated or damaged, or no checkpoint: it declares a header of more than "
+            f"{LARGEST_HEADER:,} bytes"
+        )
+
+
+def damaged(path: Path, error: Exception) -> HookedModelError:
+    """The error for a file of weights that another library cannot read."""
+    return HookedModelError(f"{path} is truncated or damaged ({one_line(error)})")
+
+
+def not_finite(tensors: Tensors) -> list[str]:
+    """The names of the tensors that have NaN or infinite numbers."""
+    return [name for name, x in tensors.items() if not is_finite(x)]
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite; whole numbers are, and those of the meta device."""
+    if x.is_meta or not x.is_floating_point() or not x.numel():
+        return True
+    if x.element_size() == 1:  # torch has no minimum of float8
+        x = x.to(torch.float32)
+    # isfinite would need half of the tensor's memory once more.
+    low, high = x.detach().aminmax()
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _check_is_tensors_by_name(path: Path, content: Any) -> None:
@@ -85,11 +126,14 @@ def model_shapes(model_class: type[PreTrainedModel], config: Any, n_tensors: int
     """The shapes of a model's tensors by name, without allocating the tensors.
 
     Raises:
-        HookedModelError: the configuration has more layers than the checkpoint has tensors (``n_tensors``):
-            building them could take any amount of time.
+        HookedModelError: the configuration has more layers than the checkpoint has tensors for
+            (``n_tensors``): building them could take any amount of time.
     """
-    if config.num_hidden_layers > n_tensors:
-        raise HookedModelError(f"{config.num_hidden_layers} layers cannot be made of {n_tensors} tensors")
+    # A layer of any model here has eight tensors or more.
+    if config.num_hidden_layers * 8 > n_tensors:
+        raise HookedModelError(
+            f"{short_count(config.num_hidden_layers)} layers cannot be made of {n_tensors} tensors"
+        )
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
 
@@ -97,7 +141,7 @@ def model_shapes(model_class: type[PreTrainedModel], config: Any, n_tensors: int
 def check_tensors(
     source: str, tensors: Tensors, expected: dict[str, torch.Size], tied: str | None = None
 ) -> None:
-    """Refuse tensors that are missing, unexpected or of another shape, or that hold whole numbers.
+    """Refuse tensors that are missing, unexpected, of another shape, not of weights' dtypes or not finite.
 
     Args:
         source: the checkpoint's name, for the message.
@@ -110,11 +154,7 @@ def check_tensors(
         HookedModelError: tensors do not fit; the message lists every kind of misfit.
     """
     missing = [name for name in expected if name not in tensors]
-    if tied is not None and "lm_head.weight" in tensors and tied in tensors:
-        head, embedding = tensors["lm_head.weight"], tensors[tied]
-        if head.shape != embedding.shape or not (head == embedding).all():
-            raise HookedModelError(f"{source} ties lm_head.weight to {tied}, but holds two different ones")
-    elif tied is not None:
+    if tied is not None:
         missing = [name for name in missing if name != "lm_head.weight"]
     fitting = {name: x for name, x in tensors.items() if name in expected}
     problems = {
@@ -126,9 +166,12 @@ def check_tensors(
             if name in fitting and fitting[name].shape != shape
         ],
         "needs floating-point numbers in": [
-            f"{name} ({x.dtype})" for name, x in fitting.items() if not x.is_floating_point()
+            f"{name} ({x.dtype})" for name, x in fitting.items() if x.dtype not in _WEIGHT_DTYPES
         ],
+        "has NaN or infinite numbers in": not_finite(fitting),
     }
     lines = [f"{problem} {listed(names)}" for problem, names in problems.items() if names]
     if lines:
         raise HookedModelError(f"the checkpoint {source} {'; '.join(lines)}")
+    if tied is not None and not torch.equal(tensors.get("lm_head.weight", tensors[tied]), tensors[tied]):
+        raise HookedModelError(f"{source} ties lm_head.weight to {tied}, but holds two different ones")
