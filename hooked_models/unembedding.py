@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,6 +42,11 @@ def run_to_logits(model: HookedRecurrent, tokens: Any, **options: Any) -> Float[
     """
     if not in_half_precision(model) or any(is_listened_to(point) for point in _last_hooks(model)):
         return model.forward(tokens, **options)
+    return logits_of(model, _last_residual(model, tokens, **options))
+
+
+def _last_residual(model: HookedRecurrent, tokens: Any, **options: Any) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream after the last layer, from a pass that unembeds nothing."""
     own, seen = threading.get_ident(), []
 
     def see(norm: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -54,7 +60,7 @@ def run_to_logits(model: HookedRecurrent, tokens: Any, **options: Any) -> Float[
         model.forward(tokens, logits_to_keep=nothing, **options)
     finally:
         handle.remove()
-    return logits_of(model, seen[-1])
+    return seen[-1]
 
 
 def in_half_precision(model: HookedRecurrent) -> bool:
@@ -71,22 +77,69 @@ def logits_of(
     The unembedding is converted in cuts of the vocabulary, and again in the backward pass, so that no second
     copy of it is kept.
     """
-    norm = copy.deepcopy(model.ln_final.original_component).float()
-    unembed = model.original_model.get_output_embeddings()
-    weight, bias = unembed.weight, unembed.bias
-    hidden, step = norm(residual.float()), max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
-    parts = []
-    for start in range(0, len(weight), step):
-        here = slice(start, start + step)
-        arguments = hidden, weight[here], None if bias is None else bias[here]
-        differentiate = torch.is_grad_enabled() and hidden.requires_grad
+    hidden, parts = _normed(model, residual), []
+    differentiate = torch.is_grad_enabled() and hidden.requires_grad
+    for weight, bias in _cuts(model):
         parts.append(
-            checkpoint(_unembedded, *arguments, use_reentrant=False)
+            checkpoint(_unembedded, hidden, weight, bias, use_reentrant=False)
             if differentiate
-            else _unembedded(*arguments)
+            else _unembedded(hidden, weight, bias)
         )
     logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     return model.adapter.apply_output_logits_transform(logits)
+
+
+@torch.no_grad()
+def rounding_kl(
+    model: HookedRecurrent,
+    tokens: Int[Tensor, " pos"],
+    layer: int,
+    positions: Int[Tensor, " position"],
+) -> Float[Tensor, " position"]:
+    """KL between two runs that differ by nothing but how they round the residual stream; 0 from 32 bits on.
+
+    A run with an edit rounds each layer's sum anew. Each layer from ``layer`` on is counted with one rounding
+    of the residual stream, x (1 + e) with e uniform within half a unit in the last place, in each of the two
+    runs. (Mamba-2 keeps the stream itself in float32, and only what its layers read and add is rounded: that
+    is counted as one rounding in all.) The KL is the expected one to second order, half of the variance of
+    the logits' shift under the predicted distribution p::
+
+        (eps^2 / 12) n_roundings sum_i x_i^2 Var_p(W_i)        x after the last norm, W the unembedding
+
+    Args:
+        model: the model.
+        tokens: one passage.
+        layer: of the edit.
+        positions: of the passage.
+    """
+    if not in_half_precision(model):
+        return torch.zeros(len(positions), device=positions.device)
+    residual = _last_residual(model, tokens[None], use_cache=False)[0, positions]
+    eps = torch.finfo(model.original_model.get_output_embeddings().weight.dtype).eps
+    in_half = torch.finfo(residual.dtype).bits < 32
+    n_roundings = len(model.blocks) - layer if in_half else 1
+    p, x = logits_of(model, residual).softmax(-1), _normed(model, residual)
+    mean, square, start = torch.zeros_like(x), torch.zeros_like(x), 0
+    for weight, _ in _cuts(model):
+        part = p[:, start : start + len(weight)]
+        mean += part @ weight.float()
+        square += part @ weight.float().square()
+        start += len(weight)
+    spread = (x.square() * (square - mean.square()).clamp(min=0)).sum(-1)
+    return eps**2 / 12 * n_roundings * spread
+
+
+def _normed(model: HookedRecurrent, residual: Float[Tensor, "*batch d_model"]) -> Tensor:
+    """The last norm, in float32."""
+    return copy.deepcopy(model.ln_final.original_component).float()(residual.float())
+
+
+def _cuts(model: HookedRecurrent) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The unembedding's weight and bias, in cuts of the vocabulary."""
+    unembed = model.original_model.get_output_embeddings()
+    step = max(1, _WEIGHTS_AT_ONCE // unembed.weight.shape[1])
+    weights = unembed.weight.split(step)
+    return zip(weights, [None] * len(weights) if unembed.bias is None else unembed.bias.split(step))
 
 
 def _unembedded(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

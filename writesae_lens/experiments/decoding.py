@@ -11,7 +11,8 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens.experiments.passes import LOGITS_PER_PASS
+from hooked_models.unembedding import run_to_logits
+from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite
 
 Added = Float[Tensor, "row pos d_k d_v"]
 
@@ -40,6 +41,9 @@ class Prefix:
         Args:
             tokens: equally many rows for each prompt, prompt by prompt.
             added: matrices that are added to the cell's native writes.
+
+        Raises:
+            WriteSAEError: the logits are not finite.
         """
         cache = repeated(self._cache, len(tokens) // self._n_prompts)
         return self.go_on(tokens, cache, added), cache
@@ -47,7 +51,11 @@ class Prefix:
     def go_on(
         self, tokens: Int[Tensor, "row pos"], cache: Any, added: Added | None = None
     ) -> Float[Tensor, "row pos d_vocab"]:
-        """Logits of further tokens of the rows that ``cache`` holds."""
+        """Logits of further tokens of the rows that ``cache`` holds; in float32 at least.
+
+        Raises:
+            WriteSAEError: they are not finite.
+        """
 
         def add(write: Tensor, hook: Any) -> Tensor:
             assert added is not None
@@ -55,7 +63,9 @@ class Prefix:
 
         hooks = [] if added is None else [(self._name, add)]
         with self._model.hooks(fwd_hooks=hooks):
-            return self._model(tokens, past_key_values=cache, use_cache=True)
+            logits = run_to_logits(self._model, tokens, past_key_values=cache, use_cache=True)
+        check_finite("logits", logits)
+        return logits
 
     @torch.no_grad()
     def decode(

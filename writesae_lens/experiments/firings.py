@@ -14,7 +14,7 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.options import is_whole
-from writesae_lens.experiments.passes import native_factors
+from writesae_lens.experiments.passes import check_finite, native_factors
 from writesae_lens.saes.rank1 import Factors, inner
 from writesae_lens.saes.sae import MatrixSAE
 
@@ -56,7 +56,7 @@ def activity(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tens
     """Run one passage up to the cell's layer and encode its writes (or states, if the SAE is made for those).
 
     Raises:
-        WriteSAEError: the cell's activations are not finite.
+        WriteSAEError: the cell's activations, or the SAE's coefficients, are not finite.
     """
     cell = site.cell
     state_name = model.state_hook_name(cell.layer, cell.head)
@@ -68,6 +68,7 @@ def activity(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tens
         acts = sae.encode_factors(key, value)
     else:
         acts = sae.encode((key[:, :, None] * value[:, None, :]).flatten(1))
+    check_finite("coefficients of the SAE's atoms", acts)
     return Activity(acts, key, value)
 
 
@@ -154,10 +155,17 @@ def median_write_norm(activities: Sequence[Activity]) -> float:
 
 @torch.no_grad()
 def atom_factors(sae: SAE[Any], atoms: Int[Tensor, " atom"], d_k: int, d_v: int) -> Factors:
-    """Chosen decoder atoms as factors; the atoms of a flat SAE get rank d_v (column by column)."""
+    """Chosen decoder atoms as factors; the atoms of a flat SAE get rank d_v (column by column).
+
+    Raises:
+        WriteSAEError: an atom is not finite.
+    """
     if isinstance(sae, MatrixSAE) and sae.cfg.decoder == "factored":
-        return Factors(*(f[atoms].float() for f in sae.decoder_factors()))
+        factors = Factors(*(f[atoms].float() for f in sae.decoder_factors()))
+        check_finite("SAE's atoms", *factors)
+        return factors
     matrices = sae.W_dec[atoms].float().view(-1, d_k, d_v)
+    check_finite("SAE's atoms", matrices)
     if not isinstance(sae, MatrixSAE) and getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         # SAELens's coefficients are those of atoms of norm 1.
         matrices = matrices / matrices.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None]

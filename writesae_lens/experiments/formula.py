@@ -20,7 +20,12 @@ from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
 from writesae_lens.experiments.options import Count, Natural, Positive, Seed
 from writesae_lens.experiments.passages import check_horizon, find_passages
-from writesae_lens.experiments.passes import LOGITS_PER_PASS, cache_of, unembedding_directions
+from writesae_lens.experiments.passes import (
+    LOGITS_PER_PASS,
+    cache_of,
+    check_finite,
+    unembedding_directions,
+)
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.experiments.subjects import find_site
@@ -142,10 +147,12 @@ def _passage(
         rows = slice(start, start + step)
         args = coming, cell.layer, cell.head, torch.zeros_like(atom[rows]), keys[rows], values[rows]
         changed = model.run_with_added_writes(*args, past_key_values=past)
+        check_finite("logits", native, changed)
         measured.append((changed - native)[:, :, followed])
         if form == "exact":
-            linear = model.run_with_added_writes(*args, linear=True, past_key_values=past)
-            predicted.append(linear[:, :, followed])
+            linear = model.run_with_added_writes(*args, linear=True, past_key_values=past)[:, :, followed]
+            check_finite("derivatives of the logits", linear)
+            predicted.append(linear)
     if form == "gate_product":
         predicted.append(_gate_product(model, cell, tokens, position, keys, values, followed))
     shifts = {name: torch.cat(x).double().cpu() for name, x in (("p", predicted), ("m", measured))}

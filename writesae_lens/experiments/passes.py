@@ -16,6 +16,37 @@ LOGITS_PER_PASS = 2**27
 """Logits that one pass may return: bounds memory on models with large vocabularies."""
 
 
+def check_finite(what: str, *values: Float[Tensor, "..."]) -> None:
+    """Refuse NaN and infinite numbers, from which every figure would be NaN or made up.
+
+    Args:
+        what: the values' name in the message, in the plural.
+        *values: what a pass of the model, or an SAE, gave.
+
+    Raises:
+        WriteSAEError: some value is not finite.
+    """
+    if not all(bool(x.isfinite().all()) for x in values):
+        raise WriteSAEError(
+            f"the {what} are not finite (NaN or inf): either weights are broken, or the dtype overflows; "
+            "load the model and the SAE again, or boot the model with dtype='float32'"
+        )
+
+
+@torch.no_grad()
+def check_model(model: HookedRecurrent, passage: Int[Tensor, " pos"]) -> None:
+    """Refuse a model whose logits in a passage are not finite.
+
+    For experiments that run no more of the model than the cell's layer, and would not see what is broken
+    above it.
+
+    Raises:
+        WriteSAEError: they are not.
+    """
+    for part in passage.split(max(1, LOGITS_PER_PASS // model.cfg.d_vocab)):
+        check_finite("logits", model(part[None], use_cache=False))
+
+
 @torch.no_grad()
 def cache_of(model: HookedRecurrent, tokens: Int[Tensor, " pos"]) -> Any:
     """The cache after some tokens, from which several rows can go on; None after no tokens."""
@@ -50,15 +81,12 @@ def native_factors(
         also: names of the further hooks.
 
     Raises:
-        WriteSAEError: keys or values are not finite.
+        WriteSAEError: keys, values or reads are not finite.
     """
     factors = model.write_factor_hook_names(cell.layer)
     cache = run_to_cell(model, cell, tokens, [*factors, *(also or ())])
     key, value, read = (cache[name][0, :, cell.head] for name in factors)
-    if not bool(torch.isfinite(key).all() and torch.isfinite(value).all()):
-        raise WriteSAEError(
-            f"the writes of layer {cell.layer} head {cell.head} are not finite: try another dtype"
-        )
+    check_finite(f"writes and reads of layer {cell.layer} head {cell.head}", key, value, read)
     return key, value, read, cache
 
 

@@ -16,11 +16,13 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Site
+from hooked_models.unembedding import run_to_logits
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.options import Count, Seed, as_list
 from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passes import check_finite
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.experiments.subjects import find_site
@@ -74,8 +76,8 @@ def splice_test(
         deletion costs nothing).
 
     Raises:
-        WriteSAEError: SAEs and cells do not fit, two SAEs are on one cell, or passages have fewer than four
-            tokens.
+        WriteSAEError: SAEs and cells do not fit, two SAEs are on one cell, passages have fewer than four
+            tokens, or logits are not finite.
     """
     several = [saes] if isinstance(saes, SAE) else as_list("saes", saes)
     if not several:
@@ -143,7 +145,8 @@ def _splice(
             state[1] = replaced(sae, state[1].flatten()[None]).view_as(state[1])
             state[2] = 0
     rest = tokens[half:].expand(len(CONDITIONS), -1)
-    logits = model(rest, past_key_values=cache, use_cache=True)[:, :-1]
+    logits = run_to_logits(model, rest, past_key_values=cache, use_cache=True)[:, :-1]
+    check_finite("logits", logits)
     nll = [
         torch.nn.functional.cross_entropy(row.double(), told)
         for row, told in zip(logits, rest[:, 1:], strict=True)

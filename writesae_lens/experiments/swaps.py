@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens.errors import WriteSAEError
+from hooked_models.unembedding import rounding_kl
 from writesae_lens.experiments.firings import Firings, atom_factors
-from writesae_lens.experiments.passes import LOGITS_PER_PASS
+from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite
 from writesae_lens.saes.rank1 import Factors
 
 Random = Literal["gaussian", "atom", "orthogonal", "native_marginals"]
@@ -96,6 +96,8 @@ def swapped_logits(
 ) -> Iterator[tuple[Float[Tensor, "firing d_vocab"], Float[Tensor, "condition firing d_vocab"]]]:
     """Logits at the firings, natively and with each condition's matrix in the write's place, in batches.
 
+    They are in float32 at least, whatever the model's dtype.
+
     Args:
         swaps: for each condition a matrix for every firing, of any rank.
         erase: whether the token's native erase still happens.
@@ -118,8 +120,7 @@ def swapped_logits(
             values[:, here].flatten(0, 1),
             erase,
         )
-        if not bool(base[at].isfinite().all() and patched.isfinite().all()):
-            raise WriteSAEError("the logits are not finite: the model overflows; try another dtype")
+        check_finite("logits", base[at], patched)
         yield base[at], patched.unflatten(0, (len(swaps), -1))
 
 
@@ -131,12 +132,18 @@ def divergences(
     swaps: Sequence[Factors],
     kl: str = "patched_base",
     erase: bool = True,
-) -> Float[Tensor, "condition firing"]:
-    """KL of each condition at each firing, in nats; the arguments are those of `swapped_logits`."""
-    logits = swapped_logits(model, cell, tokens, positions, swaps, erase)
-    return torch.cat(
-        [torch.stack([divergence(p, base, kl) for p in patched]) for base, patched in logits], dim=1
-    )
+) -> tuple[Float[Tensor, "condition firing"], Float[Tensor, " firing"]]:
+    """KL of each condition at each firing, and the KL that rounding alone gives there, in nats.
+
+    A KL that is not above that floor says nothing about the swap. The floor is the sum of `logits_floor` and,
+    for a model in half precision, `hooked_models.unembedding.rounding_kl`. The arguments are those of
+    `swapped_logits`.
+    """
+    kls, floors = [], []
+    for base, patched in swapped_logits(model, cell, tokens, positions, swaps, erase):
+        kls.append(torch.stack([divergence(p, base, kl) for p in patched]))
+        floors.append(logits_floor(base))
+    return torch.cat(kls, dim=1), torch.cat(floors) + rounding_kl(model, tokens, cell.layer, positions)
 
 
 def divergence(
@@ -149,6 +156,20 @@ def divergence(
         if kl == "base_patched":
             log_p, log_b = log_b, log_p
         values.append((log_p.exp() * (log_p - log_b)).sum(-1).clamp(min=0))
+    return torch.cat(values)
+
+
+def logits_floor(base: Float[Tensor, "firing d_vocab"]) -> Float[Tensor, " firing"]:
+    """KL in nats, to second order, if every logit is wrong by one unit in its last place, independently.
+
+    Half the variance of such errors under the predicted distribution p: sum_j p_j (1 - p_j) (eps l_j)^2 / 2.
+    In float32 that is 1e-13 to 1e-12 for the shipped models, as much as two passes that do the same sums in
+    another order differ by.
+    """
+    values = []
+    for b in base.split(64):
+        p = b.softmax(-1)
+        values.append((p * (1 - p) * (torch.finfo(b.dtype).eps * b).square()).sum(-1) / 2)
     return torch.cat(values)
 
 
