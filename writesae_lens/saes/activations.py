@@ -59,6 +59,9 @@ class Activation(nn.Module):
         """The codes that must reconstruct the input by themselves in Gated SAEs; None for others."""
         return None
 
+    def follow(self, acts: Float[Tensor, "*batch d_sae"]) -> None:
+        """Called with the coefficients of each training step, at norm 1."""
+
     def reset(self, slots: Int[Tensor, " slot"], unit: Float[Tensor, ""]) -> None:
         """First parameters of atoms that start anew; ``unit`` as in `begin`, times their encoders' norm."""
 
@@ -159,17 +162,23 @@ class JumpReLU(Activation):
 
 
 class TopKOfBatch(Activation):
-    """The k largest scores per row on average over the batch: a row's atoms depend on the other rows."""
+    """The k largest scores per row on average over the batch: a row's atoms depend on the other rows.
+
+    A row with undefined scores takes no atoms from the others and is undefined itself.
+    """
 
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = k
 
     def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        acts = scores.relu()
+        undefined = scores.isnan().any(-1, keepdim=True)
+        some = bool(undefined.any())
+        acts = scores.relu().masked_fill(undefined, 0) if some else scores.relu()
         flat = acts.flatten()
-        values, indices = flat.topk(min(self.k * acts[..., 0].numel(), flat.numel()), sorted=False)
-        return torch.zeros_like(flat).scatter(-1, indices, values).view_as(acts)
+        values, indices = flat.topk(min(self.k * int((~undefined).sum()), flat.numel()), sorted=False)
+        kept = torch.zeros_like(flat).scatter(-1, indices, values).view_as(acts)
+        return kept.masked_fill(undefined, float("nan")) if some else kept
 
 
 class BatchTopK(JumpReLU):
@@ -189,10 +198,7 @@ class BatchTopK(JumpReLU):
         """All atoms share the threshold, which follows the batches."""
 
     def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        kept = self.of_batch(scores)
-        if self.training and torch.is_grad_enabled():
-            self._follow(kept.detach())
-        return kept
+        return self.of_batch(scores)
 
     def losses(
         self, scores: Float[Tensor, "row d_sae"], unit: Float[Tensor, ""], coefficients: dict[str, float]
@@ -200,9 +206,9 @@ class BatchTopK(JumpReLU):
         return {}
 
     @torch.no_grad()
-    def _follow(self, kept: Tensor) -> None:
-        least = kept.masked_fill(kept <= 0, float("inf")).min()
-        if not bool(torch.isfinite(least)):
+    def follow(self, acts: Float[Tensor, "*batch d_sae"]) -> None:
+        least = acts.masked_fill(acts <= 0, float("inf")).min()
+        if not self.training or not bool(torch.isfinite(least)):
             return
         before = self.log_threshold[:1].double().exp()
         started = before > 2 * torch.finfo(torch.float32).tiny

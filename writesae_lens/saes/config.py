@@ -174,8 +174,9 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
         l1_warm_up_steps: steps in which that weight rises from 0.
 
     Raises:
-        WriteSAEError: as for `WriteSAEConfig`; a negative or undefined number; or losses that compare the raw
-            input with coefficients of an input normalised at run time.
+        WriteSAEError: as for `WriteSAEConfig`; a negative or undefined number; losses that compare the raw
+            input with coefficients of an input normalised at run time; float16, in which Adam divides zero by
+            zero; or a ``decoder_init_norm`` of SAELens, for atoms start with norm 1.
     """
 
     activation: Literal["topk", "batchtopk", "jumprelu", "gated"] = "topk"
@@ -238,9 +239,39 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
         }
         return cls(**(recipe | options))
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> Any:
+        """As in SAELens; also from the configuration of an SAE saved for inference, to train it on.
+
+        Raises:
+            WriteSAEError: as the constructor; or the SAE is of a form that has no training: published
+                checkpoints select their atoms by other scores.
+        """
+        untrainable = [
+            f"{name}={config_dict[name]!r:.40}"
+            for name, trained in (("rescale_acts_by_decoder_norm", True), ("gate_temperature", 0))
+            if config_dict.get(name, trained) != trained
+        ]
+        untrainable += [f"activation={BATCHWISE!r}"] * (config_dict.get("activation") == BATCHWISE)
+        if untrainable:
+            raise WriteSAEError(
+                f"an SAE with {' and '.join(untrainable)}, such as a published checkpoint, cannot be trained on: "
+                "a training WriteSAE selects its atoms in another way; train a new one"
+            )
+        return super().from_dict(config_dict)
+
     def __post_init__(self) -> None:
         self._check_family(ACTIVATIONS)
         self._check_numbers()
+        if self.decoder_init_norm not in (None, 0.1):  # SAELens's default, which its command line passes on
+            raise WriteSAEError(
+                f"decoder_init_norm={self.decoder_init_norm!r:.40} would have no effect: the atoms of a WriteSAE "
+                "start with norm 1, and no loss depends on it; leave it out"
+            )
+        if str(self.dtype).removeprefix("torch.") == "float16":
+            raise WriteSAEError(
+                "in float16 Adam divides zero by zero: train in float32 or bfloat16, and convert the trained SAE"
+            )
         if self.activation == "gated" and self.normalize_activations not in PLAIN_INPUTS:
             raise WriteSAEError(
                 f"the gate's own reconstruction is compared with the raw input, which "

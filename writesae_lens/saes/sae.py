@@ -16,6 +16,7 @@ reconstruction. Inputs of higher rank (states) are encoded as built matrices and
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from sae_lens.saes.sae import SAE
+from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
 from writesae_lens.errors import WriteSAEError
@@ -41,6 +43,8 @@ from writesae_lens.saes.rank1 import (
     squared_norms,
     tensors,
 )
+from writesae_lens.saes.run_time_norm import RunTimeNorm
+from writesae_lens.saes.views import LOST, read_only
 
 # W&B's 128 characters, less what SAELens appends ("_log_feature_sparsity").
 _NAME_LENGTH = 100
@@ -54,6 +58,47 @@ class MatrixSAE(SAE[Any]):
     b_enc: nn.Parameter
     enc_gain: Tensor  # of a tied encoder
     activation_fn: activations.Activation
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("W_dec", "W_enc"):
+            raise WriteSAEError(LOST)
+        super().__setattr__(name, value)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As in SAELens; where torch cannot (no such device), the SAE stays as it is, its config too."""
+        before = self.device, self.dtype, self.cfg.device, self.cfg.dtype
+        try:
+            return super().to(*args, **kwargs)
+        except BaseException:
+            self.device, self.dtype, self.cfg.device, self.cfg.dtype = before
+            raise
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What moves the tensors (``half()``, ``cpu()``, a model's ``to``) moves the SAE's record of them."""
+        super()._apply(*args, **kwargs)
+        if self.b_dec.dtype != self.dtype:
+            self.dtype, self.cfg.dtype = self.b_dec.dtype, dtype_to_str(self.b_dec.dtype)
+        if self.b_dec.device != torch.empty(0, device=self.device).device:  # "cuda" is "cuda:0" or another
+            self.device, self.cfg.device = self.b_dec.device, str(self.b_dec.device)
+        return self
+
+    def _setup_activation_normalization(self) -> None:
+        norm = RunTimeNorm(self.cfg.normalize_activations)
+        self.run_time_activation_norm_fn_in, self.run_time_activation_norm_fn_out = norm.inputs, norm.outputs
+
+    def turn_off_forward_pass_hook_z_reshaping(self) -> None:
+        super().turn_off_forward_pass_hook_z_reshaping()
+        self.reshape_fn_in, self.reshape_fn_out = _as_it_is, _as_it_is  # functions that can be pickled
+
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        """Not for matrices.
+
+        Raises:
+            WriteSAEError: always: a write has no head axis that could be flattened.
+        """
+        raise WriteSAEError(
+            "a WriteSAE takes flattened matrices as they are: hook_z reshaping is for SAEs on attention heads"
+        )
 
     def initialize_weights(self) -> None:
         cfg = self.cfg
@@ -129,13 +174,13 @@ class MatrixSAE(SAE[Any]):
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:  # type: ignore[override]
-        """The atoms as flat rows. Built anew at each access: d_sae * d_k * d_v numbers."""
-        return built(self.atoms()).flatten(-2)
+        """The atoms as flat rows. Built anew at each access: d_sae * d_k * d_v numbers, for reading only."""
+        return read_only(built(self.atoms()).flatten(-2))
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]
-        """The encoder as a flat matrix. Built anew at each access."""
-        return built(self._encoder).flatten(-2).T / self._units()
+        """The encoder as a flat matrix. Built anew at each access, for reading only."""
+        return read_only(built(self._encoder).flatten(-2).T / self._units())
 
     @property
     def bias_matrix(self) -> Float[Tensor, "d_k d_v"]:
@@ -170,11 +215,18 @@ class MatrixSAE(SAE[Any]):
         """`encode` of key value^T, without hooks and without building it.
 
         Raises:
-            WriteSAEError: the SAE normalises its inputs at run time, which needs the matrices.
+            WriteSAEError: sides other than the SAE's; or it normalises its inputs at run time, which needs
+                the matrices.
         """
         if self.cfg.normalize_activations not in PLAIN_INPUTS:
             raise WriteSAEError(
                 f"normalize_activations={self.cfg.normalize_activations!r} needs whole matrices: use encode"
+            )
+        found, expected = (key.shape, value.shape), ((len(key), self.cfg.d_k), (len(key), self.cfg.d_v))
+        if found != expected:
+            raise WriteSAEError(
+                f"expected keys and values of {self.cfg.d_k} x {self.cfg.d_v} writes, as many of the one as of "
+                f"the other, got shapes {tuple(key.shape)} and {tuple(value.shape)}"
             )
         rows = Factors(key[:, None].to(self.dtype), value[:, None].to(self.dtype))
         norms = self._units()
@@ -182,8 +234,8 @@ class MatrixSAE(SAE[Any]):
 
     def _check_width(self, x: Tensor) -> None:
         width = self.cfg.d_k * self.cfg.d_v
-        if not isinstance(x, Tensor) or x.shape[-1:] != (width,):
-            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        if not isinstance(x, Tensor) or x.shape[-1:] != (width,) or x.is_complex():
+            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise WriteSAEError(
                 f"expected a tensor, flat {self.cfg.d_k} x {self.cfg.d_v} matrices, last axis {width}, got "
                 f"{found}: is this the SAE's own cell?"
@@ -213,18 +265,24 @@ class MatrixSAE(SAE[Any]):
         return Factors(*(f.to(self.dtype) for f in rows))
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """Reconstruction sum_i a_i A_i + B, flattened."""
-        if feature_acts.shape[-1] != self.cfg.d_sae:
+        """Reconstruction sum_i a_i A_i + B, flattened.
+
+        Raises:
+            WriteSAEError: coefficients of another number of atoms; or none were encoded before, where inputs
+                are normalised at run time.
+        """
+        if not isinstance(feature_acts, Tensor) or feature_acts.shape[-1:] != (self.cfg.d_sae,):
+            found = tuple(feature_acts.shape) if isinstance(feature_acts, Tensor) else type(feature_acts).__name__
             raise WriteSAEError(
-                f"expected coefficients of {self.cfg.d_sae} atoms, got shape {tuple(feature_acts.shape)}: "
-                "are they this SAE's own?"
+                f"expected coefficients of {self.cfg.d_sae} atoms, got shape {found}: are they this SAE's own?"
             )
+        feature_acts = feature_acts.to(self.dtype)
         flat = feature_acts.reshape(-1, feature_acts.shape[-1])
         active = max(1, int((flat != 0).sum(-1).max())) if len(flat) else 1
         if (torch.is_grad_enabled() and feature_acts.requires_grad) or active > self.cfg.d_sae // 8:
             # A sparse product would drop the gradients of inactive atoms; and with many active atoms it is
             # no cheaper than the flat product.
-            out = flat @ self.W_dec
+            out = flat @ built(self.atoms()).flatten(-2)
         else:
             values, indices = _largest(flat, active)
             out = combine(self.atoms(), indices, values).flatten(-2)
@@ -233,20 +291,60 @@ class MatrixSAE(SAE[Any]):
         return self.reshape_fn_out(out, self.d_head)
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Refuse weights that are not those of the configuration, in one line.
+
+        Raises:
+            WriteSAEError: tensors are missing, misshapen, unexpected or not finite.
+        """
         super().process_state_dict_for_loading(state_dict)
         if self.cfg.encoder == "tied" and "b_enc" in state_dict:
             # Published checkpoints, and SAEs that version 0.1.0 saved, have no gain.
             state_dict.setdefault("enc_gain", torch.ones_like(state_dict["b_enc"][:1]))
+        shapes = ({n: list(x.shape) for n, x in d.items()} for d in (self.state_dict(), state_dict))
+        expected, found = ({n: s for n, s in d.items() if n not in _OF_TRAINING} for d in shapes)
+        wrong = [
+            f"{name} of shape {found.get(name, 'missing')} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name) != shape
+        ]
+        wrong += [f"an unexpected {name[:40]!r}" for name in found if name not in expected]
+        wrong += [
+            f"{name} with NaN or infinite numbers" for name, x in state_dict.items() if not x.isfinite().all()
+        ]
+        wrong += [f"{name} of {x.dtype}" for name, x in state_dict.items() if not x.is_floating_point()]
+        if wrong:
+            raise WriteSAEError(f"the weights are not those of the configuration: {'; '.join(wrong[:4])}")
+
+    def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
+        """Not for matrices.
+
+        Raises:
+            NotImplementedError: always: whitening mixes the entries of a matrix, and rank-1 atoms whitened
+                back are no longer of rank 1. A training config refuses ``covariance_whitening`` for that.
+        """
+        raise NotImplementedError(
+            "a WriteSAE cannot absorb whitening: it mixes the entries of a matrix, and atoms whitened back are "
+            "no longer of rank 1; train with normalize_activations='none' or 'expected_average_only_in'"
+        )
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Absorb the factor that inputs were multiplied by in training into the atoms, as SAELens does.
 
         Raises:
-            NotImplementedError: with rescale_acts_by_decoder_norm=False, which normalises no inputs.
+            WriteSAEError: the factor is not a positive finite number.
+            NotImplementedError: the SAE normalises its inputs at run time, or (with
+                rescale_acts_by_decoder_norm=False) not at all.
         """
         if not self.cfg.rescale_acts_by_decoder_norm:
             raise NotImplementedError("an SAE with rescale_acts_by_decoder_norm=False has no scale to absorb")
+        if self.cfg.normalize_activations not in PLAIN_INPUTS:
+            raise NotImplementedError(
+                f"an SAE with normalize_activations={self.cfg.normalize_activations!r} normalises each input "
+                "at run time and has no scale to absorb"
+            )
+        if not 0 < float(scaling_factor) < math.inf:
+            raise WriteSAEError(f"the scaling factor must be positive and finite, got {scaling_factor!r}")
         tensors(self.atoms())[0].div_(scaling_factor)
         self.b_dec.div_(scaling_factor)
         self.activation_fn.fold(scaling_factor)
@@ -313,28 +411,6 @@ class WriteSAE(MatrixSAE):
 
         return SAE.load_from_disk(path, device=device, dtype=dtype, converter=converted)
 
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        """Refuse weights that are not those of the configuration, in one line.
-
-        Raises:
-            WriteSAEError: tensors are missing, misshapen, unexpected or not finite.
-        """
-        super().process_state_dict_for_loading(state_dict)
-        expected = {name: list(x.shape) for name, x in self.state_dict().items()}
-        found = {name: list(x.shape) for name, x in state_dict.items() if name not in _OF_TRAINING}
-        wrong = [
-            f"{name} of shape {found.get(name, 'missing')} instead of {shape}"
-            for name, shape in expected.items()
-            if found.get(name) != shape
-        ]
-        wrong += [f"an unexpected {name[:40]!r}" for name in found if name not in expected]
-        wrong += [
-            f"{name} with NaN or infinite numbers" for name, x in state_dict.items() if not x.isfinite().all()
-        ]
-        wrong += [f"{name} of {x.dtype}" for name, x in state_dict.items() if not x.is_floating_point()]
-        if wrong:
-            raise WriteSAEError(f"the weights are not those of the configuration: {'; '.join(wrong[:4])}")
-
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in torch; entries that only training needs are left out."""
         weights = {name: value for name, value in state_dict.items() if name not in _OF_TRAINING}
@@ -345,3 +421,8 @@ def _largest(acts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Values and indices of the ``count`` entries largest in magnitude of each row."""
     indices = acts.abs().topk(count, dim=-1).indices
     return acts.gather(-1, indices), indices
+
+
+def _as_it_is(x: Tensor, *_: Any) -> Tensor:
+    """What SAELens's reshaping does to inputs and reconstructions that are flat already."""
+    return x

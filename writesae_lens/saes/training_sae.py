@@ -77,7 +77,17 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         return super().load_state_dict({**trained, **state_dict}, *args, **kwargs)
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
-        """As in SAELens. The atoms get norm 1 first, so that coefficients are in units of the inputs."""
+        """As in SAELens. The atoms get norm 1 first, so that coefficients are in units of the inputs.
+
+        Raises:
+            WriteSAEError: a parameter holds infinite or undefined numbers: training has diverged.
+        """
+        broken = [name for name, p in self.named_parameters() if not bool(p.isfinite().all())]
+        if broken:
+            raise WriteSAEError(
+                f"the training has diverged: {', '.join(broken)} hold NaN or infinite numbers, and nothing was "
+                "saved; train again with a lower learning rate, or in float32"
+            )
         if not bool(torch.isclose(self.get_W_dec_norm(), self.b_enc.new_ones(())).all()):
             self.fold_W_dec_norm()
         return super().save_inference_model(path)
@@ -106,14 +116,27 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         ``sae_out`` is built on logging steps only and is NaN otherwise, for the losses do not need it.
 
         Raises:
-            WriteSAEError: the batch has another width, or holds infinite or undefined numbers.
+            WriteSAEError: the batch has another width, or holds infinite or undefined numbers; or the loss is
+                infinite or undefined.
         """
-        x, dead = step_input.sae_in, step_input.dead_neuron_mask
-        self._check_width(x)
-        if self.cfg.normalize_activations not in PLAIN_INPUTS:
-            self._before_step(self._rows(self.run_time_activation_norm_fn_in(x)), dead)
-            return self._with_metrics(super().training_forward_pass(step_input), step_input)
+        self._check_width(step_input.sae_in)
+        if self.cfg.normalize_activations in PLAIN_INPUTS:
+            output = self._step_in_closed_form(step_input)
+        else:
+            rows = self._rows(self.run_time_activation_norm_fn_in(step_input.sae_in))
+            self._before_step(rows, step_input.dead_neuron_mask)
+            output = super().training_forward_pass(step_input)
+        if not bool(torch.isfinite(output.loss)):
+            shown = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in output.losses.items())
+            raise WriteSAEError(
+                f"the loss of step {step_input.n_training_steps} is not finite ({shown}): the training has "
+                "diverged; lower the learning rate or train in float32"
+            )
+        return self._with_metrics(output, step_input)
 
+    def _step_in_closed_form(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """A step on inputs as they are."""
+        x, dead = step_input.sae_in, step_input.dead_neuron_mask
         # The losses add up products of inner products, which half precision would spoil.
         with torch.autocast(x.device.type, enabled=False):
             rows = self._rows(x)
@@ -128,6 +151,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
             atoms = normalized(self.atoms())
             hidden = self.hook_sae_acts_pre(self._scores(rows))
             acts = self.hook_sae_acts_post(self.activation_fn(hidden))
+            self.activation_fn.follow(acts)
 
             # Losses
             read = x.blocks[0].read if isinstance(x, PackedWrites) else None
@@ -140,7 +164,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
                 sae_out = self.decode(acts.detach() / self.get_W_dec_norm())
             else:
                 sae_out = torch.full((1, 1), float("nan"), dtype=x.dtype, device=x.device).expand(x.shape)
-        output = TrainStepOutput(
+        return TrainStepOutput(
             sae_in=x,
             sae_out=sae_out,
             feature_acts=acts,
@@ -148,7 +172,6 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
         )
-        return self._with_metrics(output, step_input)
 
     def calculate_aux_loss(
         self,
@@ -161,6 +184,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         rows = step_input.sae_in.unflatten(-1, (self.cfg.d_k, self.cfg.d_v))
         atoms, norms = normalized(self.atoms()), self.get_W_dec_norm()
         hidden, acts = hidden_pre * norms, feature_acts * norms
+        self.activation_fn.follow(acts)
         step = self._step(
             rows, atoms, hidden, acts, step_input.dead_neuron_mask, None, step_input.coefficients
         )
