@@ -255,8 +255,8 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
         untrainable += [f"activation={BATCHWISE!r}"] * (config_dict.get("activation") == BATCHWISE)
         if untrainable:
             raise WriteSAEError(
-                f"an SAE with {' and '.join(untrainable)}, such as a published checkpoint, cannot be trained on: "
-                "a training WriteSAE selects its atoms in another way; train a new one"
+                f"an SAE with {' and '.join(untrainable)}, such as a published checkpoint, cannot be "
+                "trained on: a training WriteSAE selects its atoms in another way; train a new one"
             )
         return super().from_dict(config_dict)
 
@@ -265,12 +265,12 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
         self._check_numbers()
         if self.decoder_init_norm not in (None, 0.1):  # SAELens's default, which its command line passes on
             raise WriteSAEError(
-                f"decoder_init_norm={self.decoder_init_norm!r:.40} would have no effect: the atoms of a WriteSAE "
+                f"decoder_init_norm={self.decoder_init_norm!r:.40} would have no effect: the atoms "
                 "start with norm 1, and no loss depends on it; leave it out"
             )
         if str(self.dtype).removeprefix("torch.") == "float16":
             raise WriteSAEError(
-                "in float16 Adam divides zero by zero: train in float32 or bfloat16, and convert the trained SAE"
+                "in float16 Adam divides zero by zero: train in float32 or bfloat16, and convert what comes out"
             )
         if self.activation == "gated" and self.normalize_activations not in PLAIN_INPUTS:
             raise WriteSAEError(

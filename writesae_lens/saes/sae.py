@@ -225,8 +225,8 @@ class MatrixSAE(SAE[Any]):
         found, expected = (key.shape, value.shape), ((len(key), self.cfg.d_k), (len(key), self.cfg.d_v))
         if found != expected:
             raise WriteSAEError(
-                f"expected keys and values of {self.cfg.d_k} x {self.cfg.d_v} writes, as many of the one as of "
-                f"the other, got shapes {tuple(key.shape)} and {tuple(value.shape)}"
+                f"expected keys and values of {self.cfg.d_k} x {self.cfg.d_v} writes, as many of the one as "
+                f"of the other, got shapes {tuple(key.shape)} and {tuple(value.shape)}"
             )
         rows = Factors(key[:, None].to(self.dtype), value[:, None].to(self.dtype))
         norms = self._units()
@@ -235,7 +235,7 @@ class MatrixSAE(SAE[Any]):
     def _check_width(self, x: Tensor) -> None:
         width = self.cfg.d_k * self.cfg.d_v
         if not isinstance(x, Tensor) or x.shape[-1:] != (width,) or x.is_complex():
-            found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            found = _named(x)
             raise WriteSAEError(
                 f"expected a tensor, flat {self.cfg.d_k} x {self.cfg.d_v} matrices, last axis {width}, got "
                 f"{found}: is this the SAE's own cell?"
@@ -272,9 +272,9 @@ class MatrixSAE(SAE[Any]):
                 are normalised at run time.
         """
         if not isinstance(feature_acts, Tensor) or feature_acts.shape[-1:] != (self.cfg.d_sae,):
-            found = tuple(feature_acts.shape) if isinstance(feature_acts, Tensor) else type(feature_acts).__name__
             raise WriteSAEError(
-                f"expected coefficients of {self.cfg.d_sae} atoms, got shape {found}: are they this SAE's own?"
+                f"expected coefficients of {self.cfg.d_sae} atoms, got {_named(feature_acts)}: are they this "
+                "SAE's own?"
             )
         feature_acts = feature_acts.to(self.dtype)
         flat = feature_acts.reshape(-1, feature_acts.shape[-1])
@@ -323,8 +323,8 @@ class MatrixSAE(SAE[Any]):
                 back are no longer of rank 1. A training config refuses ``covariance_whitening`` for that.
         """
         raise NotImplementedError(
-            "a WriteSAE cannot absorb whitening: it mixes the entries of a matrix, and atoms whitened back are "
-            "no longer of rank 1; train with normalize_activations='none' or 'expected_average_only_in'"
+            "a WriteSAE cannot absorb whitening: it mixes the entries of a matrix, and atoms whitened back "
+            "are no longer of rank 1; train with normalize_activations='none' or 'expected_average_only_in'"
         )
 
     @torch.no_grad()
@@ -421,6 +421,13 @@ def _largest(acts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Values and indices of the ``count`` entries largest in magnitude of each row."""
     indices = acts.abs().topk(count, dim=-1).indices
     return acts.gather(-1, indices), indices
+
+
+def _named(x: Any) -> str:
+    """What was given in place of the expected tensor."""
+    if not isinstance(x, Tensor):
+        return f"a {type(x).__name__}"
+    return f"{x.dtype} of shape {tuple(x.shape)}" if x.is_complex() else f"shape {tuple(x.shape)}"
 
 
 def _as_it_is(x: Tensor, *_: Any) -> Tensor:

@@ -85,8 +85,8 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         broken = [name for name, p in self.named_parameters() if not bool(p.isfinite().all())]
         if broken:
             raise WriteSAEError(
-                f"the training has diverged: {', '.join(broken)} hold NaN or infinite numbers, and nothing was "
-                "saved; train again with a lower learning rate, or in float32"
+                f"the training has diverged: {', '.join(broken)} hold NaN or infinite numbers, and nothing "
+                "was saved; train again with a lower learning rate, or in float32"
             )
         if not bool(torch.isclose(self.get_W_dec_norm(), self.b_enc.new_ones(())).all()):
             self.fold_W_dec_norm()
