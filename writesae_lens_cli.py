@@ -283,7 +283,9 @@ def report(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text to read; default: the model's held-out text.", show_default=False),
+        typer.Option(
+            help="UTF-8 text to read; default: the test part of the shipped text.", show_default=False
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from writesae_lens.cli.subjects import Subject, load
+from writesae_lens.cli.subjects import Subject, load, warnings_as_lines
 from writesae_lens.errors import WriteSAEError, interruptible
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment
 from writesae_lens.experiments.options import Option
@@ -58,7 +58,8 @@ def _run(experiment: Experiment, given: dict[str, Any]) -> None:
     progress = out / "progress"
     # typer gives an empty list for an option that is not given.
     options = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x != []}
-    with interruptible(f"the same command goes on where it stopped (finished parts are in {progress})"):
+    stopped = f"the same command goes on where it stopped (finished parts are in {progress})"
+    with interruptible(stopped), warnings_as_lines():
         result = experiment.function(
             loaded.model, subject, loaded.passages, progress_folder=str(progress), **options
         )
@@ -86,7 +87,12 @@ def _shared_options(experiment: Experiment) -> list[inspect.Parameter]:
     }[_subject_of(experiment).name]
     return [
         *subject,
-        _option("text", Path | None, None, "UTF-8 text to read; default: the model's held-out text."),
+        _option(
+            "text",
+            Path | None,
+            None,
+            "UTF-8 text to read; default: the test part of the shipped text.",
+        ),
         _option("model", str | None, None, "Default: the model that the SAE names."),
         _option("out", Path, Path(f"writesae-{experiment.name}"), "Folder for records, summary and figures."),
         _option(

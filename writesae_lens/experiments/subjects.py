@@ -52,11 +52,14 @@ def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
     """
     check_model(model)
     check_sae(sae)
-    name = sae.cfg.metadata.hook_name
+    metadata = sae.cfg.metadata
+    name = metadata.hook_name
     if name is None:
+        example = "for example to model.write_hook_name(layer, head)"
+        if metadata.layer is not None and metadata.head is not None:
+            example = f"its file says to model.write_hook_name({metadata.layer}, {metadata.head})"
         raise WriteSAEError(
-            "the SAE does not say which hook it belongs to: set sae.cfg.metadata.hook_name, for "
-            "example to model.write_hook_name(layer, head)"
+            "the SAE does not say which hook it belongs to: set sae.cfg.metadata.hook_name, " + example
         )
     site = model.site(name)
     model.check_sae(sae)
