@@ -7,11 +7,15 @@ from pathlib import Path
 from sae_lens import SAE
 
 from hooked_models import HookedRecurrent, zoo
+from hooked_models.files.whole_files import replacing
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import ExperimentResult, replacement_test
 from writesae_lens.experiments.passages import as_passages
-from writesae_lens.report.page import make_report
+from writesae_lens.experiments.result import SUMMARY
+from writesae_lens.locks import locked
+from writesae_lens.report.page import PAGE, make_report
 from writesae_lens.saelens.runner import train_cells
+from writesae_lens.saelens.saving import CONFIG, note_output_path
 from writesae_lens.saes.config import WriteSAETrainingConfig
 
 TEST_PASSAGES = 16
@@ -28,6 +32,8 @@ def run_demo(
 ) -> ExperimentResult:
     """Train a WriteSAE on text that a shipped model never saw, run the replacement test, write a report.
 
+    The files of an earlier demo in ``out`` stay until all new ones are made, and then give way to them.
+
     Args:
         out: folder for sae/ (SAELens's format), records.csv, summary.json, PNG figures, report.html, and the
             results that the page also shows (results/).
@@ -38,7 +44,7 @@ def run_demo(
         seed: of everything random.
 
     Raises:
-        WriteSAEError: the model does not ship, or has no such cell.
+        WriteSAEError: the model does not ship, or has no such cell; another run is writing to ``out``.
     """
     if model_name not in zoo.SHIPPED:
         raise WriteSAEError(
@@ -47,22 +53,25 @@ def run_demo(
         )
     out = Path(out)
     model = HookedRecurrent.boot_transformers(model_name, device="cpu")
-    layer, head = cell or zoo.DEFAULT_CELLS[model_name]
-    (folder,) = train_cells(
-        model,
-        [(layer, head)],
-        out / "sae",
-        training_tokens,
-        lambda c: WriteSAETrainingConfig.recommended(d_k=c.d_k, d_v=c.d_v, d_sae=d_sae, k=k),
-        seed=seed,
-    )
-    sae = SAE.load_from_disk(folder)
-    passages = as_passages(model, zoo.text("test"), sae.cfg.metadata.context_size)
-    passages = passages[:TEST_PASSAGES]
-    result = replacement_test(model, sae, passages, seed=seed)
-    result.save(out)
-    code = _code(sae.cfg.metadata.hook_name, model_name)
-    make_report(out, model, sae, passages, [result], folder, code, seed=seed)
+    chosen = model.cell(*(cell or zoo.DEFAULT_CELLS[model_name]))
+    # All files are made beside their places, so that they never stand beside those of another run.
+    with locked(out), replacing(out, (CONFIG, SUMMARY, PAGE)) as beside:
+        (folder,) = train_cells(
+            model,
+            [chosen],
+            beside / "sae",
+            training_tokens,
+            lambda c: WriteSAETrainingConfig.recommended(d_k=c.d_k, d_v=c.d_v, d_sae=d_sae, k=k),
+            seed=seed,
+        )
+        note_output_path(folder, out / "sae")
+        sae = SAE.load_from_disk(folder)
+        passages = as_passages(model, "\n\n".join(zoo.shipped_text()[1]), sae.cfg.metadata.context_size)
+        passages = passages[:TEST_PASSAGES]
+        result = replacement_test(model, sae, passages, seed=seed)
+        result.save(beside)
+        code = _code(sae.cfg.metadata.hook_name, model_name)
+        make_report(beside, model, sae, passages, [result], folder, code, seed=seed)
     return result
 
 

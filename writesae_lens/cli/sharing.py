@@ -9,10 +9,13 @@ import typer
 
 from hooked_models import HookedRecurrent, zoo
 from hooked_models.errors import HookedModelError, one_line, printable
+from hooked_models.files.whole_files import replacing
 from writesae_lens.cli.subjects import load_sae
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.locks import locked
 from writesae_lens.published import hub, releases
 from writesae_lens.published import sharing as published
+from writesae_lens.saelens.saving import CONFIG
 from writesae_lens.saes.sae import WriteSAE
 
 
@@ -65,8 +68,8 @@ def pull(release: str, ids: list[str] | None, revision: str | None, force: bool)
 def convert(checkpoint: Path, out: Path, model: str | None, layer: int | None, head: int | None) -> None:
     """Save a published checkpoint in SAELens's format."""
     sae = WriteSAE.from_checkpoint(checkpoint, model, layer, head)
-    out.mkdir(parents=True, exist_ok=True)
-    sae.save_model(out)
+    with locked(out), replacing(out, (CONFIG,)) as beside:
+        sae.save_model(beside)
     _describe(sae.cfg.to_dict())
     typer.echo(f"converted: {out}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,13 +15,15 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from hooked_models.files.whole_files import replacing
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, find_experiment
 from writesae_lens.experiments.passages import find_passages
-from writesae_lens.experiments.result import ExperimentResult, Progress, write_whole
+from writesae_lens.experiments.result import RECORDS, SUMMARY, ExperimentResult, Progress
 from writesae_lens.experiments.run import fingerprint_sae
 from writesae_lens.experiments.subjects import find_site
+from writesae_lens.locks import locked
 from writesae_lens.report import sections
 from writesae_lens.report.atoms import profiles
 from writesae_lens.report.browser import as_json, browser_data
@@ -72,20 +75,36 @@ def make_report(
     for result in results:
         _check_fits(result, model, sae)
     by_name = {find_experiment(result.name).name: result for result in reversed(results)}
-    run = {name: out / "results" / name for name in NEEDED if name not in by_name}
-    for name, folder in run.items():
-        by_name[name] = EXPERIMENTS[name].function(
-            model, sae, passages, seed=seed, progress_folder=str(folder / "progress"), verbose=verbose
-        )
-        by_name[name].save(folder)
-    shown = [*results, *(by_name[name] for name in run)]
-    needed = [by_name[name] for name in NEEDED]
-    html = _render(model, sae, site, passages, shown, needed, training, code, verbose)
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / PAGE, lambda path: path.write_text(html, encoding="utf-8"))
-    for folder in run.values():  # last, so that an interruption before it loses nothing
-        Progress.clear(folder / "progress")
+    run = {name: Path("results", name) for name in NEEDED if name not in by_name}
+    with locked(out):
+        for name, folder in run.items():
+            progress = str(out / folder / "progress")
+            by_name[name] = EXPERIMENTS[name].function(
+                model, sae, passages, seed=seed, progress_folder=progress, verbose=verbose
+            )
+        shown = [*results, *(by_name[name] for name in run)]
+        needed = [by_name[name] for name in NEEDED]
+        html = _render(model, sae, site, passages, shown, needed, training, code, verbose)
+        with replacing(out, (SUMMARY, PAGE), _other_results_in(out, shown)) as beside:
+            for name, folder in run.items():
+                by_name[name].save(beside / folder)
+            (beside / PAGE).write_text(html, encoding="utf-8")
+        for folder in run.values():  # last, so that an interruption before it loses nothing
+            Progress.clear(out / folder / "progress")
     return out / PAGE
+
+
+def _other_results_in(out: Path, shown: Sequence[ExperimentResult]) -> list[Path]:
+    """Files of results that an earlier page in the folder was made from, and this one is not."""
+    files = []
+    for name in NEEDED:
+        folder = out / "results" / name
+        with contextlib.suppress(WriteSAEError):
+            summary = ExperimentResult.load(folder).summary
+            if not any(result.summary == summary for result in shown):
+                pictures = (f"{stem}.png" for stem in EXPERIMENTS[name].figures)
+                files += [folder / file for file in (RECORDS, SUMMARY, *pictures)]
+    return files
 
 
 def saved_results(folder: str | Path) -> list[ExperimentResult]:

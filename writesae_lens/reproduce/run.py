@@ -13,14 +13,17 @@ from typing import Any, Literal
 import pandas as pd
 from datasets import load_dataset
 from sae_lens import SAE, TopKTrainingSAEConfig, TrainingSAEConfig
+from safetensors import SafetensorError
 
 from hooked_models import HookedRecurrent, zoo
+from hooked_models.files.whole_files import replacing
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import baselines
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment, find_experiment
 from writesae_lens.experiments.options import Count, Seed, as_list, check
 from writesae_lens.experiments.passages import as_passages
-from writesae_lens.experiments.result import ExperimentResult, Progress, write_whole
+from writesae_lens.experiments.result import ExperimentResult, Progress, write_table
+from writesae_lens.locks import locked
 from writesae_lens.published import releases
 from writesae_lens.reproduce.paper import Paper, config
 from writesae_lens.saelens.runner import train_cells
@@ -29,6 +32,8 @@ from writesae_lens.saes.config import PAPER_SCHEDULE, WriteSAETrainingConfig
 TEXT = "Skylion007/openwebtext"
 # Documents of that data set to read: four fifths to train on, the rest to test on.
 N_DOCUMENTS = 6000
+# What SAELens raises for files of an SAE that are missing, empty or cut short.
+_NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 Recipe = Literal["default", "paper"]
 VARIANTS = {
     "default": "Ours: SAEs on writes, formula without a fitted number, directions by the derivative; the "
@@ -112,7 +117,7 @@ def reproduce(
         a table, a row for each figure: experiment, figure, cell, paper, ours, seconds (of the experiment).
 
     Raises:
-        WriteSAEError: no such configuration or experiment, or a folder with another run in it.
+        WriteSAEError: no such configuration or experiment, or a folder with another run in it or under way.
         HookedModelError: the model cannot be loaded, or cannot stand in for one whose states do not decay.
     """
     paper = config(name)
@@ -129,13 +134,15 @@ def reproduce(
             mixer.stop_decay()
     cells = find_cells(model, source, paper)
     settings = {"config": name, "model": source, "recipe": recipe, "training_tokens": tokens, "dtype": dtype}
-    Progress(out, settings | {"seed": seed})  # refuses a folder with another run in it
-    setup = Setup(paper, model, source, recipe, tokens, cells, Path(out), *texts(source), seed)
-    table = test(setup, train(setup, with_flat=any(each.name == "compare" for each in chosen)), chosen)
-    write_whole(setup.out / "table.csv", lambda path: table.to_csv(path, index=False))
-    title = f"# {name}: {source}, recipe {recipe}"
-    page = "\n\n".join([title, paper.about, VARIANTS[recipe], as_markdown(table)]) + "\n"
-    write_whole(setup.out / "table.md", lambda path: path.write_text(page, encoding="utf-8"))
+    with locked(out):
+        Progress(out, settings | {"seed": seed})  # refuses a folder with another run in it
+        setup = Setup(paper, model, source, recipe, tokens, cells, Path(out), *texts(source), seed)
+        table = test(setup, train(setup, with_flat=any(each.name == "compare" for each in chosen)), chosen)
+        title = f"# {name}: {source}, recipe {recipe}"
+        page = "\n\n".join([title, paper.about, VARIANTS[recipe], as_markdown(table)]) + "\n"
+        with replacing(setup.out, ("table.csv",)) as beside:
+            write_table(beside / "table.csv", table)
+            (beside / "table.md").write_text(page, encoding="utf-8")
     return table
 
 
@@ -184,7 +191,8 @@ def train(setup: Setup, with_flat: bool) -> Dictionaries:
 def _train_or_load(setup: Setup, name: str, sae_of: Callable[[Cell], TrainingSAEConfig]) -> list[SAE[Any]]:
     folders = [folder / name for folder in setup.folders]
     shipped, device = setup.model_name in zoo.SHIPPED, str(setup.model.cfg.device)
-    if not all((folder / "cfg.json").exists() for folder in folders):
+    saes = [_load(folder, device) for folder in folders]
+    if any(sae is None for sae in saes):
         own = {"train_batch_size_tokens": setup.paper.batch, "lr_warm_up_steps": setup.paper.warm_up}
         train_cells(
             setup.model,
@@ -201,7 +209,16 @@ def _train_or_load(setup: Setup, name: str, sae_of: Callable[[Cell], TrainingSAE
             context_size=256 if shipped else 1024,
             prepend_bos=False,
         )
-    return [SAE.load_from_disk(folder, device=device) for folder in folders]
+        saes = [SAE.load_from_disk(folder, device=device) for folder in folders]
+    return [sae for sae in saes if sae is not None]
+
+
+def _load(folder: Path, device: str) -> SAE[Any] | None:
+    """The SAE in a folder, or None if there is none, or its files are empty or cut short."""
+    try:
+        return SAE.load_from_disk(folder, device=device)
+    except _NOT_WHOLE:
+        return None
 
 
 def test(setup: Setup, dictionaries: Dictionaries, experiments: Sequence[Experiment]) -> pd.DataFrame:
@@ -287,7 +304,7 @@ def as_markdown(table: pd.DataFrame) -> str:
 
     def cell(x: Any) -> str:
         if isinstance(x, str):
-            return x
+            return " ".join(x.replace("\\", "\\\\").replace("|", "\\|").splitlines())
         return "" if x is None or pd.isna(x) else f"{x:,.4g}"
 
     lines = [list(table.columns), ["---"] * len(table.columns)]

@@ -1,4 +1,4 @@
-"""The curves of a training run, written beside the SAE while it trains."""
+"""The curves of a training run, saved with its SAE and its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pandas as pd
 from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
 from torch import Tensor
 
+from writesae_lens.experiments.result import read_table, write_table
 from writesae_lens.saelens import upstream
+from writesae_lens.saelens.saving import MultiRunner, Runner
 from writesae_lens.saes.rank1 import squared_norms
 from writesae_lens.saes.training_sae import WriteTrainingSAE
 
@@ -20,12 +22,13 @@ _ROWS = 400
 
 
 def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRunner) -> None:
-    """Write losses, L0 and dead atoms to a file while a runner trains, without W&B.
+    """Keep losses, L0 and dead atoms while a runner trains, and save them with the SAE, without W&B.
 
-    The file, training.csv, is in the folder where SAELens saves the SAE (with several SAEs: one file each).
-    Its columns are step, loss, unexplained (squared error over the inputs' squared norm), l0, dead (empty
-    where SAELens keeps no count), cosine (of the dominant atom, weighted by squared norms; where the SAE
-    trains on alignment), and the terms of the loss. A run that resumes from a checkpoint appends to its file.
+    The file, training.csv, is in the folder where SAELens saves the SAE (with several SAEs: one file each),
+    and in every checkpoint, from where a run that resumes goes on. Its columns are step, loss, unexplained
+    (squared error over the inputs' squared norm), l0, dead (empty where SAELens keeps no count), cosine (of
+    the dominant atom, weighted by squared norms; where the SAE trains on alignment), and the terms of the
+    loss.
 
     Args:
         runner: before ``run()``; nothing happens if it has no ``output_path``.
@@ -35,54 +38,104 @@ def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRun
         return
     steps = max(1, int(cfg.training_tokens) // cfg.train_batch_size_tokens)
     several = isinstance(runner, MultiSAETrainingRunner)
+    curves = {}
     for name, sae in (runner.saes if several else {"": runner.sae}).items():
-        folder = Path(cfg.output_path, name)
-        folder.mkdir(parents=True, exist_ok=True)
-        if cfg.resume_from_checkpoint is None:
-            (folder / FILE).unlink(missing_ok=True)
-        upstream.wrap_on(sae, "training_forward_pass", _recorder(sae, folder / FILE, max(1, steps // _ROWS)))
+        earlier = _earlier_rows(cfg.resume_from_checkpoint, cfg.output_path, name)
+        curves[name] = _Curves(sae, earlier, max(1, steps // _ROWS))
+        upstream.wrap_on(sae, "training_forward_pass", curves[name].record)
+
+    def save(folder: Path) -> None:
+        for name, curve in curves.items():
+            write_table(folder / name / FILE, curve.table())
+
+    if isinstance(runner, (Runner, MultiRunner)):
+        runner.also_save.append(save)
+    else:
+        _save_after_saelens(runner, save)
 
 
-def _recorder(sae: Any, path: Path, every: int) -> Callable[..., Any]:
-    count: int | None = None
-    alignment = getattr(sae.cfg, "write_alignment_coefficient", 0.0)
+def _save_after_saelens(runner: Any, save: Callable[[Path], None]) -> None:
+    """For SAELens's own runners: save into each checkpoint and the output folder when SAELens has."""
+    several = isinstance(runner, MultiSAETrainingRunner)
 
-    def recorded(train_step: Callable[..., Any], step_input: Any) -> Any:
-        nonlocal count
-        if count is None:
-            count = _steps_before(sae, path)
+    def checkpoint(original: Callable[..., None], checkpoint_path: Path | None) -> None:
+        original(checkpoint_path)
+        if checkpoint_path is not None:
+            save(checkpoint_path)
+
+    def final(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        save(Path(runner.cfg.output_path))
+
+    upstream.wrap_on(runner, "_save_runner_checkpoint_files" if several else "save_checkpoint", checkpoint)
+    upstream.wrap_on(runner, "_save_final_outputs" if several else "save_final_sae", final)
+
+
+def _earlier_rows(checkpoint: str | None, output_path: str, name: str) -> pd.DataFrame:
+    """The rows up to the checkpoint that a run resumes from; earlier versions kept them beside the SAE."""
+    if checkpoint is not None:
+        for path in (Path(checkpoint, name, FILE), Path(output_path, name, FILE)):
+            if path.is_file():
+                return read_table(path)
+    return pd.DataFrame()
+
+
+class _Curves:
+    """The rows of an SAE's training, from the first step or going on from those of an interrupted run.
+
+    Args:
+        sae: in training.
+        earlier: rows of the interrupted run.
+        every: so many steps are a row.
+    """
+
+    def __init__(self, sae: Any, earlier: pd.DataFrame, every: int) -> None:
+        self._sae, self._earlier, self._every = sae, earlier, every
+        self._rows: list[dict[str, Any]] = []
+        self._count: int | None = None
+        self._alignment = getattr(sae.cfg, "write_alignment_coefficient", 0.0)
+
+    def table(self) -> pd.DataFrame:
+        """All rows so far."""
+        parts = [part for part in (self._earlier, pd.DataFrame(self._rows)) if len(part)]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"step": []})
+
+    def record(self, train_step: Callable[..., Any], step_input: Any) -> Any:
+        """A training step, with its row."""
+        if self._count is None:
+            self._count = self._steps_before()
         output = train_step(step_input)
-        if count % every == 0:
-            losses = {name: float(value.detach()) for name, value in output.losses.items()}
-            dead = step_input.dead_neuron_mask
-            power = max(float(_squared_norms(sae, step_input.sae_in).mean()), 1e-30)
-            row = {
-                "step": count,
-                "loss": float(output.loss.detach()),
-                "unexplained": losses["mse_loss"] / power if "mse_loss" in losses else None,
-                "l0": float((output.feature_acts > 0).sum(-1).float().mean()),
-                "dead": None if dead is None else float(dead.sum()),
-            }
-            if alignment and "write_alignment_loss" in losses:
-                row["cosine"] = 1 - losses["write_alignment_loss"] / power / alignment
-            pd.DataFrame([row | losses]).to_csv(path, mode="a", header=not path.exists(), index=False)
-        count += 1
+        if self._count % self._every == 0:
+            self._rows.append(self._row(self._count, step_input, output))
+        self._count += 1
         return output
 
-    return recorded
+    def _row(self, step: int, step_input: Any, output: Any) -> dict[str, Any]:
+        losses = {name: float(value.detach()) for name, value in output.losses.items()}
+        dead = step_input.dead_neuron_mask
+        power = max(float(_squared_norms(self._sae, step_input.sae_in).mean()), 1e-30)
+        row = {
+            "step": step,
+            "loss": float(output.loss.detach()),
+            "unexplained": losses["mse_loss"] / power if "mse_loss" in losses else None,
+            "l0": float((output.feature_acts > 0).sum(-1).float().mean()),
+            "dead": None if dead is None else float(dead.sum()),
+        }
+        if self._alignment and "write_alignment_loss" in losses:
+            row["cosine"] = 1 - losses["write_alignment_loss"] / power / self._alignment
+        return row | losses
+
+    def _steps_before(self) -> int:
+        """The step that a run starts at: not 0 if it resumes; then later rows are dropped."""
+        # SAELens's own types do not count their steps.
+        ours = isinstance(self._sae, WriteTrainingSAE)
+        if not len(self._earlier):
+            return int(self._sae.progress[1]) if ours else 0
+        steps = int(self._sae.progress[1]) if ours else int(self._earlier["step"].max()) + 1
+        self._earlier = self._earlier[self._earlier["step"] < steps]
+        return steps
 
 
 def _squared_norms(sae: Any, x: Tensor) -> Tensor:
     # Packed writes have theirs without building the matrices.
     return squared_norms(sae._rows(x)) if isinstance(sae, WriteTrainingSAE) else x.square().sum(-1)
-
-
-def _steps_before(sae: Any, path: Path) -> int:
-    """The step that a run starts at: not 0 if it resumes; then later rows are dropped from its file."""
-    if not path.exists():
-        return int(sae.progress[1]) if isinstance(sae, WriteTrainingSAE) else 0
-    rows = pd.read_csv(path)
-    # SAELens's own types do not count their steps.
-    steps = int(sae.progress[1]) if isinstance(sae, WriteTrainingSAE) else int(rows.step.max()) + 1
-    rows[rows.step < steps].to_csv(path, index=False)
-    return steps

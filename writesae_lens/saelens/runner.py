@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +18,19 @@ from datasets import Dataset
 from sae_lens import (
     LanguageModelSAERunnerConfig,
     LoggingConfig,
-    MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
     TrainingSAEConfig,
 )
 
 from hooked_models import HookedModelError, HookedRecurrent, zoo
+from hooked_models.files.whole_files import is_temporary
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import INTERRUPTIONS, WriteSAEError
 from writesae_lens.experiments.options import check
-from writesae_lens.saelens import upstream
+from writesae_lens.locks import LOCK, locked
 from writesae_lens.saelens.history import record_training
 from writesae_lens.saelens.registration import MODEL_CLASS_NAME
+from writesae_lens.saelens.saving import MultiRunner, Runner, check_checkpoint, newest_checkpoint
 from writesae_lens.saelens.win_rate import log_win_rate
 from writesae_lens.saes.config import RECOMMENDED_SCHEDULE, WriteSAETrainingConfig
 
@@ -127,12 +128,12 @@ def train_cells(
     overrides = {"override_model": model, "override_dataset": _dataset(cfg, text)}
     torch.manual_seed(seed)  # SAELens's runners do not use the seed of their config
 
-    def make_runner() -> upstream.Runner | MultiSAETrainingRunner:
+    def make_runner() -> Runner | MultiRunner:
         if len(chosen) == 1:
-            return upstream.Runner(cfg, **overrides)
-        return MultiSAETrainingRunner(_config_of_several(cfg, saes, hooks, folders), **overrides)
+            return Runner(cfg, **overrides)
+        return MultiRunner(_config_of_several(cfg, saes, hooks, folders), **overrides)
 
-    _run(make_runner, win_rate_passages)
+    _run(make_runner, folders, win_rate_passages)
     return folders
 
 
@@ -202,18 +203,25 @@ def _config_of_several(
     )
 
 
-def _run(make_runner: Callable[[], upstream.Runner | MultiSAETrainingRunner], win_rate_passages: int) -> None:
+def _run(
+    make_runner: Callable[[], Runner | MultiRunner], folders: Sequence[Path], win_rate_passages: int
+) -> None:
     """Run a training; interruptions and SAELens's errors become messages that name the next step."""
     runner: Any = None
     try:
-        with _without_override_warnings():
-            runner = make_runner()
-        record_training(runner)
-        if win_rate_passages:
-            log_win_rate(runner, win_rate_passages)
-        runner.run()
+        with ExitStack() as stack:
+            for folder in sorted(folders):
+                stack.enter_context(locked(folder))
+            with _without_override_warnings():
+                runner = make_runner()
+            _prepare_checkpoints(runner.cfg, _names_in_checkpoints(runner))
+            record_training(runner)
+            if win_rate_passages:
+                log_win_rate(runner, win_rate_passages)
+            runner.run()
     except INTERRUPTIONS as error:
-        checkpoint = _newest(runner and runner.cfg.checkpoint_path)
+        folder = runner and runner.cfg.checkpoint_path
+        checkpoint = folder and newest_checkpoint(folder, _names_in_checkpoints(runner))
         if checkpoint is None:
             raise
         raise WriteSAEError(
@@ -240,7 +248,19 @@ def _without_override_warnings() -> Iterator[None]:
         sae_lens.logger.removeFilter(is_other)
 
 
-def _newest(folder: str | None) -> Path | None:
-    """The last checkpoint in a run's folder of checkpoints, if it has one."""
-    checkpoints = Path(folder).iterdir() if folder and Path(folder).is_dir() else ()
-    return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+def _names_in_checkpoints(runner: Runner | MultiRunner) -> list[str]:
+    return list(runner.saes) if isinstance(runner, MultiRunner) else [""]
+
+
+def _prepare_checkpoints(cfg: Any, names: Sequence[str]) -> None:
+    """Check the one to resume from; remove what killed runs left beside those of this folder."""
+    if cfg.resume_from_checkpoint:
+        check_checkpoint(Path(cfg.resume_from_checkpoint), names)
+    if cfg.checkpoint_path is None:
+        return
+    for run in Path(cfg.checkpoint_path).parent.glob("*/"):  # a folder for each run
+        if any(is_temporary(path) or path.name == LOCK for path in run.iterdir()):
+            with suppress(WriteSAEError), locked(run):  # a run that still writes there has the lock
+                pass
+            with suppress(OSError):  # not empty
+                run.rmdir()

@@ -11,10 +11,8 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_lens import LanguageModelSAETrainingRunner
 from sae_lens.llm_sae_training_runner import _parse_cfg_args as parse_flags
 from sae_lens.training._interruption import InterruptedException
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -22,7 +20,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 __all__ = [
     "DEPENDENCIES",
     "InterruptedException",
-    "Runner",
     "before_optimizer_steps",
     "parse_flags",
     "wrap",
@@ -122,21 +119,56 @@ DEPENDENCIES = (
     Dependency(
         f"{_SINGLE}.run_trainer_with_interruption_handling",
         "self trainer",
-        "overridden in `Runner`: saves the weights too",
+        "overridden in saving.py: saves the weights too",
         f"{_SINGLE}.run",
         replaced=False,
     ),
     Dependency(
         f"{_SINGLE}.save_checkpoint",
         "self checkpoint_path",
-        "overridden in `Runner`: creates the folder first",
+        "overridden in saving.py: saves only into a checkpoint that is being made",
         f"{_SINGLE}.run_trainer_with_interruption_handling",
+        replaced=False,
+    ),
+    Dependency(
+        f"{_SINGLE}.save_final_sae",
+        "self sae output_path log_feature_sparsity",
+        "overridden in saving.py: saves beside its place",
+        f"{_SINGLE}.run",
+        replaced=False,
+    ),
+    Dependency(
+        f"{_MULTI}:MultiSAETrainingRunner._run_with_interruption_handling",
+        "self trainer",
+        "overridden in saving.py: its trainer's checkpoints are whole",
+        f"{_MULTI}:MultiSAETrainingRunner.run",
+        replaced=False,
+    ),
+    Dependency(
+        f"{_MULTI}:MultiSAETrainingRunner._save_runner_checkpoint_files",
+        "self checkpoint_path",
+        "overridden in saving.py: adds training.csv",
+        replaced=False,
+    ),
+    Dependency(
+        f"{_MULTI}:MultiSAETrainingRunner._save_final_outputs",
+        "self saes trainer",
+        "overridden in saving.py: saves beside its place",
+        f"{_MULTI}:MultiSAETrainingRunner.run",
         replaced=False,
     ),
     Dependency(
         f"{_TRAINER}.save_checkpoint",
         "self checkpoint_name base_path wandb_aliases",
-        "writes a whole checkpoint, with weights",
+        "replaced on a run's trainer: the checkpoint is made under a temporary name (saving.py)",
+        f"{_TRAINER}.fit",
+        replaced=False,
+    ),
+    Dependency(
+        "sae_lens.training.multi_sae_trainer:MultiSAETrainer.save_checkpoint",
+        "self checkpoint_name wandb_aliases",
+        "the same for several SAEs",
+        "sae_lens.training.multi_sae_trainer:MultiSAETrainer.fit",
         replaced=False,
     ),
     Dependency(f"{_RUNNER}:_parse_cfg_args", "args", "the parser of `writesae-lens train`", replaced=False),
@@ -201,20 +233,3 @@ def wrap_on(instance: Any, name: str, wrapper: Callable[..., Any]) -> None:
 def before_optimizer_steps(clear: Callable[..., None]) -> None:
     """Call ``clear(optimizer, args, kwargs)`` before every step of every torch optimiser."""
     register_optimizer_step_pre_hook(clear)
-
-
-class Runner(LanguageModelSAETrainingRunner):
-    """SAELens's runner for one SAE; interrupted, it saves a whole checkpoint (SAELens's has no weights)."""
-
-    def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
-        try:
-            return super().run_trainer_with_interruption_handling(trainer)
-        except (KeyboardInterrupt, InterruptedException):
-            if self.cfg.checkpoint_path is not None:
-                trainer.save_checkpoint(str(trainer.n_training_samples))
-            raise
-
-    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        if checkpoint_path is not None:  # when interrupted, SAELens calls this before the folder exists
-            checkpoint_path.mkdir(parents=True, exist_ok=True)
-        super().save_checkpoint(checkpoint_path)

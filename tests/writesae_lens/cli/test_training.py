@@ -7,7 +7,7 @@ from hooked_models import HookedModelError, HookedRecurrent
 from tests.writesae_lens.cli.command_line import run
 from writesae_lens import RECOMMENDED_SCHEDULE, WriteSAEError
 from writesae_lens.cli.training import parse_cells, run_training
-from writesae_lens.saelens import upstream
+from writesae_lens.saelens import saving
 
 HOOK = "blocks.0.linear_attn.hook_write.0"
 
@@ -53,7 +53,7 @@ def test_the_flags_train_cells(tmp_path, options, cells, site, hooks):
 
 def test_flags_that_are_not_given_are_the_recommended_recipe(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setattr(upstream.Runner, "run", lambda self: made.append(self.cfg))
+    monkeypatch.setattr(saving.Runner, "run", lambda self: made.append(self.cfg))
 
     def config(*arguments):
         run_training([*arguments, "--model_name", "tiny-gdn", "--training_tokens", "20000"], "1:0")
