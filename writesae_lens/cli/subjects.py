@@ -89,7 +89,7 @@ def _complete(sae: SAE[Any], reference: str, model_name: str, model: HookedRecur
         example = model.write_hook_name(model.cells[0].layer, model.cells[0].head)
         raise WriteSAEError(
             f"{reference}: the SAE does not say which hook it belongs to; put it into the metadata in its "
-            f'cfg.json ("hook_name": "{example}"), or give a best.pt its cell by writesae-lens convert --layer'
+            f'cfg.json ("hook_name": "{example}"), or name the cell of a best.pt by writesae-lens convert'
         )
     metadata.hook_name = model.write_hook_name(metadata.layer, metadata.head)
     metadata.model_name = metadata.model_name or model_name
@@ -170,7 +170,7 @@ def load_sae(reference: str, device: str, model: str | None = None) -> SAE[Any]:
         except (ValueError, KeyError, OSError) as error:  # unknown release or id; no access to the Hub
             raise WriteSAEError(f"could not load {reference}: {one_line(error)}") from error
     if folder.is_file() or (folder / "best.pt").is_file():
-        # Of the paper's models it is known what the published SAEs were trained on; of shipped ones there are none.
+        # What the published SAEs of the paper's models were trained on is known; shipped models have none.
         base = None if model in zoo.SHIPPED else model
         return WriteSAE.from_checkpoint(folder, base, device=device)
     missing = [n for n in ("cfg.json", "sae_weights.safetensors") if not (folder / n).is_file()]

@@ -6,8 +6,9 @@ from typing import Any
 
 from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
 
+from hooked_models import zoo
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments import replacement_test
+from writesae_lens.experiments import as_passages, replacement_test
 from writesae_lens.saelens import upstream
 
 
@@ -17,8 +18,9 @@ def log_win_rate(
     """Add a quick replacement test to a runner's evaluations (``logger.eval_every_n_wandb_logs``).
 
     ``replacement/win_rate``, ``replacement/median_kl_ratio`` and ``replacement/median_cosine`` appear beside
-    SAELens's own evaluations, for every SAE of the run. The test reads the first passages of the run's text;
-    training goes on with the text after them.
+    SAELens's own evaluations, for every SAE of the run. Where the run trains on the shipped text, the test
+    reads the first passages of its validation part; else those of the run's text, and training goes on with
+    the text after them.
 
     Args:
         runner: before ``run()``.
@@ -27,8 +29,12 @@ def log_win_rate(
     """
     evaluator: Any = runner.evaluator
     model = evaluator.model
-    # Read before the run, during which another thread may read the same text (prefetch_llm_batches).
-    tokens = evaluator.activations_store.get_batch_tokens(passages)
+    if runner.cfg.dataset_path == zoo.TEXT_NAME:
+        size, bos = runner.cfg.context_size, runner.cfg.prepend_bos
+        tokens = as_passages(model, zoo.text("validation"), size, bos)[:passages]
+    else:
+        # Read before the run, during which another thread may read the same text (prefetch_llm_batches).
+        tokens = evaluator.activations_store.get_batch_tokens(passages)
 
     def measure(sae: Any) -> dict[str, float]:
         try:
