@@ -18,6 +18,7 @@ importing TransformerLens) without notice. ``tests/hooked_models/test_upstream.p
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion i
 )
 from transformer_lens.factories import architecture_adapter_factory as factory
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel
 
 from hooked_models.errors import HookedModelError
@@ -94,6 +96,11 @@ def complete_checkpoints() -> Iterator[None]:
         yield
     finally:
         PreTrainedModel.from_pretrained = classmethod(load)  # type: ignore[assignment]
+
+
+def boot_arguments() -> list[str]:
+    """The names of the arguments with which TransformerLens boots a model."""
+    return list(inspect.signature(TransformerBridge.boot_transformers).parameters)
 
 
 def is_listened_to(point: nn.Module) -> bool:

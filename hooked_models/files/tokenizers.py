@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def check_tokenizer(source: str, options: dict[str, Any]) -> None:
     Raises:
         HookedModelError: the source has no tokenizer or no weights, or its ``tokenizer.json`` cannot be read.
     """
+    if Path(source).is_file():
+        raise _no_tokenizer(source, "which is one file")
     revision = options.get("revision")
     names = _VOCABULARIES + (("tokenizer_config.json",) if options.get("trust_remote_code") else ())
     vocabulary = next((path for name in names if (path := find_file(source, name, revision))), None)
@@ -45,6 +48,26 @@ def check_tokenizer(source: str, options: dict[str, Any]) -> None:
             raise HookedModelError(
                 f"{vocabulary} cannot be read as a tokenizer: {one_line(error)}"
             ) from error
+
+
+def keep_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that a user gives, such that TransformerLens takes it as it is.
+
+    TransformerLens loads a tokenizer again, from where it came, to make it put the BOS token before texts.
+    One that was made in memory came from nowhere: it stays as it is, and ``to_tokens`` puts the token there.
+
+    Args:
+        tokenizer: any; it is not changed.
+
+    Returns:
+        the tokenizer, or a copy of one that no file or repository holds.
+    """
+    origin = tokenizer.init_kwargs.get("name_or_path") or ""
+    if origin and not (Path(origin).is_absolute() and not Path(origin).exists()):
+        return tokenizer
+    kept = copy.deepcopy(tokenizer)
+    kept.init_kwargs = {**kept.init_kwargs, "name_or_path": origin, "add_bos_token": True}
+    return kept
 
 
 def find_tokenizer(source: str, checkpoint: Checkpoint, options: dict[str, Any]) -> PreTrainedTokenizerBase:
