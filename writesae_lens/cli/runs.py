@@ -9,7 +9,7 @@ import typer
 
 from writesae_lens import demo
 from writesae_lens import reproduce as paper
-from writesae_lens.cli.subjects import Subject, load, parse_cell
+from writesae_lens.cli.subjects import Subject, load, parse_cell, warnings_as_lines
 from writesae_lens.errors import interruptible
 from writesae_lens.report.page import make_report, saved_results
 
@@ -32,7 +32,7 @@ def write_report(subject: Subject, result_folders: list[Path], out: Path, seed: 
     loaded = load(subject)
     (reference,), (sae,) = subject.saes, loaded.saes
     training = Path(reference) if Path(reference).is_dir() else None
-    with interruptible(_RESUMES):
+    with interruptible(_RESUMES), warnings_as_lines():
         page = make_report(out, loaded.model, sae, loaded.passages, results, training, seed=seed)
     typer.echo(f"report: {page}")
 
@@ -62,7 +62,7 @@ def reproduce(
     """Run a configuration of the paper, and print its table."""
     names = None if experiments is None else experiments.split(",")
     folder = out or Path(f"reproduce-{config}")
-    with interruptible(_RESUMES):
+    with interruptible(_RESUMES), warnings_as_lines():
         table = paper.reproduce(config, folder, model, recipe, training_tokens, names, device, dtype, seed)
     typer.echo(paper.as_markdown(table))
     typer.echo(f"saved: {folder / 'table.md'}")

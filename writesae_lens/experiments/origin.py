@@ -94,6 +94,25 @@ def with_warnings(headline: str, found: Sequence[str]) -> str:
     return f"{headline} [{'; '.join(found)}]" if found else headline
 
 
+def sentence(summary: Mapping[str, Any]) -> str:
+    """A result's text, model, version, date and call in words, without what an earlier version left out."""
+    text = "a text that it does not name"
+    if "text_hash" in summary:
+        text = str(summary.get("text"))
+        if isinstance(span := summary.get("text_range"), list):
+            text += f", tokens {' to '.join(map(_number, span))}"
+        text += f" ({_number(summary.get('text_tokens'))} tokens, hash {summary['text_hash']})"
+    model = f"{summary.get('model')}" + (f" in {summary['dtype']}" if "dtype" in summary else "")
+    parts = [f"Measured on {text}", model]
+    if "version" in summary:
+        parts.append(f"writesae-lens {summary['version']}, {summary.get('date')}")
+    return "; ".join(parts) + (f": {summary['call']}" if "call" in summary else ".")
+
+
+def _number(x: Any) -> str:
+    return f"{x:,}" if isinstance(x, int) else str(x)
+
+
 def dtype_of(model: HookedRecurrent) -> str:
     """The name of the number format of a model's weights (of the embedding: some keep a few others)."""
     weights = (x for x in model.original_model.parameters() if x.is_floating_point())

@@ -15,6 +15,7 @@ from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingf
 
 from hooked_models.errors import printable
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.origin import fingerprint_sae, sentence
 from writesae_lens.experiments.result import SUMMARY
 from writesae_lens.experiments.subjects import check_sae
 from writesae_lens.published.hub import transport_errors
@@ -24,7 +25,10 @@ _CARD = "README.md"
 
 def default_id(sae: SAE[Any]) -> str:
     """``L9_H4`` for an SAE on layer 9, head 4, as published ids are; ``sae`` if its hook names no cell."""
-    cell = re.search(r"blocks\.(\d+)\..*\.(\d+)$", sae.cfg.metadata.hook_name or "")
+    metadata = sae.cfg.metadata
+    cell = re.search(r"blocks\.(\d+)\..*\.(\d+)$", metadata.hook_name or "")
+    if cell is None and metadata.layer is not None and metadata.head is not None:
+        return f"L{metadata.layer}_H{metadata.head}"  # a published checkpoint without its base model
     return f"L{cell[1]}_H{cell[2]}" if cell else "sae"
 
 
@@ -108,6 +112,8 @@ def _summary(results: Path, sae: SAE[Any]) -> dict[str, Any]:
         raise WriteSAEError(
             f"{path} was measured on {summary.get('hook_name')}, but the SAE belongs to {hook}"
         )
+    if (known := summary.get("sae_fingerprints")) and fingerprint_sae(sae) not in known:
+        raise WriteSAEError(f"{path} was measured on another SAE on {hook}: run the test again on this one")
     return summary
 
 
@@ -153,7 +159,7 @@ def _section(sae: SAE[Any], repo_id: str, sae_id: str, summary: dict[str, Any] |
         rows["converted from"] = ", ".join(str(part) for part in origin if part)
     lines = [f"## {sae_id}", "", "| | |", "|---|---|"]
     # The SAE may come from strangers: none of its strings may become markup of the card.
-    cells = {name: re.sub(r"[`|<>]", "?", printable(str(value))) for name, value in rows.items() if value}
+    cells = {name: _plain(value) for name, value in rows.items() if value}
     lines += [f"| {name} | `{value}` |" for name, value in cells.items()]
     code = ["import writesae_lens  # registers the type with SAELens", "from sae_lens import SAE", ""]
     code += [f'sae = SAE.from_pretrained("{repo_id}", "{sae_id}")']
@@ -168,10 +174,17 @@ def _section(sae: SAE[Any], repo_id: str, sae_id: str, summary: dict[str, Any] |
         "median KL, atom : deleted : random": ratio,
         "firings": f"{summary['n_firings']:,}",
     }
+    about = [sentence(summary), *map(str, summary.get("warnings") or [])]
     lines += [
         "",
         "Replacement test: the dominant atom in place of a native write, against deleting the write.",
+        *(f"\n`{_plain(line)}`" for line in about),
         "",
     ]
     lines += ["| " + " | ".join(measured) + " |", "|" + "---|" * len(measured)]
     return "\n".join([*lines, "| " + " | ".join(measured.values()) + " |"])
+
+
+def _plain(value: Any) -> str:
+    """A value as a text that can stand between backticks in a cell of a table."""
+    return re.sub(r"[`|<>]", "?", printable(str(value)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,8 @@ from hooked_models.files.whole_files import replacing
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, find_experiment
-from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.origin import ResultWarning
+from writesae_lens.experiments.passages import Passages, find_passages
 from writesae_lens.experiments.result import RECORDS, SUMMARY, ExperimentResult, Progress
 from writesae_lens.experiments.run import fingerprint_sae
 from writesae_lens.experiments.subjects import find_site
@@ -28,6 +30,7 @@ from writesae_lens.report import sections
 from writesae_lens.report.atoms import profiles
 from writesae_lens.report.browser import as_json, browser_data
 from writesae_lens.report.columns import COLUMNS, table_of_atoms
+from writesae_lens.report.measured_on import cautions, check_weights, differences
 
 PAGE = "report.html"
 # Experiments whose results the page cannot be made without; they are run if no result is given.
@@ -68,12 +71,18 @@ def make_report(
         the path of the page.
 
     Raises:
-        WriteSAEError: SAE and cell do not fit, the text is too short, or a result is of another SAE.
+        WriteSAEError: SAE and cell do not fit, the text is too short, or a result is of another SAE, or of a
+            model with other weights.
+
+    Warns:
+        ResultWarning: a result is of another text or number format; the page says so too.
     """
     out = Path(out)
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     for result in results:
         _check_fits(result, model, sae)
+    for line in differences(results, model, passages):
+        warnings.warn(line, ResultWarning, stacklevel=2)
     by_name = {find_experiment(result.name).name: result for result in reversed(results)}
     run = {name: Path("results", name) for name in NEEDED if name not in by_name}
     with locked(out):
@@ -139,13 +148,14 @@ def _check_fits(result: ExperimentResult, model: HookedRecurrent, sae: SAE[Any])
     wrong_size = int(largest) >= n_atoms or (result.name == "partition" and len(result.records) != n_atoms)
     if wrong_size or (fingerprints and fingerprint_sae(sae) not in fingerprints):
         raise WriteSAEError(f"the {result.name} result is of another SAE on {hook} than this one")
+    check_weights(result, model)
 
 
 def _render(
     model: HookedRecurrent,
     sae: SAE[Any],
     site: Site,
-    passages: Int[Tensor, "passage pos"],
+    passages: Passages,
     shown: Sequence[ExperimentResult],
     needed: Sequence[ExperimentResult],
     training: str | Path | None,
@@ -168,6 +178,8 @@ def _render(
         title=f"{type(sae).__name__} on {model.cfg.model_name}",
         subtitle=f"layer {cell.layer}, head {cell.head}: {site.kind}s of {cell.d_k} x {cell.d_v}, "
         f"{sae.cfg.d_sae:,} atoms",
+        text=f"{passages.text}: {len(passages):,} passages of {passages.shape[1]:,} tokens",
+        notices=[*differences(shown, model, passages), *cautions(shown)],
         verdict=sections.verdict(replacement.summary),
         cards=sections.main_numbers(replacement.summary, partition.summary),
         settings=settings.items(),

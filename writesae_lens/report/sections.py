@@ -13,6 +13,7 @@ from sae_lens import SAE
 
 from writesae_lens import figures
 from writesae_lens.experiments.catalogue import find_experiment
+from writesae_lens.experiments.origin import sentence
 from writesae_lens.experiments.result import ExperimentResult, read_table
 from writesae_lens.saelens import history
 
@@ -118,6 +119,7 @@ def section(result: ExperimentResult) -> dict[str, Any]:
         "name": result.name,
         "question": experiment.question,
         "headline": result.headline,
+        "measured_on": sentence(result.summary),
         "method": _replacement_method(result.summary) if result.name == "replace" else [],
         "images": [(stem.replace("_", " "), _image(draw(result))) for stem, draw in result.figures.items()],
         "records": f"{len(result.records):,} records, each of them {experiment.row}",
