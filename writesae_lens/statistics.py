@@ -19,16 +19,47 @@ N_RESAMPLES = 2000
 _STARTS = 10
 
 
-def wilson_interval(wins: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion.
+def rate(wins: ArrayLike) -> float | None:
+    """The share of trials that are won; None without trials."""
+    won = np.asarray(wins, dtype=float)
+    return float(won.mean()) if won.size else None
+
+
+def wilson_interval(wins: ArrayLike, confidence: float = 0.95) -> list[float] | None:
+    """Wilson score interval of a proportion; None without trials.
 
     Args:
-        wins: booleans, at least one.
+        wins: booleans.
         confidence: coverage.
     """
     won = np.asarray(wins, dtype=bool)
+    if not won.size:
+        return None
     interval = stats.binomtest(int(won.sum()), won.size).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    return [float(interval.low), float(interval.high)]
+
+
+def ratio(above: float | None, below: float | None) -> float | None:
+    """A ratio; None where one side is not there, or the lower one is 0."""
+    return None if above is None or not below else above / below
+
+
+def recovered(kl: ArrayLike, kl_delete: ArrayLike) -> tuple[float | None, float | None]:
+    """What of the deletions' KL a stand-in avoids: 1 - sum KL / sum KL_delete, and the median over firings.
+
+    Shrinking a stand-in cannot raise the median; a few saturated firings can raise the sum. Both None where
+    no deletion has a KL.
+    """
+    own, deleted = np.asarray(kl, dtype=float), np.asarray(kl_delete, dtype=float)
+    moves = deleted > 0
+    if not moves.any():
+        return None, None
+    return float(1 - own.sum() / deleted.sum()), float(np.median(1 - own[moves] / deleted[moves]))
+
+
+def share(value: float | None) -> str:
+    """A share as text, "12.3%"; "none" for None."""
+    return "none" if value is None else f"{value:.1%}"
 
 
 def cluster_bootstrap(
@@ -52,9 +83,11 @@ def cluster_bootstrap(
     return np.quantile(resampled[:, 0] / resampled[:, 1], [tail, 1 - tail]).tolist()
 
 
-def median_and_error(values: ArrayLike) -> tuple[float, float]:
-    """Median and MAD / sqrt(n), the paper's error of a median."""
+def median_and_error(values: ArrayLike) -> tuple[float | None, float | None]:
+    """Median and MAD / sqrt(n), the paper's error of a median; both None without values."""
     x = np.asarray(values, dtype=float)
+    if not x.size:
+        return None, None
     return float(np.median(x)), float(stats.median_abs_deviation(x) / np.sqrt(x.size))
 
 
@@ -83,9 +116,11 @@ def between(interval: list[float] | None, form: str) -> str:
     return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"
 
 
-def cliffs_delta(larger: ArrayLike, smaller: ArrayLike) -> float:
-    """P(larger > smaller) - P(larger < smaller) over all pairs, in [-1, 1]."""
+def cliffs_delta(larger: ArrayLike, smaller: ArrayLike) -> float | None:
+    """P(larger > smaller) - P(larger < smaller) over all pairs, in [-1, 1]; None where a side is empty."""
     a, b = np.asarray(larger, dtype=float), np.asarray(smaller, dtype=float)
+    if not a.size or not b.size:
+        return None
     u = stats.mannwhitneyu(a, b).statistic
     return float(2 * u / (a.size * b.size) - 1)
 
@@ -100,9 +135,14 @@ def cohens_d(a: ArrayLike, b: ArrayLike) -> float | None:
     return float((x.mean() - y.mean()) / np.sqrt(pooled)) if pooled > 0 else None
 
 
-def paired_wilcoxon(larger: ArrayLike, smaller: ArrayLike) -> float:
-    """p of the one-sided paired Wilcoxon test that ``larger`` exceeds ``smaller`` (1: all pairs equal)."""
+def paired_wilcoxon(larger: ArrayLike, smaller: ArrayLike) -> float | None:
+    """p of the one-sided paired Wilcoxon test that ``larger`` exceeds ``smaller``.
+
+    1 where all pairs are equal, None without pairs.
+    """
     difference = np.asarray(larger, dtype=float) - np.asarray(smaller, dtype=float)
+    if not difference.size:
+        return None
     if not difference.any():
         return 1.0
     test: Any = stats.wilcoxon(difference, alternative="greater")

@@ -61,6 +61,9 @@ def compare(
 ) -> ExperimentResult:
     """The replacement test of several dictionaries of one cell, at the positions where all of them fire.
 
+    Firings whose deletion is at the floor of rounding (see `replacement_test`) are counted and left out of
+    every rate.
+
     Args:
         model: the model that the SAEs were trained on.
         saes: by name; on writes or on states, of any type; `writesae_lens.baselines` makes some. The first is
@@ -81,10 +84,11 @@ def compare(
     Returns:
         a result. ``records`` has one row per firing and stand-in: passage, position, token, name (of an
         SAE, a control, or "delete"), atom (-1: none), coefficient, cosine (to the native write), kl,
-        kl_delete. ``summary`` has ``table``, one row per stand-in: name, win_rate (against deletion) with
-        a 95% interval, median_kl, median_cosine, kl_over_delete (the ratio of medians), first_is_nearer
-        (share of firings at which the first SAE's KL is smaller), coverage (share of all positions at which
-        the SAE fires).
+        kl_delete, kl_floor. ``summary`` has n_firings, n_at_floor and ``table``, one row per stand-in: name,
+        win_rate (against deletion) with a 95% interval, median_kl, median_cosine, kl_over_delete (the ratio
+        of medians), first_is_nearer (share of firings at which the first SAE's KL is smaller, of those where
+        the two differ), coverage (share of all positions at which the SAE fires). Figures of which nothing is
+        left are None.
 
     Raises:
         WriteSAEError: no SAEs, SAEs on different cells or that do not fit, one named like a control, or no
@@ -129,9 +133,12 @@ def compare(
     records = run.records([n for n, index in enumerate(kept) if len(index)], test, "Comparing")
     coverage = {name: sum(len(f[name].position) for f in found) / passages.numel() for name in saes}
     table = _table(records, list(saes), list(random), coverage)
-    summary = {"table": table, "n_firings": len(records) // (len(saes) + len(random) + 1)}
-    rates = [f"{row['name']} {row['win_rate']:.1%}" for row in table if row["win_rate"] is not None]
+    n_stand_ins = len(saes) + len(random) + 1
+    n_at_floor = int((~swaps.above_floor(records)).sum()) // n_stand_ins
+    summary = {"table": table, "n_firings": len(records) // n_stand_ins, "n_at_floor": n_at_floor}
+    rates = [f"{row['name']} {statistics.share(row['win_rate'])}" for row in table if row["name"] != DELETED]
     headline = f"win rates at {summary['n_firings']} shared firings: {', '.join(rates)}"
+    headline += swaps.floor_note(n_at_floor)
     return run.result(records, summary, headline)
 
 
@@ -171,7 +178,7 @@ def _test(
         drawn = swaps.random_like(kind, *next(iter(zip(saes.values(), every.values()))), kept, cell, rng)
         conditions[kind], about[kind] = swaps.with_norm(drawn, norm), nothing
     conditions[DELETED], about[DELETED] = swaps.zeros_like(native), nothing
-    kls = swaps.divergences(model, cell, tokens, first.position, list(conditions.values()), kl)
+    kls, floor = swaps.divergences(model, cell, tokens, first.position, list(conditions.values()), kl)
     frames = [
         pd.DataFrame(
             {
@@ -183,6 +190,7 @@ def _test(
                 "cosine": native_cosines(first, condition).double().cpu().numpy(),
                 "kl": values.cpu().numpy(),
                 "kl_delete": kls[-1].cpu().numpy(),
+                "kl_floor": floor.double().cpu().numpy(),
             }
         )
         for (name, condition), values in zip(conditions.items(), kls, strict=True)
@@ -194,20 +202,22 @@ def _table(
     records: pd.DataFrame, saes: list[str], random: list[str], coverage: dict[str, float]
 ) -> list[dict[str, Any]]:
     groups = {name: records.loc[records["name"] == name] for name in (*saes, *random, DELETED)}
-    first, delete = groups[saes[0]]["kl"].to_numpy(), groups[DELETED]["kl"].median()
+    moves = swaps.above_floor(groups[DELETED])  # the same firings in every group
+    first, delete = groups[saes[0]]["kl"].to_numpy(), float(groups[DELETED]["kl"].median())
     table = []
     for name, part in groups.items():
-        wins = (part["kl"] < part["kl_delete"]).to_numpy()
+        kl = part["kl"].to_numpy()
+        wins, differ = (kl < part["kl_delete"].to_numpy())[moves], moves & (kl != first)
         is_delete = name == DELETED
         table.append(
             {
                 "name": name,
-                "win_rate": None if is_delete else float(wins.mean()),
-                "win_rate_ci": None if is_delete else list(statistics.wilson_interval(wins)),
+                "win_rate": None if is_delete else statistics.rate(wins),
+                "win_rate_ci": None if is_delete else statistics.wilson_interval(wins),
                 "median_kl": float(part["kl"].median()),
-                "kl_over_delete": float(part["kl"].median() / max(float(delete), 1e-30)),
+                "kl_over_delete": statistics.ratio(float(part["kl"].median()), delete),
                 "median_cosine": None if is_delete else float(part["cosine"].median()),
-                "first_is_nearer": None if name == saes[0] else float((first < part["kl"].to_numpy()).mean()),
+                "first_is_nearer": None if name == saes[0] else statistics.rate((first < kl)[differ]),
                 "coverage": coverage.get(name),
             }
         )

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
+from hooked_models.unembedding import rounding_kl
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
@@ -71,6 +72,9 @@ def erase_atom(
     1. That sum runs over every other firing, and the rest are tested: on the firings that choose the token,
     it would lose even if the atom meant nothing (a single firing both chooses and is tested).
 
+    Where the KL of an erasure is not above what rounding alone gives (`swaps.divergences`), nothing moved:
+    such positions are counted, and left out of the medians, intervals, shares and p.
+
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
@@ -88,10 +92,10 @@ def erase_atom(
     Returns:
         a result. ``records`` has one row per position and dose: passage, position, token (there),
         condition ("firing", "elsewhere", "random"), dose, coefficient, delta_logp (of the watched token,
-        nats), kl (patched || native). ``summary`` has atom, preferred_token (id) and its text; for
-        each condition the median change at dose 1 (or the nearest dose), its 95% interval (bootstrap over
-        passages), the share of falls, and the medians by dose; and the one-sided Wilcoxon p of a fall (None
-        where a condition has no positions).
+        nats), kl (patched || native), kl_floor. ``summary`` has atom, preferred_token (id) and its text; for
+        each condition its positions (n), those where nothing moved (n_at_floor), the median change at dose 1
+        (or the nearest dose), its 95% interval (bootstrap over passages), the share of falls, and the medians
+        by dose; and the one-sided Wilcoxon p of a fall (None where a condition has nothing that moves).
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the atom does not exist or is active nowhere, or ``token`` is
@@ -143,13 +147,24 @@ def erase_atom(
         "n_positions_that_chose_it": 0 if token is not None else len(every) - int(tests.sum()) or 1,
         "n_passages": len(passages),
     }
-    interval = statistics.between(summary["delta_logp_ci_firing"], "+.4f")
-    headline = (
-        f"atom {chosen} erased: log p of {summary['preferred_token_text'] or watched!r} moves by "
-        f"{summary['median_delta_logp_firing']:+.4f}{interval}, "
-        f"{summary['n_firing']} firings"
+    return run.result(records, summary, _headline(summary, chosen, watched))
+
+
+def _headline(summary: dict[str, Any], atom: int, watched: int) -> str:
+    """The change beside its control: a random matrix of the same norm taken out at the same firings."""
+    token, own, random = (
+        summary[name]
+        for name in ("preferred_token_text", "median_delta_logp_firing", "median_delta_logp_random")
     )
-    return run.result(records, summary, headline)
+    note = f"{summary['n_firing']} firings{swaps.floor_note(summary['n_at_floor_firing'])}"
+    if own is None:
+        return f"atom {atom} erased: nothing moves, {note}"
+    interval = statistics.between(summary["delta_logp_ci_firing"], "+.4f")
+    control = "nothing" if random is None else f"{random:+.4f}"
+    return (
+        f"atom {atom} erased: log p of {token or watched!r} moves by {own:+.4f}{interval}, with a random "
+        f"matrix erased by {control}, {note}"
+    )
 
 
 def _positions(
@@ -216,11 +231,13 @@ def _erase(
         written = [swaps.summed(native_of(firings), swaps.scaled(other, -d * ones)) for d in doses]
     else:
         written = [_erased(sae, cell, firings, dose) for dose in doses]
-    changes, kls = [], []
+    changes, kls, floors = [], [], []
     for base, patched in swaps.swapped_logits(model, cell, tokens, firings.position, written):
         before = swaps.log_probabilities(base)[:, watched]
         changes.append(torch.stack([swaps.log_probabilities(p)[:, watched] - before for p in patched]))
         kls.append(torch.stack([swaps.divergence(p, base) for p in patched]))
+        floors.append(swaps.logits_floor(base))
+    floor = torch.cat(floors) + rounding_kl(model, tokens, cell.layer, firings.position)
     count = len(firings.position)
     return pd.DataFrame(
         {
@@ -231,6 +248,7 @@ def _erase(
             "coefficient": firings.coefficient.repeat(len(doses)).cpu().numpy().astype(float),
             "delta_logp": torch.cat(changes, dim=1).flatten().cpu().numpy(),
             "kl": torch.cat(kls, dim=1).flatten().cpu().numpy(),
+            "kl_floor": floor.repeat(len(doses)).double().cpu().numpy(),
         }
     )
 
@@ -240,8 +258,10 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"dose": float(dose)}
     for condition in CONDITIONS:
         part = records.loc[records["condition"] == condition]
+        summary[f"n_{condition}"] = int((part["dose"] == dose).sum())
+        part = part.loc[swaps.above_floor(part, "kl")]
         at = part.loc[part["dose"] == dose]
-        summary[f"n_{condition}"] = len(at)
+        summary[f"n_at_floor_{condition}"] = summary[f"n_{condition}"] - len(at)
         by_dose = part.groupby("dose")["delta_logp"].median()
         found: dict[str, Any] = dict.fromkeys(
             ("median_delta_logp", "delta_logp_ci", "share_of_falls", "median_kl", "fall_p")
@@ -265,8 +285,9 @@ def plot_erase(result: ExperimentResult) -> Figure:
     records, summary = result.records, result.summary
     figure, (spread, doses) = new_figure(10.0, 4.0, 2)
     colors = {"firing": ATOM, "elsewhere": DELETE, "random": RANDOM}
-    names = [name for name in colors if summary[f"n_{name}"]]
+    records = records[swaps.above_floor(records, "kl")]
     at = records[records.dose == summary["dose"]]
+    names = [name for name in colors if (at.condition == name).any()]
     groups = [at.loc[at.condition == name, "delta_logp"] for name in names]
     boxes = spread.boxplot(groups, tick_labels=names, showfliers=False, patch_artist=True, widths=0.5)
     for box, name in zip(boxes["boxes"], names, strict=True):
@@ -277,7 +298,8 @@ def plot_erase(result: ExperimentResult) -> Figure:
     token = summary["preferred_token_text"] or summary["preferred_token"]
     spread.set_ylabel(f"change of log p of {token!r} (nats)")
     interval = statistics.between(summary["delta_logp_ci_firing"], "+.3f")
-    title = f"Atom {summary['atom']} erased: {summary['median_delta_logp_firing']:+.3f}"
+    median = summary["median_delta_logp_firing"]
+    title = f"Atom {summary['atom']} erased: {'nothing moves' if median is None else f'{median:+.3f}'}"
     spread.set_title(f"{title}{interval}", fontsize=11, loc="left")
     for name in names:
         medians = summary[f"median_delta_logp_by_dose_{name}"]
@@ -285,5 +307,6 @@ def plot_erase(result: ExperimentResult) -> Figure:
     doses.axhline(0, color=INK, lw=0.8, ls="--")
     doses.set_xlabel("dose (multiples of what the atom writes)")
     doses.set_title("Median change by dose", fontsize=11, loc="left")
-    doses.legend(frameon=False, fontsize=9)
+    if names:
+        doses.legend(frameon=False, fontsize=9)
     return figure

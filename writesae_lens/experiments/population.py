@@ -13,6 +13,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment, figure
 from writesae_lens.experiments.options import Count, Seed
 from writesae_lens.experiments.origin import call_of, with_warnings
@@ -46,16 +47,16 @@ def population_test(
     """The replacement test's win rate of each atom, in whose mean frequent atoms count no more than others.
 
     Runs `replacement_test` with at most ``max_firings_per_atom`` firings of each atom, drawn at random, and
-    makes one row of every atom with at least ``min_firings``. The mean over atoms is the paper's
-    population figure. Classes are those of `partition_atoms`, from the median cosines of these atoms at
-    these firings.
+    makes one row of every atom with at least ``min_firings`` of them above the floor of rounding, as
+    `replacement_test` tells them. The mean over atoms is the paper's population figure. Classes are those of
+    `partition_atoms`, from the median cosines of these atoms at these firings.
 
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         tokens: passages ``[passage, pos]``, or a text.
         max_firings_per_atom: firings of an atom to test (None: all).
-        min_firings: atoms with fewer tested firings are counted as too rare and left out.
+        min_firings: atoms with fewer tested firings above the floor are counted as too rare and left out.
         seed: seed of the thinning, the random matrices, the bootstrap and the mixture.
         progress_folder: keeps finished passages, and resumes from them; `replacement_test` with the same
             settings reads the same folder.
@@ -68,7 +69,8 @@ def population_test(
         None where fewer than 4 atoms or equal cosines allow no partition). ``summary`` has
         mean_win_rate with a 95% interval (bootstrap over atoms), win rate and number of atoms by class
         with the two-sided Mann-Whitney p between the classes, Pearson's and Spearman's correlation of
-        win rate with median cosine, and mean win rate and cosine in each fifth of the atoms by cosine.
+        win rate with median cosine, mean win rate and cosine in each fifth of the atoms by cosine, and
+        n_at_floor, the firings that are left out.
 
     Raises:
         WriteSAEError: as `replacement_test`, or no atom has ``min_firings`` tested firings.
@@ -86,32 +88,43 @@ def population_test(
     firings = tested.records.assign(
         win=lambda f: f.kl_atom < f.kl_delete, chain=lambda f: f.win & (f.kl_delete < f.kl_random)
     )
-    by_atom = firings.groupby("atom", as_index=False).agg(
-        n_firings=("win", "size"),
-        win_rate=("win", "mean"),
-        strict_chain_rate=("chain", "mean"),
-        median_cosine=("cosine", "median"),
-        median_kl_atom=("kl_atom", "median"),
-        median_kl_delete=("kl_delete", "median"),
+    moves = swaps.above_floor(firings)
+    by_atom = (
+        firings.loc[moves]
+        .groupby("atom", as_index=False)
+        .agg(
+            n_firings=("win", "size"),
+            win_rate=("win", "mean"),
+            strict_chain_rate=("chain", "mean"),
+            median_cosine=("cosine", "median"),
+            median_kl_atom=("kl_atom", "median"),
+            median_kl_delete=("kl_delete", "median"),
+        )
     )
     records = by_atom.loc[by_atom.n_firings >= min_firings].reset_index(drop=True)
+    n_atoms, n_at_floor = firings.atom.nunique(), int((~moves).sum())
     if not len(records):
+        floor = f" ({n_at_floor} more are at the floor of rounding)" if n_at_floor else ""
         raise WriteSAEError(
-            f"{len(by_atom)} atoms fire, but none min_firings={min_firings} times in {len(firings)} tested "
-            "firings: give more text or a smaller min_firings"
+            f"{n_atoms} atoms fire, but none min_firings={min_firings} times in {moves.sum()} tested "
+            f"firings{floor}: give more text or a smaller min_firings"
         )
     split = statistics.split_in_two(records.median_cosine, seed)
     records["class"] = None if split is None else class_names(split)
     summary = {
         **_summarize(records, seed),
-        "n_atoms_too_rare": len(by_atom) - len(records),
+        "n_at_floor": n_at_floor,
+        "n_atoms_too_rare": n_atoms - len(records),
         "n_atoms_never_dominant": tested.summary["n_atoms_never_dominant"],
         **{name: tested.summary[name] for name in (*MEASURED_ON, *EXPERIMENTS["replace"].own_options)},
         "experiment": "population",
         "min_firings": min_firings,
     }
     interval = statistics.between(summary["mean_win_rate_ci"], ".1%")
-    headline = f"mean win rate {summary['mean_win_rate']:.1%}{interval}, {len(records)} atoms"
+    headline = (
+        f"mean win rate {summary['mean_win_rate']:.1%}{interval}, strict chain "
+        f"{summary['mean_strict_chain_rate']:.1%}, {len(records)} atoms{swaps.floor_note(n_at_floor)}"
+    )
     summary["call"] = call_of(model, [summary["hook_name"]], summary["text"], population_test, given)
     summary = {"headline": with_warnings(headline, summary["warnings"]), **summary}
     return ExperimentResult("population", records, summary)

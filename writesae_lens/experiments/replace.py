@@ -42,7 +42,15 @@ CONDITIONS = ("atom", "delete", "random")
     paper=1,
     question="Can atoms take the place of native writes?",
     row="a firing",
-    table=("win_rate", "strict_chain_rate", "median_kl_atom", "median_kl_delete", "median_cosine"),
+    table=(
+        "win_rate",
+        "strict_chain_rate",
+        "recovered",
+        "median_recovered",
+        "median_kl_atom",
+        "median_kl_delete",
+        "median_cosine",
+    ),
     former_names=("replacement",),
 )
 def replacement_test(
@@ -67,8 +75,11 @@ def replacement_test(
     is the KL divergence between the next-token distributions at that position with and without the
     change. The atom *wins* when its KL is below the deletion's; the *strict chain* is atom < delete <
     random. Every condition equals a full forward pass with hooks on ``hook_write`` and ``hook_erase``
-    (`HookedRecurrent.run_with_swapped_writes`). On a bfloat16 model, the rounding of the logits alone
-    causes KLs of up to about 1e-4.
+    (`HookedRecurrent.run_with_swapped_writes`).
+
+    A firing is *at the floor* where the deletion's KL is not above what rounding alone gives there
+    (`swaps.divergences`; about 1e-13 in float32, 1e-5 in bfloat16): nothing is measured there, so win rate,
+    chain and what is recovered leave it out, and count it.
 
     Args:
         model: the model that the SAE was trained on.
@@ -94,7 +105,11 @@ def replacement_test(
 
     Returns:
         a result. ``records`` has one row per firing: passage, position, token, atom, coefficient,
-        write_norm, cosine, kl_atom, kl_delete, kl_random (KLs in nats).
+        write_norm, cosine, kl_atom, kl_delete, kl_random, kl_floor (KLs in nats). ``summary`` has win_rate
+        and strict_chain_rate with 95% intervals, recovered (1 - sum of kl_atom / sum of kl_delete) and
+        median_recovered, all over the firings above the floor (None where there are none); n_at_floor, and
+        win_rate_with_floor and strict_chain_rate_with_floor over all firings; medians of KLs, cosine and
+        write norm over all firings.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, or no atom fires.
@@ -116,8 +131,12 @@ def replacement_test(
     records = run.records([n for n, index in enumerate(kept) if len(index)], test, "Replacing")
     n_dominant = len(torch.cat([f.atom for f in firings]).unique())
     summary = _summarize(records, sae.cfg.d_sae - n_dominant, seed)
-    low, high = summary["win_rate_ci"]
-    headline = f"win rate {summary['win_rate']:.1%} ({low:.1%} to {high:.1%}), {len(records)} firings"
+    interval = statistics.between(summary["win_rate_ci"], ".1%")
+    headline = (
+        f"win rate {statistics.share(summary['win_rate'])}{interval}, recovered "
+        f"{statistics.share(summary['recovered'])} (median {statistics.share(summary['median_recovered'])}), "
+        f"{len(records)} firings{swaps.floor_note(summary['n_at_floor'])}"
+    )
     return run.result(records, summary, headline)
 
 
@@ -166,7 +185,9 @@ def _test_passage(
     size = firings.coefficient if scale == "coefficient" else native.norm() / norm
     other = swaps.with_norm(swaps.random_like(random, sae, every, kept, cell, rng), size * norm)
     conditions = [swaps.scaled(atoms, size), swaps.zeros_like(atoms), other]
-    kls = swaps.divergences(model, cell, tokens, firings.position, conditions, kl, erase=replaces == "write")
+    kls, floor = swaps.divergences(
+        model, cell, tokens, firings.position, conditions, kl, erase=replaces == "write"
+    )
     columns: dict[str, Any] = {
         "passage": number,
         "position": firings.position.cpu().numpy(),
@@ -177,33 +198,42 @@ def _test_passage(
         "cosine": native_cosines(firings, atoms).cpu().numpy().astype(float),
     }
     columns |= {f"kl_{name}": kls[i].cpu().numpy() for i, name in enumerate(CONDITIONS)}
+    columns["kl_floor"] = floor.double().cpu().numpy()
     return pd.DataFrame(columns)
 
 
 def _summarize(records: pd.DataFrame, n_never_dominant: int, seed: int) -> dict[str, Any]:
     atom, delete, other = (records[f"kl_{name}"].to_numpy() for name in CONDITIONS)
+    moves = swaps.above_floor(records)
     wins, chain = atom < delete, (atom < delete) & (delete < other)
+    recovered, median_recovered = statistics.recovered(atom[moves], delete[moves])
+    by = records.loc[moves]
     summary: dict[str, Any] = {
         "n_firings": len(records),
+        "n_at_floor": int((~moves).sum()),
         "n_atoms": int(records.atom.nunique()),
         "n_atoms_never_dominant": n_never_dominant,
         "n_passages": int(records.passage.nunique()),
-        "win_rate": float(wins.mean()),
-        "win_rate_ci": list(statistics.wilson_interval(wins)),
-        "win_rate_ci_by_atom": statistics.cluster_bootstrap(wins, records.atom, seed),
-        "win_rate_ci_by_passage": statistics.cluster_bootstrap(wins, records.passage, seed),
-        "win_rate_by_effect_quartile": statistics.mean_by_part(wins, delete, 4),
-        "strict_chain_rate": float(chain.mean()),
-        "strict_chain_rate_ci": list(statistics.wilson_interval(chain)),
+        "win_rate": statistics.rate(wins[moves]),
+        "win_rate_ci": statistics.wilson_interval(wins[moves]),
+        "win_rate_ci_by_atom": statistics.cluster_bootstrap(wins[moves], by.atom, seed),
+        "win_rate_ci_by_passage": statistics.cluster_bootstrap(wins[moves], by.passage, seed),
+        "win_rate_with_floor": statistics.rate(wins),
+        "win_rate_by_effect_quartile": statistics.mean_by_part(wins[moves], delete[moves], 4),
+        "strict_chain_rate": statistics.rate(chain[moves]),
+        "strict_chain_rate_ci": statistics.wilson_interval(chain[moves]),
+        "strict_chain_rate_with_floor": statistics.rate(chain),
+        "recovered": recovered,
+        "median_recovered": median_recovered,
     }
     for name, values in zip(CONDITIONS, (atom, delete, other), strict=True):
         median, error = statistics.median_and_error(values)
         summary[f"median_kl_{name}"] = median
         summary[f"median_kl_{name}_error"] = error
-    unit = max(summary["median_kl_atom"], 1e-30)
-    summary["kl_ratio_atom_delete_random"] = [summary[f"median_kl_{n}"] / unit for n in CONDITIONS]
-    summary["cliffs_delta"] = statistics.cliffs_delta(delete, atom)
-    summary["wilcoxon_p"] = statistics.paired_wilcoxon(delete, atom)
+    medians = [summary[f"median_kl_{name}"] for name in CONDITIONS]
+    summary["kl_ratio_atom_delete_random"] = [statistics.ratio(median, medians[0]) for median in medians]
+    summary["cliffs_delta"] = statistics.cliffs_delta(delete[moves], atom[moves])
+    summary["wilcoxon_p"] = statistics.paired_wilcoxon(delete[moves], atom[moves])
     summary["median_cosine"] = float(records.cosine.median())
     summary["median_write_norm"] = float(records.write_norm.median())
     return summary
@@ -217,8 +247,10 @@ def plot_replacement(result: ExperimentResult) -> Figure:
         records[f"kl_{n}"].to_numpy().clip(min=KL_FLOOR) for n in ("atom", "delete", "random")
     )
     figure, (scatter, density) = new_figure(10.0, 4.4, 2)
-    wins = atom < delete
-    for mask, color, label in ((wins, ATOM, "atom nearer"), (~wins, DELETE, "deletion nearer")):
+    wins, moves = (records.kl_atom < records.kl_delete).to_numpy(), swaps.above_floor(records)
+    groups = [(wins & moves, ATOM, "atom nearer"), (~wins & moves, DELETE, "deletion nearer")]
+    groups += [(~moves, RANDOM, "deletion at the floor")] if not moves.all() else []
+    for mask, color, label in groups:
         scatter.scatter(
             delete[mask], atom[mask], s=7, alpha=0.45, lw=0, color=color, rasterized=True,
             label=f"{label} ({mask.mean():.1%})",
@@ -229,9 +261,9 @@ def plot_replacement(result: ExperimentResult) -> Figure:
     scatter.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     scatter.set_xlabel("KL, write deleted (nats)")
     scatter.set_ylabel("KL, atom in its place (nats)")
-    low, high = summary["win_rate_ci"]
-    title = f"The atom wins at {summary['win_rate']:.1%} of {summary['n_firings']:,} firings"
-    scatter.set_title(f"{title}\n95% interval {low:.1%} to {high:.1%}", fontsize=11, loc="left")
+    title = f"The atom wins at {statistics.share(summary['win_rate'])} of {moves.sum():,} firings"
+    interval = statistics.between(summary["win_rate_ci"], ".1%")
+    scatter.set_title(f"{title}\n95% interval{interval or ': none'}", fontsize=11, loc="left")
     scatter.legend(frameon=False, fontsize=9, loc="upper left")
 
     for values, color, label in (
@@ -260,7 +292,7 @@ def plot_replacement(result: ExperimentResult) -> Figure:
 @figure("replace", stem="replace_by_effect")
 def plot_replacement_by_effect(result: ExperimentResult) -> Figure:
     """Where the atom fails: win rate by quartile of the deletion's effect, and by cosine to the write."""
-    records, summary = result.records, result.summary
+    records, summary = result.records.loc[swaps.above_floor(result.records)], result.summary
     wins = (records.kl_atom < records.kl_delete).to_numpy()
     figure, (effect, cosine) = new_figure(10.0, 3.6, 2)
     rates = [rate or 0 for rate in summary["win_rate_by_effect_quartile"]]

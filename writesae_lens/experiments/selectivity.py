@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
+from hooked_models.unembedding import rounding_kl
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
@@ -54,7 +55,9 @@ def selectivity(
     An atom is selective when it moves the same tokens wherever it is written, and other tokens than other
     atoms do. Each atom (and as many Gaussian rank-1 matrices, drawn once) is added to the native write with
     ``magnitude`` times its norm; its set is the ``top_k`` tokens whose logits at that position move most
-    beyond the mean of all tokens, up or down. The overlap of two sets is the share of tokens in both.
+    beyond the mean of all tokens, up or down. The overlap of two sets is the share of tokens in both. Writes
+    whose KL is not above what rounding alone gives (`swaps.divergences`) move no tokens of their own: they
+    are counted and left out.
 
     Args:
         model: the model that the SAE was trained on.
@@ -72,11 +75,11 @@ def selectivity(
 
     Returns:
         a result. ``records`` has one row per write: passage, position, kind ("atom", "random"), atom (for
-        random matrices their number), kl (patched || native, nats), max_shift (logits), top (the set, as a
-        JSON list of token ids, largest first). ``summary`` has for each kind the mean overlap of the same
-        matrix at different positions of any passages (own_overlap), of different ones at the same position
-        (other_overlap), their difference (selectivity) with a 95% interval (own_overlap resampled by
-        matrices), and chance_overlap.
+        random matrices their number), kl (patched || native, nats), kl_floor, max_shift (logits), top (the
+        set, as a JSON list of token ids, largest first). ``summary`` has n_at_floor, for each kind the mean
+        overlap of the same matrix at different positions of any passages (own_overlap), of different ones at
+        the same position (other_overlap), their difference (selectivity) with a 95% interval (own_overlap
+        resampled by matrices), and chance_overlap.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, or no atom fires.
@@ -100,13 +103,18 @@ def selectivity(
         return frame.assign(passage=n, atom=names)
 
     records = run.records(range(len(passages)), push, "Writing")
-    columns = ["passage", "position", "kind", "atom", "kl", "max_shift", "top"]
+    columns = ["passage", "position", "kind", "atom", "kl", "kl_floor", "max_shift", "top"]
     records = records.reindex(columns=columns)
     summary = _summarize(records, top_k, seed) | {"chance_overlap": top_k / model.cfg.d_vocab}
     own, other = summary["own_overlap_atom"], summary["other_overlap_atom"]
+    random = statistics.share(summary["own_overlap_random"])
     headline = (
-        "no atom at two positions" if own is None else f"an atom moves {own:.1%} of the same {top_k} tokens"
-    ) + ("" if other is None else f" elsewhere; other atoms move {other:.1%} of them")
+        "no atom at two positions"
+        if own is None
+        else f"an atom moves {own:.1%} of the same {top_k} tokens elsewhere, a random matrix {random}"
+    )
+    headline += "" if other is None else f"; other atoms move {other:.1%} of them"
+    headline += swaps.floor_note(summary["n_at_floor"])
     return run.result(records, summary, headline)
 
 
@@ -128,12 +136,13 @@ def _push(
     both = swaps.one_after_another(atoms, others)
     both = Factors(both.key.repeat(count, 1, 1), both.value.repeat(count, 1, 1))
     added = swaps.with_norm(both, magnitude * native.norm())
-    kl, top, most = [], [], []
+    kl, floor, top, most = [], [], [], []
     for base, (patched,) in swaps.swapped_logits(model, cell, tokens, at, [swaps.summed(native, added)]):
         shift = patched - base
         shift = shift - shift.mean(-1, keepdim=True)
         found = shift.abs().topk(top_k, dim=-1)
         kl.append(swaps.divergence(patched, base))
+        floor.append(swaps.logits_floor(base))
         most.append(shift.gather(-1, found.indices[:, :1]).squeeze(-1))
         top += found.indices.tolist()
     return pd.DataFrame(
@@ -142,6 +151,10 @@ def _push(
             "kind": (["atom"] * n + ["random"] * n) * count,
             "atom": np.tile(np.tile(np.arange(n), 2), count),
             "kl": torch.cat(kl).cpu().numpy(),
+            "kl_floor": (torch.cat(floor) + rounding_kl(model, tokens, cell.layer, at))
+            .double()
+            .cpu()
+            .numpy(),
             "max_shift": torch.cat(most).double().cpu().numpy(),
             "top": [str(ids) for ids in top],
         }
@@ -150,8 +163,10 @@ def _push(
 
 def _summarize(records: pd.DataFrame, top_k: int, seed: int) -> dict[str, Any]:
     sets = records.assign(top=[frozenset(int(x) for x in row[1:-1].split(",")) for row in records.top])
-    summary: dict[str, Any] = {"n_writes": len(records)}
-    for kind, part in sets.groupby("kind"):
+    moves = swaps.above_floor(records, "kl")
+    summary: dict[str, Any] = {"n_writes": len(records), "n_at_floor": int((~moves).sum())}
+    for kind in ("atom", "random"):
+        part = sets.loc[moves & (sets["kind"] == kind).to_numpy()]
         own = _overlaps(part, ["atom"], top_k)
         other = _overlaps(part, ["passage", "position"], top_k)
         summary[f"own_overlap_{kind}"] = float(own.overlap.mean()) if len(own) else None
@@ -163,7 +178,7 @@ def _summarize(records: pd.DataFrame, top_k: int, seed: int) -> dict[str, Any]:
             summary[f"selectivity_{kind}"] = float(own.overlap.mean()) - level
             interval = ends and [end - level for end in ends]
         summary[f"selectivity_ci_{kind}"] = interval
-        summary[f"median_kl_{kind}"] = float(part.kl.median())
+        summary[f"median_kl_{kind}"] = statistics.median_and_error(part.kl)[0]
     return summary
 
 

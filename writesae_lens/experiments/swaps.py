@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from sae_lens import SAE
 from torch import Tensor, nn
 
@@ -171,6 +174,20 @@ def logits_floor(base: Float[Tensor, "firing d_vocab"]) -> Float[Tensor, " firin
         p = b.softmax(-1)
         values.append((p * (1 - p) * (torch.finfo(b.dtype).eps * b).square()).sum(-1) / 2)
     return torch.cat(values)
+
+
+def above_floor(records: pd.DataFrame, column: str = "kl_delete") -> NDArray[np.bool_]:
+    """Whether each row's KL is above what rounding alone gives there, its ``kl_floor``.
+
+    Results of earlier versions have no floor: there it is 0.
+    """
+    floor = records["kl_floor"].to_numpy() if "kl_floor" in records else 0.0
+    return records[column].to_numpy() > floor
+
+
+def floor_note(n_at_floor: int) -> str:
+    """What a headline says of the rows that are left out; nothing where there are none."""
+    return f"; {n_at_floor} at the floor of rounding left out" if n_at_floor else ""
 
 
 def log_probabilities(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:

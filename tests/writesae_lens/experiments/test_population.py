@@ -19,6 +19,7 @@ def population_of(gdn, passages, monkeypatch):
     def test(rows):
         frame = pd.DataFrame(rows, columns=["atom", "cosine", "kl_atom", "kl_delete", "kl_random"])
         summary = dict.fromkeys([*MEASURED_ON, *EXPERIMENTS["replace"].own_options])
+        summary |= {"text": "given", "warnings": [], "hook_name": "given"}
         tested = ExperimentResult("replace", frame, summary | {"n_atoms_never_dominant": 7})
         monkeypatch.setattr(
             "writesae_lens.experiments.population.replacement_test", lambda *args, **options: tested

@@ -31,7 +31,8 @@ def test_every_row_is_a_full_edited_forward_pass(model, tokens, swapped, kind, o
     how = {"n_atoms": 3, "n_positions": 2, "top_k": 7, "magnitude": magnitude, "verbose": False}
     result = selectivity(model, sae, tokens, seed=3, **how)
     records = result.records
-    assert list(records.columns) == ["passage", "position", "kind", "atom", "kl", "max_shift", "top"]
+    columns = ["passage", "position", "kind", "atom", "kl", "kl_floor", "max_shift", "top"]
+    assert list(records.columns) == columns
     atoms = records.atom[records.kind == "atom"].unique()
     assert len(atoms) == 3
     assert set(atoms) <= dominant_atoms(model, sae, tokens)
