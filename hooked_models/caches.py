@@ -1,4 +1,4 @@
-"""The caches of transformers, of any supported version: the keywords for them, and the tensors in them.
+"""The caches of transformers, of any supported version: the keywords for them, and what is in them.
 
 This module imports no TransformerLens, for the models in `modeling` need it too.
 """
@@ -6,14 +6,19 @@ This module imports no TransformerLens, for the models in `modeling` need it too
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_models.errors import HookedModelError
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params", "cache")
 """Keywords for a cache: of most models, of Mamba-2, and of all models from transformers 5.24 on."""
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx", "max_length_q", "max_length_k")
+"""Keywords for the boundaries of several documents in one row."""
 # Keywords of transformers that concern other parts of a model and change nothing in a recurrent layer.
 _WITHOUT_EFFECT = {
     "cache_position",
@@ -27,8 +32,8 @@ _WITHOUT_EFFECT = {
 }
 
 
-def pop_cache(arguments: dict[str, Any]) -> Any:
-    """Remove the cache from keyword arguments and return it (None: there is none).
+def cache_in(arguments: dict[str, Any]) -> Any:
+    """The cache among keyword arguments (None: there is none).
 
     Args:
         arguments: a call's keywords; the cache may have any name of `CACHE_ARGUMENTS`.
@@ -36,11 +41,34 @@ def pop_cache(arguments: dict[str, Any]) -> Any:
     Raises:
         HookedModelError: two of the keywords name different caches.
     """
-    given = {name: arguments.pop(name) for name in CACHE_ARGUMENTS if name in arguments}
+    given = {name: arguments[name] for name in CACHE_ARGUMENTS if name in arguments}
     caches = [cache for cache in given.values() if cache is not None]
     if any(cache is not caches[0] for cache in caches):
         raise HookedModelError(f"{' and '.join(given)} are two different caches: give one")
     return caches[0] if caches else None
+
+
+def pop_cache(arguments: dict[str, Any]) -> Any:
+    """As `cache_in`; the cache is removed from the arguments."""
+    cache = cache_in(arguments)
+    for name in CACHE_ARGUMENTS:
+        arguments.pop(name, None)
+    return cache
+
+
+def refuse_packing(arguments: dict[str, Any]) -> None:
+    """Refuse the boundaries of documents that are packed into one row.
+
+    Raises:
+        HookedModelError: there are some.
+    """
+    packing = [name for name in _PACKING if arguments.get(name) is not None]
+    if packing:
+        raise HookedModelError(
+            f"the model takes no argument {packing[0]!r}, the boundaries of packed documents: recurrent "
+            "layers carry their memory from one into the next; give each document a row of its own, padded "
+            "on the left, with its attention_mask"
+        )
 
 
 def refuse_unknown(arguments: dict[str, Any], taker: str) -> None:
@@ -53,6 +81,7 @@ def refuse_unknown(arguments: dict[str, Any], taker: str) -> None:
     Raises:
         HookedModelError: there is one. If there are several, the message names one that looks like a cache.
     """
+    refuse_packing(arguments)
     unknown = [name for name, value in arguments.items() if name not in _WITHOUT_EFFECT and value is not None]
     unknown.sort(key=lambda name: "cache" not in name and "past" not in name)
     if unknown:
@@ -73,6 +102,149 @@ def cached(cache: Any, layer: int, name: str) -> Tensor | None:
     return states[0] if isinstance(states, dict) else states
 
 
+def check(cache: Any, n_layers: int, recurrent: dict[int, tuple[int, int, int]], batch: int) -> None:
+    """Refuse a cache that is another model's, or that the recurrent layers would not honour.
+
+    Args:
+        cache: what a call was given.
+        n_layers: how many layers a cache of the model has.
+        recurrent: heads, d_k and d_v of each recurrent layer, by its number in the cache.
+        batch: rows of the call.
+
+    Raises:
+        HookedModelError: it does not fit; it records the past, so that it could be rolled back, which a state
+            cannot; or it holds another number of rows.
+    """
+    layers = getattr(cache, "layers", ())
+    if len(layers) != n_layers or not all(hasattr(layers[i], "recurrent_states") for i in recurrent):
+        raise HookedModelError(
+            f"this {type(cache).__name__} of {len(layers)} layers does not fit the model: make one with "
+            "model.new_cache()"
+        )
+    if any(getattr(layer, "record_past", False) for layer in layers):
+        raise HookedModelError(
+            "the cache records its past to be cropped, but a recurrent state cannot be rolled back: keep "
+            "copy.deepcopy(cache) of the point to go back to"
+        )
+    for layer, (heads, d_k, d_v) in recurrent.items():
+        state = cached(cache, layer, "recurrent_states")
+        if state is None:
+            continue
+        if state.shape[1] != heads or state[0, 0].numel() != d_k * d_v:
+            raise HookedModelError(
+                f"the cache's layer {layer} has states of shape {tuple(state.shape[1:])}, the model's "
+                f"{(heads, d_k, d_v)}: it is another model's; make one with model.new_cache()"
+            )
+        if len(state) != batch:
+            raise HookedModelError(
+                f"the cache holds {len(state)} rows, the call has {batch}: give as many "
+                "(hooked_models.caches.repeated repeats a cache's rows)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What a cache holds, as far as its tensors do not say it.
+
+    Args:
+        columns: tokens of each row, padding included (None: unknown).
+        mask: False where they are padding (None: nowhere).
+        last_position: position id of each row's last token, ``[batch, 1]`` (None: none was given).
+        state: a layer's state; reordering the cache's rows replaces it.
+        rearranged: whether the rows may have another order than ``mask`` has.
+        whole: whether the call that filled the cache came to its end.
+    """
+
+    columns: int | None = 0
+    mask: Bool[Tensor, "batch past"] | None = None
+    last_position: Int[Tensor, "batch one"] | None = None
+    state: Tensor | None = None
+    rearranged: bool = False
+    whole: bool = True
+
+    def n_tokens(self) -> int | Int[Tensor, " batch"] | None:
+        """How many tokens of each row the cache holds, without padding (None: unknown)."""
+        if self.mask is None:
+            return self.columns
+        return None if self.rearranged else self.mask.sum(1)
+
+    def gone_on(
+        self,
+        shape: tuple[int, int],
+        real: Bool[Tensor, "batch pos"] | None,
+        last_position: Int[Tensor, "batch one"] | None,
+    ) -> Past:
+        """What the cache holds after a call of some more tokens.
+
+        Args:
+            shape: rows and tokens of the call.
+            real: False where they are padding (None: nowhere).
+            last_position: position id of each row's last token (None: none was given).
+        """
+        columns = None if self.columns is None else self.columns + shape[1]
+        if last_position is None and self.last_position is not None:
+            last_position = self.last_position + shape[1]
+        if (self.mask is None and real is None) or columns is None:
+            return Past(columns, None, last_position)
+        parts = [
+            torch.ones(rows_and_length, dtype=torch.bool, device=device) if part is None else part
+            for part, rows_and_length, device in (
+                (self.mask, (shape[0], self.columns), None if real is None else real.device),
+                (real, shape, None if self.mask is None else self.mask.device),
+            )
+        ]
+        return Past(columns, torch.cat(parts, dim=1), last_position, rearranged=self.rearranged)
+
+
+def remember(cache: Any, past: Past) -> None:
+    """Note on a cache what it holds; copies of the cache have the note too."""
+    layers = (i for i, layer in enumerate(cache.layers) if hasattr(layer, "recurrent_states"))
+    state = cached(cache, next(layers), "recurrent_states")
+    cache.hooked_past = dataclasses.replace(past, state=state)
+
+
+def past_of(cache: Any, layer: int) -> Past:
+    """What a cache holds that has been checked (`check`), filled by this package's models or by others.
+
+    Args:
+        cache: the cache.
+        layer: a recurrent layer.
+
+    Raises:
+        HookedModelError: a call that should have filled it ended in an error, or it was cropped.
+    """
+    if cached(cache, layer, "recurrent_states") is None:
+        return Past()
+    past = getattr(cache, "hooked_past", None)
+    length = _seen(cache)
+    if past is None:
+        return Past(length)
+    if not past.whole:
+        raise HookedModelError(
+            "the last call with this cache ended in an error or at an earlier layer, so that its layers hold "
+            "different tokens: make a new one (model.new_cache()) and read the text again"
+        )
+    if length is not None and past.columns is not None and length != past.columns:
+        if length < past.columns:
+            raise HookedModelError(
+                f"the cache was cropped from {past.columns} to {length} tokens, but a recurrent state cannot "
+                "be rolled back: keep copy.deepcopy(cache) of the point to go back to"
+            )
+        more = length - past.columns  # read by another model
+        past = past.gone_on((len(past.mask) if past.mask is not None else 0, more), None, None)
+    first = next(i for i, layer in enumerate(cache.layers) if hasattr(layer, "recurrent_states"))
+    moved = past.state is not None and cached(cache, first, "recurrent_states") is not past.state
+    return dataclasses.replace(past, rearranged=past.rearranged or moved)
+
+
+def _seen(cache: Any) -> int | None:
+    """How many tokens a cache says that it holds, padding included; None where only states are kept."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return None
+
+
 def repeated(cache: Any, count: int) -> Any:
     """A copy of a cache (or None) with every row ``count`` times, one after another."""
     if cache is None:
@@ -88,4 +260,8 @@ def repeated(cache: Any, count: int) -> Any:
     for layer in twin.layers:
         for name, value in vars(layer).items():
             setattr(layer, name, repeat(value))
+    past = getattr(cache, "hooked_past", None)
+    if past is not None:
+        rows = {name: repeat(getattr(past, name)) for name in ("mask", "last_position")}
+        remember(twin, dataclasses.replace(past, **rows))
     return twin

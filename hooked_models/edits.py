@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_models.errors import HookedModelError
@@ -105,11 +105,18 @@ class AddedWrites:
     linear: bool
 
     def added_to(
-        self, outputs: Float[Tensor, "row pos head d_v"], recurrence: Recurrence
+        self,
+        outputs: Float[Tensor, "row pos head d_v"],
+        recurrence: Recurrence,
+        real: Bool[Tensor, "row pos"] | None = None,
     ) -> Float[Tensor, "row pos head d_v"]:
-        """The layer's ``outputs`` S_t^T q_t with what the added writes contribute to them."""
+        """The layer's ``outputs`` S_t^T q_t with what the added writes contribute to them.
+
+        Nothing is added at padding, where ``real`` is False (None: nowhere).
+        """
         rec = recurrence.heads(self.head).with_erase_vector()
         here = torch.arange(outputs.shape[1], device=outputs.device) == self.positions[:, None]
+        here = here if real is None else here & real
         # The state is linear in the writes, so the added one contributes what it would write alone.
         keys = here[:, :, None, None] * self.keys[:, None, None].to(rec.k)
         values = self.values[:, None, None].to(rec.v).expand_as(rec.v)

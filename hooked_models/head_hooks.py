@@ -32,12 +32,13 @@ class HeadHooks(NamedTuple):
     def are_listened_to(self) -> bool:
         return any(point is not None and is_listened_to(point) for point in self)
 
-    def fire(self, recurrence: Recurrence, start: Tensor | None) -> Change | None:
+    def fire(self, recurrence: Recurrence, start: Tensor | None, real: Tensor | None = None) -> Change | None:
         """Fire the write, the erase and the state hook, in this order.
 
         Args:
             recurrence: of this head alone.
             start: its state before the first token, ``[batch, 1, d_k, d_v]`` (None: zero).
+            real: ``[batch, pos]``, False at padding, where no edit counts (None: nowhere).
 
         Returns:
             how the hooks' edits change outputs and final state (None: not at all).
@@ -50,6 +51,7 @@ class HeadHooks(NamedTuple):
         # 1. The write W_t = k_t v_t^T: a changed one enters the state as a difference.
         if is_listened_to(self.write):
             edited, touched = fire_matrices(self.write, _outer(rec.k, rec.v))
+            edited = _at_tokens(edited, real)
             if touched or (edited.requires_grad and (on_erase or on_state)):
                 difference = edited - _outer(rec.k, rec.v)
             elif edited.requires_grad:
@@ -58,7 +60,7 @@ class HeadHooks(NamedTuple):
         # 2. The erase a_t b_t^T S_{t-1}: `free` is the recurrence without the erases that a hook has set.
         free = rec
         if on_erase:
-            free, set_instead = self._fire_erase(rec, start, difference)
+            free, set_instead = self._fire_erase(rec, start, difference, real)
             if set_instead is not None:
                 difference = set_instead if difference is None else difference + set_instead
         if difference is not None:
@@ -71,13 +73,13 @@ class HeadHooks(NamedTuple):
                 states = states + respond_states(free, difference)
             edited, touched = fire_matrices(self.state, states.clone())
             if touched or edited.requires_grad:
-                moved = edited - states
+                moved = _at_tokens(edited - states, real)
                 outputs, final = respond(free, moved, state_is_set=(moved != 0).flatten(-2).any(-1))
                 change = (outputs, final) if change is None else (outputs + change[0], final + change[1])
         return change
 
     def _fire_erase(
-        self, rec: Recurrence, start: Tensor | None, difference: Tensor | None
+        self, rec: Recurrence, start: Tensor | None, difference: Tensor | None, real: Tensor | None
     ) -> tuple[Recurrence, Tensor | None]:
         """Fire the erase hook: the recurrence without the erases that it set, and what enters instead.
 
@@ -97,6 +99,7 @@ class HeadHooks(NamedTuple):
         edited, touched = fire_matrices(self.erase, _outer(a, erased))
         if not (touched or edited.requires_grad):
             return rec, None
+        edited = _at_tokens(edited, real)
         moved = edited - _outer(a, erased)
         erase_is_set = (moved != 0).flatten(-2).any(-1)
         moved = torch.where(erase_is_set[..., None, None], edited - _outer(a, native), moved)
@@ -143,6 +146,11 @@ def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
+def _at_tokens(matrices: Tensor, real: Tensor | None) -> Tensor:
+    """[B, T, 1, K, V] with zeros at padding, where writes and erases are zero."""
+    return matrices if real is None else matrices.masked_fill(~real[..., None, None, None], 0)
+
+
 def _outer(x: Tensor, y: Tensor) -> Tensor:
     return x[..., None] * y[..., None, :]
 
@@ -151,21 +159,38 @@ class _UnchangedWrite(torch.autograd.Function):
     """The response to a write that is hooked and unedited: zero forwards, at no cost, the gradient backwards.
 
     The gradient with respect to the hooked write exists, although reading it changed nothing. The part of it
-    that flows on into k and v is subtracted, because the scan contains it already.
+    that flows on into k and v is subtracted, because the scan contains it already. Where the gradient is to
+    be differentiated again (``create_graph=True``), it is computed as that of the response itself, so that
+    every further derivative is exact.
     """
 
     @staticmethod
-    def forward(ctx: Any, write: Tensor, k: Tensor, v: Tensor, *inputs: Tensor | None) -> Tensor:
-        ctx.save_for_backward(k, v, *inputs)
+    def forward(write: Tensor, k: Tensor, v: Tensor, *inputs: Tensor | None) -> Tensor:
         return torch.zeros_like(v)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, q, g, a, b = ctx.saved_tensors
-        difference = _outer(k, v).zero_().requires_grad_()
+        write, k, v, q, g, a, b = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _gradients_of_response(ctx.saved_tensors, grads[0])
+        difference = torch.zeros_like(write, requires_grad=True)
         with torch.enable_grad():
             outputs, _ = respond(Recurrence(q, g, k, v, a, b), difference)
             (grad,) = torch.autograd.grad(outputs, difference, grads[0])
         grad_k = -torch.einsum("bthkv,bthv->bthk", grad, v)
         grad_v = -torch.einsum("bthkv,bthk->bthv", grad, k)
         return grad, grad_k, grad_v, None, None, None, None
+
+
+def _gradients_of_response(saved: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the response to write - k v^T in all of its inputs, with a graph of their own."""
+    # Views, because an input may have been computed from another one, and each has its own gradient.
+    write, k, v, q, g, a, b = views = [x if x is None else x.view_as(x) for x in saved]
+    outputs, _ = respond(Recurrence(q, g, k, v, a, b), write - _outer(k, v))
+    wanted = [x for x in views if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in views)

@@ -8,11 +8,12 @@ import re
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hooked_models import edited_runs, edits, upstream, zoo
+from hooked_models import calls, edited_runs, edits, upstream, zoo
 from hooked_models.architectures import adapters
 from hooked_models.caches import CACHE_ARGUMENTS, pop_cache, refuse_unknown
 from hooked_models.errors import HookedModelError, one_line
@@ -20,6 +21,9 @@ from hooked_models.files import loading
 from hooked_models.mixers import HookedMixer
 
 _SITE = re.compile(r"blocks\.(\d+)\.\w+\.hook_(write|state)\.(\d+)")
+
+# Arguments of transformers that ask for results which a bridge's forward pass does not return.
+_NOT_RETURNED = ("output_hidden_states", "output_router_logits", "num_items_in_batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +75,26 @@ class HookedRecurrent(upstream.CheckedBridge):
         Args:
             model_name: hub id, folder, ``.pth`` file, or a name in `hooked_models.zoo.SHIPPED`.
             **kwargs: as for ``TransformerBridge.boot_transformers`` (device, dtype, revision, ...); a dtype
-                may also be given by name, ``"bfloat16"``, as JSON configs must.
+                may also be given by name, ``"bfloat16"``, as JSON configs must. With ``load_weights=False``
+                the model has new weights, drawn from torch's generator, and the sizes of the checkpoint.
 
         Raises:
             HookedModelError: there is no model, its checkpoint is damaged or does not fit, no tokenizer is
-                found, or it has no recurrent layer that this package knows.
+                found, it has no recurrent layer that this package knows, a package is missing that it
+                needs, or an option is unknown or would have no effect.
         """
         model_name = loading.name_of(model_name)
         try:
             with adapters.registered(), upstream.complete_checkpoints():
-                source, options = loading.prepare(model_name, kwargs)
+                source, options = loading.prepare(model_name, kwargs, upstream.boot_arguments())
                 model = super().boot_transformers(source, **options)
         except HookedModelError:
             raise
-        except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:
             raise HookedModelError(f"could not load {model_name}: {one_line(error)}") from error
-        except loading.UNFORESEEN as error:
+        except (
+            Exception
+        ) as error:  # transformers and TransformerLens raise any class on what they do not check
             line = f"{type(error).__name__}: {one_line(error)}"
             raise HookedModelError(f"could not load {model_name}: {line}") from error
         assert isinstance(model, HookedRecurrent)
@@ -96,6 +104,7 @@ class HookedRecurrent(upstream.CheckedBridge):
                 f"{model_name} ({model_class}) has no recurrent layers that this package knows: it hooks "
                 f"{', '.join(adapters.ADAPTERS)}; for other models use TransformerLens itself"
             )
+        calls.watch(model)
         model.cfg.model_name = model_name
         if model_name in zoo.SHIPPED:  # TransformerLens's defaults differ by architecture
             model.cfg.default_prepend_bos = False
@@ -154,22 +163,73 @@ class HookedRecurrent(upstream.CheckedBridge):
             **kwargs: as for `TransformerBridge.forward`.
 
         Raises:
-            HookedModelError: the cache is another model's, or nothing takes one of the arguments.
+            HookedModelError: nothing takes one of the arguments, or the model would not honour it: a cache of
+                another model or number of rows; a mask of another shape, or with padding between tokens or,
+                on the way into a cache, after them; packed documents; tokens outside the vocabulary.
         """
         cache = pop_cache(kwargs)
-        n_layers = len(getattr(cache, "layers", ()))
-        if cache is not None and n_layers != len(self.new_cache().layers):
-            raise HookedModelError(
-                f"this {type(cache).__name__} of {n_layers} layers does not fit the model: make one with "
-                "model.new_cache()"
-            )
+        signature = inspect.signature(super().forward)
         of_model = inspect.signature(self.original_model.forward).parameters.keys()
-        of_bridge = inspect.signature(super().forward).parameters.keys()
-        refuse_unknown({name: kwargs[name] for name in kwargs.keys() - of_model - of_bridge}, "the model")
+        own = kwargs.keys() - of_model - signature.parameters.keys()
+        refuse_unknown({name: kwargs[name] for name in own}, "the model")
+        unseen = [name for name in _NOT_RETURNED if kwargs.get(name)]
+        if unseen:
+            raise HookedModelError(
+                f"a forward pass does not return what {unseen[0]} asks for: use run_with_cache, or "
+                "model.original_model"
+            )
+        given = signature.bind(input, *args, **kwargs).arguments
+        wants_cache = given.get("return_type") == "logits_and_cache"
+        if wants_cache:
+            cache = self.new_cache() if cache is None else cache
+            kwargs["use_cache"] = True
         if cache is not None:
             kwargs[next(name for name in CACHE_ARGUMENTS if name in of_model)] = cache
-        with edits.edit_in_force(edit):
-            return super().forward(input, *args, **kwargs)
+        with calls.reading(self._mask_of_texts(given)), edits.edit_in_force(edit):
+            output = super().forward(input, *args, **kwargs)
+        return (output[0], cache) if wants_cache else output
+
+    def _mask_of_texts(self, given: dict[str, Any]) -> Int[Tensor, "batch pos"] | None:
+        """The mask of a list of texts that is padded on the right, for which TransformerLens makes none."""
+        texts = given["input"]
+        if not isinstance(texts, (list, tuple)):
+            return None
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise HookedModelError(
+                "the model reads a text, a list of texts, or a tensor of token ids [batch, pos]; got "
+                + (f"a {type(texts).__name__} of {type(texts[0]).__name__}" if texts else "an empty list")
+            )
+        side = given.get("padding_side") or getattr(self.tokenizer, "padding_side", "right")
+        if len(texts) == 1 or side == "left" or given.get("attention_mask") is not None:
+            return None
+        bos = given.get("prepend_bos")
+        rows = [torch.ones_like(self.to_tokens(text, prepend_bos=bos)[0]) for text in texts]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    @property
+    def positions(self) -> Int[Tensor, "batch pos"]:
+        """Where the tokens of the forward pass that is running are in their texts, for use in a hook.
+
+        Each token's number in its row, counted from 0 at the row's first token: cached tokens count, padding
+        does not, so a text has the same positions alone, in a batch, and token by token in ``generate``.
+        Padded positions have -1.
+
+        Raises:
+            HookedModelError: no forward pass is running, or something else filled its cache, so that nobody
+                knows how many tokens it holds.
+        """
+        return calls.running(self.original_model).positions()
+
+    @property
+    def attention_mask(self) -> Int[Tensor, "batch pos"]:
+        """1 at the tokens of the forward pass that is running, 0 at its padding; ones if nothing is padded.
+
+        Of the call's new tokens only, shaped like `positions`; cached tokens have no column.
+
+        Raises:
+            HookedModelError: no forward pass is running.
+        """
+        return calls.running(self.original_model).mask()
 
     def new_cache(self) -> Any:
         """An empty cache to decode with: ``model(tokens, past_key_values=cache, use_cache=True)``."""

@@ -12,13 +12,13 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from hooked_models import edits
+from hooked_models import calls, edits
 from hooked_models.caches import cached, pop_cache, refuse_unknown
 from hooked_models.errors import HookedModelError
 from hooked_models.head_hooks import HeadHooks, fire, fire_copy
@@ -73,7 +73,7 @@ class HookedMixer(GeneralizedComponent):
     Hooks fire in this order: factors, read and decay; then write, erase and state head by head; then the
     outputs. They fire in prefill and in cached decoding, where ``pos`` counts the new tokens. Activations of
     the recurrence have dtype float32 at least. No write or state matrix is built for a hook point that nobody
-    listens to. In a left-padded batch the padding writes zeros.
+    listens to. Padding is inert: whatever a hook returns there, nothing is written, erased, set or read.
 
     In a hybrid, other layers can have another component in the same slot, as attention or an MLP. A mixer
     that wraps one runs it as it is, has ``hook_in`` and ``hook_out`` only, and ``is_recurrent`` is False.
@@ -97,13 +97,14 @@ class HookedMixer(GeneralizedComponent):
 
     @abstractmethod
     def inputs(
-        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
+        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, real: Bool[Tensor, "batch pos"] | None
     ) -> tuple[Recurrence, Any]:
         """The recurrence's inputs, and the bypass: the tensors that `finish` needs besides its outputs.
 
-        ``mask``, [batch, pos, 1] and 0 at padding, has been applied to ``hidden``. Convolutions and token
-        shifts must go through `edits.mix_neighbours`, since ``hidden`` may end with branches, and the log
-        decay through `fire_decay`, which fires ``hook_decay``.
+        ``hidden`` is 0 at padding, where ``real`` is False (None: nowhere). What enters a convolution or a
+        token shift must be 0 there too (`calls.without_padding`); the recurrence's own tensors may be
+        anything. Convolutions and token shifts must go through `edits.mix_neighbours`, since ``hidden``
+        may end with branches, and the log decay through `fire_decay`, which fires ``hook_decay``.
         """
 
     @abstractmethod
@@ -225,28 +226,27 @@ class HookedMixer(GeneralizedComponent):
         if not hidden_states.shape[1]:
             raise HookedModelError("there are no tokens to read: give one at least")
         swapped, added = edits.swapped_writes(), edits.added_writes(self)
-        # 1. The layer's input, zero at padding, which then writes nothing.
-        hidden, mask = fire(self.hook_in, hidden_states), None
-        if attention_mask is not None and attention_mask.ndim == 2:
-            mask = attention_mask[:, -hidden.shape[1] :, None].to(hidden.dtype)
-            hidden = hidden * mask
+        # 1. The layer's input. After every hook, what it put at padding is taken out again.
+        real = calls.real_tokens(attention_mask, hidden_states.shape[1])
+        hidden = calls.without_padding(fire(self.hook_in, hidden_states), real)
         # 2. q, g, a, b, k and v of each token.
-        recurrence, bypass = self.inputs(hidden, cache, mask, **own)
+        recurrence, bypass = self.inputs(hidden, cache, real, **own)
         # 3. S_t = T_t S_{t-1} + W_t and o_t = S_t^T q_t.
         if swapped is not None:
             outputs = swapped.outputs(self, recurrence)
         else:
-            recurrence = self._fire_factors(recurrence)
-            outputs = self._recur(recurrence, cache)
+            recurrence = self._fire_factors(recurrence).idle_at(None if real is None else ~real)
+            outputs = self._recur(recurrence, cache, real)
         if added is not None and not added.linear:
-            outputs = added.added_to(outputs, recurrence)
+            outputs = added.added_to(outputs, recurrence, real)
         outputs = fire(self.hook_recurrence_out, outputs)  # [batch, pos, head, d_v]
+        outputs = calls.without_padding(outputs, real)
         # 4. Norm, gate and projection.
         finished = self.finish(outputs, bypass)
         if added is not None and added.linear:
-            moved = self.finish(added.added_to(outputs, recurrence), bypass)
+            moved = self.finish(added.added_to(outputs, recurrence, real), bypass)
             finished = forward_ad.make_dual(finished, moved - finished)
-        return self.returned(fire(self.hook_out, finished), bypass)
+        return self.returned(calls.without_padding(fire(self.hook_out, finished), real), bypass)
 
     def fire_decay(self, g: Tensor) -> Tensor:
         """Fire ``hook_decay`` with exp(g), and return the log of its result."""
@@ -269,7 +269,9 @@ class HookedMixer(GeneralizedComponent):
         q, v = fire(self.hook_read, recurrence.q), fire(self.hook_write_value, recurrence.v)
         return dataclasses.replace(recurrence, q=q, k=keys, v=v)
 
-    def _recur(self, recurrence: Recurrence, cache: Any) -> Float[Tensor, "batch pos head d_v"]:
+    def _recur(
+        self, recurrence: Recurrence, cache: Any, real: Tensor | None
+    ) -> Float[Tensor, "batch pos head d_v"]:
         """Outputs of the recurrence with the edits of the per-head hooks; the cache gets the new state."""
         state = self._state_before(cache)
         if state is not None and torch.is_grad_enabled():
@@ -280,7 +282,8 @@ class HookedMixer(GeneralizedComponent):
             hooks = HeadHooks(*points)
             if not hooks.are_listened_to:
                 continue
-            change = hooks.fire(recurrence.heads(head), None if state is None else state[:, head : head + 1])
+            start = None if state is None else state[:, head : head + 1]
+            change = hooks.fire(recurrence.heads(head), start, real)
             if change is not None:
                 outputs[:, :, head] = outputs[:, :, head] + change[0][:, :, 0]
                 here = torch.tensor([head], device=final_state.device)
@@ -297,9 +300,17 @@ class HookedMixer(GeneralizedComponent):
 
 
 def causal_convolution(
-    hidden: Float[Tensor, "batch pos channel"], conv: nn.Conv1d, cache: Any, layer: int
+    hidden: Float[Tensor, "batch pos channel"],
+    conv: nn.Conv1d,
+    cache: Any,
+    layer: int,
+    real: Bool[Tensor, "batch pos"] | None,
 ) -> Float[Tensor, "batch pos channel"]:
-    """Depthwise causal convolution over positions; reads its history from a cache and updates it."""
+    """Depthwise causal convolution over positions; reads its history from a cache and updates it.
+
+    Padding, where ``real`` is False, counts as zeros.
+    """
+    hidden = calls.without_padding(hidden, real)
     weight, taps = conv.weight.squeeze(1), conv.weight.shape[-1]  # [channel, tap], the token itself last
 
     def convolve(x: Tensor) -> Tensor:

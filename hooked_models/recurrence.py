@@ -113,6 +113,13 @@ class Recurrence:
             self, a=self.a.masked_fill(where if self.a.ndim == 3 else where[..., None], 0)
         )
 
+    def idle_at(self, where: Bool[Tensor, "batch pos"] | None) -> Recurrence:
+        """The same recurrence with positions that read nothing and leave the state as it is."""
+        if where is None:
+            return self
+        idle = self.map(lambda x: x.masked_fill(where.view(*where.shape, *(1,) * (x.ndim - 2)), 0))
+        return dataclasses.replace(idle, b=self.b)
+
     def pull_back(self, reads: Float[Tensor, "batch pos head d_k"]) -> Float[Tensor, "batch pos head d_k"]:
         """T_t^T r_t: reading S_{t-1} with it gives the part of S_t^T r_t that comes from S_{t-1}."""
         dtype = torch.promote_types(self.dtype, reads.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_models.mixers import AttributeNames, HookedMixer, causal_convolution
@@ -40,11 +40,12 @@ class HookedGatedDeltaNet(HookedMixer):
         self.wrapped.A_log.fill_(-float("inf"))
 
     def inputs(
-        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
+        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, real: Bool[Tensor, "batch pos"] | None
     ) -> tuple[Recurrence, Tensor]:
         layer = self.wrapped
         mixed, z, b, a = self._project(hidden)  # [batch, pos, channel] twice, [batch, pos, head] twice
-        mixed = torch.nn.functional.silu(causal_convolution(mixed, layer.conv1d, cache, self.layer_index))
+        mixed = causal_convolution(mixed, layer.conv1d, cache, self.layer_index, real)
+        mixed = torch.nn.functional.silu(mixed)
         q, k, v = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
         d_k, d_v = self.write_shape
         repeats = layer.num_v_heads // layer.num_k_heads

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import GatedRMSNormBridge, LinearBridge
 
@@ -45,18 +45,14 @@ class HookedMamba2(HookedMixer):
         )
 
     def inputs(
-        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, mask: Tensor | None
+        self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, real: Bool[Tensor, "batch pos"] | None
     ) -> tuple[Recurrence, tuple[Tensor, Tensor]]:
         layer = self.wrapped
         groups, keys = layer.n_groups, layer.n_groups * layer.ssm_state_size
         gate, mixed, dt = layer.in_proj(hidden).split(
             [layer.intermediate_size, layer.intermediate_size + 2 * keys, layer.num_heads], dim=-1
         )
-        if mask is not None and layer.in_proj.bias is not None:
-            mixed = mixed * mask  # else the projection's bias at padding would enter the convolution
-        mixed = layer.act(causal_convolution(mixed, layer.conv1d, cache, self.layer_index))
-        if mask is not None:
-            mixed = mixed * mask  # the convolution has a bias of its own
+        mixed = layer.act(causal_convolution(mixed, layer.conv1d, cache, self.layer_index, real))
         x, b, c = mixed.split([layer.intermediate_size, keys, keys], dim=-1)
         wide = torch.promote_types(hidden.dtype, torch.float32)  # of the recurrence, from here on
         x = x.unflatten(-1, (layer.num_heads, -1)).to(wide)

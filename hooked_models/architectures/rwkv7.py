@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components import LinearBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from hooked_models import calls
 from hooked_models.caches import pop_cache, refuse_unknown
 from hooked_models.edits import mix_neighbours
 from hooked_models.mixers import AttributeNames, HookedMixer
-from hooked_models.modeling.rwkv7.layers import BonusAndGate, masked, one_earlier
+from hooked_models.modeling.rwkv7.layers import BonusAndGate, one_earlier
 from hooked_models.recurrence import Recurrence
 
 
@@ -49,7 +50,7 @@ class HookedRWKV7(HookedMixer):
         self,
         hidden: Float[Tensor, "batch pos d_model"],
         cache: Any,
-        mask: Tensor | None,
+        real: Bool[Tensor, "batch pos"] | None,
         v_first: Float[Tensor, "batch pos value_dim"] | None = None,
     ) -> tuple[Recurrence, tuple[BonusAndGate, Tensor]]:
         previous = _one_earlier(hidden, cache, self.layer_index)
@@ -90,9 +91,10 @@ class HookedRWKV7FeedForward(GeneralizedComponent):
         cache = pop_cache(options)
         refuse_unknown(options, type(self).__name__)
         layer: Any = self.original_component
-        hidden = masked(self.hook_in(hidden_states), attention_mask)
+        real = calls.real_tokens(attention_mask, hidden_states.shape[1])
+        hidden = calls.without_padding(self.hook_in(hidden_states), real)
         previous = _one_earlier(hidden, cache, layer.cache_idx)
-        return self.hook_out(layer.mix(hidden, previous))
+        return calls.without_padding(self.hook_out(layer.mix(hidden, previous)), real)
 
 
 def _one_earlier(hidden: Tensor, cache: Any, layer: int) -> Tensor:

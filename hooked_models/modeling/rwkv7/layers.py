@@ -10,8 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hooked_models.caches import cached
+from hooked_models.errors import HookedModelError
 from hooked_models.modeling.rwkv7.config import RWKV7Config
 from hooked_models.recurrence import Recurrence, scan
 
@@ -32,6 +34,14 @@ class RWKV7Cache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise HookedModelError(
+            "a recurrent state cannot be rolled back: keep copy.deepcopy(cache) of the point to go back to"
+        )
+
+    def activate_past_recording(self) -> None:
+        self.crop(0)
 
     def reset(self) -> None:
         super().reset()
@@ -175,7 +185,7 @@ class RWKV7FeedForward(nn.Module):
         return self.value(self.act_fn(self.key(torch.addcmul(hidden, delta, self.x_k))))
 
 
-class RWKV7Block(nn.Module):
+class RWKV7Block(GradientCheckpointingLayer):
     """One block: x + attn(norm(x)), then x + ffn(norm(x)); block 0 normalises the embedding first."""
 
     def __init__(self, config: RWKV7Config, layer_idx: int) -> None:
@@ -194,13 +204,13 @@ class RWKV7Block(nn.Module):
     def forward(
         self,
         hidden: Float[Tensor, "batch pos size"],
-        cache_params: RWKV7Cache | None = None,
-        attention_mask: Int[Tensor, "batch all_pos"] | None = None,
         v_first: Float[Tensor, "batch pos value_dim"] | None = None,
+        past_key_values: RWKV7Cache | None = None,
+        attention_mask: Int[Tensor, "batch all_pos"] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if hasattr(self, "pre_norm"):
             hidden = self.pre_norm(hidden)
-        past = {"cache_params": cache_params, "attention_mask": attention_mask}
+        past = {"cache_params": past_key_values, "attention_mask": attention_mask}
         mixed, first = self.attn(self.attn_norm(hidden), v_first=v_first, **past)
         hidden = hidden + mixed
         return hidden + self.ffn(self.ffn_norm(hidden), **past), first
@@ -212,7 +222,7 @@ def masked(
     """The input with zeros at padded positions, which then write nothing and shift in nothing."""
     if attention_mask is None or attention_mask.ndim != 2:
         return hidden
-    return hidden * attention_mask[:, -hidden.shape[1] :, None].to(hidden.dtype)
+    return hidden.masked_fill(attention_mask[:, -hidden.shape[1] :, None] == 0, 0)
 
 
 def one_earlier(

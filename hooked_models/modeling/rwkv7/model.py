@@ -24,6 +24,7 @@ class RWKV7PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["RWKV7Block"]  # noqa: RUF012  (the base class declares it so)
     _is_stateful = True
+    supports_gradient_checkpointing = True
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
@@ -75,6 +76,7 @@ class RWKV7Model(RWKV7PreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(RWKV7Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -98,6 +100,8 @@ class RWKV7Model(RWKV7PreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:  # as in transformers: layers run twice
+            use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = RWKV7Cache(self.config.num_hidden_layers)
         if past_key_values is not None and not isinstance(past_key_values, RWKV7Cache):
@@ -108,8 +112,9 @@ class RWKV7Model(RWKV7PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         v_first, hidden_states = None, [hidden]
         for layer in self.layers:
+            # Positional, because the older form of checkpointing differentiates nothing else.
             hidden, v_first = layer(
-                hidden, cache_params=past_key_values, attention_mask=attention_mask, v_first=v_first
+                hidden, v_first, past_key_values=past_key_values, attention_mask=attention_mask
             )
             hidden_states.append(hidden)
         if past_key_values is not None:
