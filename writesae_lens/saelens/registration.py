@@ -18,13 +18,13 @@ from sae_lens.registry import (
 from hooked_models import HookedRecurrent
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.published import hub, releases
-from writesae_lens.saelens import store, upstream
+from writesae_lens.saelens import starting, store, upstream
+from writesae_lens.saelens.checks import MODEL_CLASS_NAME
 from writesae_lens.saes import optimizer
 from writesae_lens.saes.config import ARCHITECTURE, WriteSAEConfig, WriteSAETrainingConfig
 from writesae_lens.saes.sae import WriteSAE
 from writesae_lens.saes.training_sae import WriteTrainingSAE
 
-MODEL_CLASS_NAME = "HookedRecurrent"
 _RELEASES = releases.releases()
 
 
@@ -48,6 +48,8 @@ def register() -> None:
     loaders["sae_lens"], configs["sae_lens"] = hub.load_any, hub.any_config
     for function in (load_model, get_pretrained_saes_directory, *store.REPLACEMENTS):
         upstream.wrap(function.__name__, function)
+    for name, function in starting.REPLACEMENTS.items():
+        upstream.wrap(name, function)
     upstream.before_optimizer_steps(optimizer.clear_moments)
 
 

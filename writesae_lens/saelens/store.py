@@ -20,8 +20,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.upstream import is_listened_to
-from writesae_lens.errors import WriteSAEError
-from writesae_lens.saes.config import WriteSAETrainingConfig
+from writesae_lens.saelens import checks
 from writesae_lens.saes.packed import PackedWrites, Write
 
 
@@ -63,22 +62,12 @@ def _packed(store: Any, cells: dict[str, Cell], tokens: Tensor) -> dict[str, Ten
     }
 
 
-def _check_width(name: str, cell: Cell, d_in: int, sides: tuple[int, int] | None = None) -> None:
-    if d_in != cell.d_k * cell.d_v or sides not in (None, (cell.d_k, cell.d_v)):
-        shape = "" if sides is None else f" {sides[0]} x {sides[1]},"
-        raise WriteSAEError(
-            f"the SAE takes {d_in} numbers,{shape} but {name} gives {cell.d_k} x {cell.d_v} = "
-            f"{cell.d_k * cell.d_v}: set d_k={cell.d_k}, d_v={cell.d_v}"
-        )
-
-
 def from_config(original: Any, owner: Any, model: Any, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse a WriteSAE whose sides are not the cell's: exchanged sides have the same product."""
-    sae, name = getattr(cfg, "sae", None), cfg.hook_name
-    is_matrix = ".hook_write." in name or ".hook_state." in name
-    if isinstance(model, HookedRecurrent) and isinstance(sae, WriteSAETrainingConfig) and is_matrix:
-        model.check_hook_names([name])
-        _check_width(name, model.site(name).cell, sae.d_in, (sae.d_k, sae.d_v))
+    """Refuse an SAE whose sides are not the cell's: exchanged sides have the same product."""
+    if isinstance(model, HookedRecurrent):
+        model.check_hook_names([cfg.hook_name])
+        sae, head_index = getattr(cfg, "sae", cfg), getattr(cfg, "hook_head_index", None)
+        checks.check_site(model, cfg.hook_name, sae, head_index)
     return original(owner, model, cfg, *args, **kwargs)
 
 
@@ -87,7 +76,7 @@ def get_activations(original: Any, store: Any, batch_tokens: Tensor) -> Tensor:
     cell = _cell(store, store.hook_name)
     if cell is None:
         return original(store, batch_tokens)
-    _check_width(store.hook_name, cell, store.d_in)
+    checks.check_width(store.hook_name, cell, store.d_in)
     return _packed(store, {store.hook_name: cell}, batch_tokens)[store.hook_name]
 
 
@@ -98,7 +87,7 @@ def get_multi_hook_activations(original: Any, store: Any, batch_tokens: Tensor) 
         return original(store, batch_tokens)
     of_writes = {name: cell for name, cell in cells.items() if cell is not None}
     for name, cell in of_writes.items():
-        _check_width(name, cell, store._hook_d_ins[name])
+        checks.check_width(name, cell, store._hook_d_ins[name])
     return _packed(store, of_writes, batch_tokens)
 
 
@@ -149,7 +138,7 @@ def _load_raw_llm_batch_from_cached(
     width, cell = getattr(store, "packed_width", None), _cell(store, store.hook_name, live=False)
     if width is None or cell is None:
         return original(store, raise_on_epoch_end)
-    _check_width(store.hook_name, cell, store.d_in)
+    checks.check_width(store.hook_name, cell, store.d_in)
     with _rows_of(store, width):
         rows, token_ids = original(store, raise_on_epoch_end)
     return PackedWrites(Write(*rows[:, None].split([cell.d_k, cell.d_v, cell.d_k], dim=-1))), token_ids

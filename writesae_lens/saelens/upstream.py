@@ -56,6 +56,9 @@ _LOAD_MODEL = "model_class_name model_name device model_from_pretrained_kwargs h
 _BOOTS = "compares names of model classes; ours boots a HookedRecurrent (SAELens's modules import it by name)"
 _RELEASES = "reads the pretrained SAEs from a file; ours are added (SAELens's modules import it by name)"
 _PACKED = "asks the model for writes, which come packed as factors (store.py)"
+_OVERRIDES = "cfg override_dataset override_model"
+_STARTS = "takes settings that cannot be followed, which are refused before a model is loaded (starting.py)"
+_EMPTIES = "is called for ever if every token is excluded (starting.py)"
 
 DEPENDENCIES = (
     Dependency("sae_lens.load_model:load_model", _LOAD_MODEL, _BOOTS),
@@ -66,6 +69,12 @@ DEPENDENCIES = (
     Dependency(f"{_LOADING}.pretrained_sae_loaders:get_pretrained_saes_directory", "", _RELEASES),
     Dependency("sae_lens.saes.sae:get_pretrained_saes_directory", "", _RELEASES),
     Dependency("sae_lens.evals:get_pretrained_saes_directory", "", _RELEASES),
+    Dependency(f"{_SINGLE}.__init__", f"self {_OVERRIDES} override_sae", _STARTS),
+    Dependency(f"{_MULTI}:MultiSAETrainingRunner.__init__", f"self {_OVERRIDES} override_saes", _STARTS),
+    Dependency(f"{_CACHE}:CacheActivationsRunner.__init__", "self cfg override_dataset", _STARTS),
+    Dependency(f"{_STORE}.__init__", None, "loads dataset_path from the Hub; a file or folder may be meant"),
+    Dependency(f"{_STORE}.get_filtered_llm_batch", "self raise_on_epoch_end", _EMPTIES),
+    Dependency(f"{_STORE}._get_filtered_multi_hook_llm_batch", "self raise_on_epoch_end", _EMPTIES),
     Dependency(
         f"{_STORE}.from_config",
         "cls model cfg override_dataset",
@@ -193,10 +202,11 @@ def wrap(name: str, wrapper: Callable[..., Any]) -> None:
     """Replace a function wherever `DEPENDENCIES` lists it as replaced; a second call changes nothing.
 
     Args:
-        name: its name, as after the last dot or colon of ``where``.
+        name: its name, as after the last dot or colon of ``where``, or that of its class before it.
         wrapper: called with the original and then the arguments of each call.
     """
     places = [d.where for d in DEPENDENCIES if d.replaced and d.where.replace(":", ".").endswith(f".{name}")]
+    name = name.rpartition(".")[2]
     for where in places:
         module_name, _, path = where.partition(":")
         try:

@@ -270,7 +270,7 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
             )
         if str(self.dtype).removeprefix("torch.") == "float16":
             raise WriteSAEError(
-                "in float16 Adam divides zero by zero: train in float32 or bfloat16, and convert what comes out"
+                "in float16 Adam divides zero by zero: train in float32 or bfloat16, and convert the result"
             )
         if self.activation == "gated" and self.normalize_activations not in PLAIN_INPUTS:
             raise WriteSAEError(

@@ -45,7 +45,7 @@ LOST = (
 
 
 def read_only(matrix: Tensor) -> Tensor:
-    """The same numbers and gradients, as a `BuiltMatrix` (in compiled code, which cannot trace it, as they are)."""
+    """The same numbers, as a `BuiltMatrix`, which compiled code, unable to trace it, does not get."""
     return matrix if torch.compiler.is_compiling() else matrix.as_subclass(BuiltMatrix)
 
 
