@@ -69,7 +69,7 @@ def origin_of(
     """
     found = _warnings(model, saes, passages)
     for warning in found:
-        warnings.warn(warning, ResultWarning, stacklevel=4)
+        warnings.warn(warning, ResultWarning, stacklevel=5)
     return {
         "text": passages.text,
         "text_hash": fingerprint(passages),
@@ -123,7 +123,7 @@ def _warnings(model: HookedRecurrent, saes: Sequence[SAE[Any]], passages: Passag
     """What speaks against a result's figures, a line each."""
     found, dtype = [], dtype_of(model)
     if dtype in HALF_PRECISION:
-        found.append(f"the model is in {dtype}: small effects may be its rounding, float32 tells")
+        found.append(f"the model is in {dtype}, so small effects may be rounding: repeat it in float32")
     named = {_plain_name(name): name for sae in saes if (name := sae.cfg.metadata.model_name)}
     if len(named) > 1:
         raise WriteSAEError(

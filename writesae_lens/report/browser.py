@@ -14,6 +14,7 @@ from hooked_models import HookedRecurrent
 from writesae_lens.figures import KL_FLOOR
 from writesae_lens.report.atoms import Profiles
 from writesae_lens.report.columns import COLUMNS
+from writesae_lens.report.effects import Effects
 
 # The distributions on an atom's page are drawn from at most so many of its firings.
 _MOST_FIRINGS = 300
@@ -23,6 +24,7 @@ def browser_data(
     model: HookedRecurrent,
     table: pd.DataFrame,
     profiles: Profiles,
+    effects: Effects,
     contexts: pd.DataFrame,
     replacement: pd.DataFrame,
 ) -> dict[str, Any]:
@@ -31,7 +33,8 @@ def browser_data(
     Args:
         model: for the texts of tokens.
         table: of `writesae_lens.report.columns.table_of_atoms`.
-        profiles: of all atoms.
+        profiles: of all atoms; their tokens are shown for atoms without measured effects.
+        effects: of the atoms that fire.
         contexts: records of `top_contexts`.
         replacement: records of `replacement_test`.
     """
@@ -39,7 +42,17 @@ def browser_data(
         [_rounded(value, column.digits) for column, value in zip(COLUMNS, row)]
         for row in table.itertuples(index=False, name=None)
     ]
-    token_ids = profiles.tokens.unique().tolist()
+    tokens, logits = profiles.tokens.tolist(), _numbers(profiles.logits, 3)
+    for row, atom in enumerate(effects.atom.tolist()):
+        tokens[atom], logits[atom] = effects.tokens[row].tolist(), _numbers(effects.shift[row], 3)
+    measured = zip(
+        effects.atom.tolist(),
+        effects.n.tolist(),
+        _numbers(effects.agreement, 2),
+        _numbers(effects.control, 3),
+        strict=True,
+    )
+    token_ids = sorted({i for row in tokens for i in row})
     tokenizer = model.tokenizer
     texts = {i: "" if tokenizer is None else str(tokenizer.decode([i])) for i in token_ids}
     # Tokens that are only part of a character are shown by their id.
@@ -54,8 +67,9 @@ def browser_data(
         "read": _numbers(profiles.read_share, 2),
         "rank1": _numbers(profiles.rank1_share, 2),
         "texts": texts,
-        "tokens": profiles.tokens.tolist(),
-        "logits": _numbers(profiles.logits, 3),
+        "tokens": tokens,
+        "logits": logits,
+        "measured": {atom: [n, agreement, control] for atom, n, agreement, control in measured},
         "near": profiles.neighbours.tolist(),
         "cosines": _numbers(profiles.cosines, 3),
         "contexts": _contexts_by_atom(contexts),

@@ -30,6 +30,7 @@ from writesae_lens.report import sections
 from writesae_lens.report.atoms import profiles
 from writesae_lens.report.browser import as_json, browser_data
 from writesae_lens.report.columns import COLUMNS, table_of_atoms
+from writesae_lens.report.effects import measure_effects
 from writesae_lens.report.measured_on import cautions, check_weights, differences
 
 PAGE = "report.html"
@@ -167,7 +168,8 @@ def _render(
     cell, settings = site.cell, sections.training_settings(sae, training)
     decoder = profiles(model, sae, cell, passages, verbose=verbose)
     table = table_of_atoms(partition.records, replacement.records, contexts.records, decoder)
-    data = browser_data(model, table, decoder, contexts.records, replacement.records)
+    effects = measure_effects(model, sae, site, passages, verbose=verbose)
+    data = browser_data(model, table, decoder, effects, contexts.records, replacement.records)
 
     def position(result: ExperimentResult) -> int:
         return list(EXPERIMENTS).index(find_experiment(result.name).name)

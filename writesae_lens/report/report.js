@@ -96,14 +96,30 @@
     }
   };
 
+  // A mean over few firings, or one whose sign is as often the other, says nothing: such tokens are greyed.
+  const FEW = 4, TOSS = 0.75;
+  const signed = (x) => `${x < 0 ? "−" : "+"}${number(Math.abs(x), 2)}`;
   const tokens = (where, atom, first) => {
     const half = data.tokens[atom].length / 2;
+    const [n, agreement, control] = data.measured[atom] ?? [0, null, null];
     where.replaceChildren(...Array.from({ length: half }, (_, i) => {
       const place = first + i;
-      const shownToken = element("span", visible(data.texts[data.tokens[atom][place]]), "token");
-      shownToken.append(" ", element("small", number(data.logits[atom][place], 2)));
+      const doubtful = n ? n < FEW || agreement[place] < TOSS : data.read[atom] < TOSS;
+      const shownToken = element("span", visible(data.texts[data.tokens[atom][place]]), doubtful ? "token doubtful" : "token");
+      const size = signed(data.logits[atom][place]);
+      const beside = n ? `${size}, ${Math.round(n * agreement[place])} of ${n}, control ${signed(control[place])}` : size;
+      shownToken.append(" ", element("small", beside));
       return shownToken;
     }));
+  };
+  const howMeasured = (atom) => {
+    const n = data.measured[atom]?.[0];
+    if (n) {
+      return `Measured at ${n === 1 ? "one of its firings" : `${n} of its firings`}: mean shift of the next token's logits with the atom in the write's place against the write deleted, beyond the mean of all tokens; `
+        + `at how many firings the shift has that sign; and the same for another atom of this norm (control). Greyed: fewer than ${FEW} firings, or the sign holds at fewer than ${percent(TOSS)} of them. Later tokens, which read the write too, are not looked at.`;
+    }
+    const toss = data.read[atom] < TOSS ? " Reads of both signs are nearly as frequent, so it promotes and suppresses these alike: they are greyed." : "";
+    return `Not measured, for it is the strongest atom nowhere in this text. Tokens by the direct path: value side through the head's output matrix and the unembedding, without norm, gate or later layers, for a read of the sign that ${percent(data.read[atom])} of this text's reads have.${toss}`;
   };
 
   const drawProfile = (atom) => {
@@ -162,7 +178,7 @@
     tokens($("up"), atom, 0);
     tokens($("down"), atom, data.tokens[atom].length / 2);
     const rank = data.rank1[atom] < 0.995 ? ` Its leading rank-1 part, shown here, has ${percent(data.rank1[atom])} of its squared norm.` : "";
-    $("read").textContent = `Tokens by the direct path: value side through the head's output matrix and the unembedding, without norm, gate or later layers, for a read of the sign that ${percent(data.read[atom])} of this text's reads have.${rank}`;
+    $("read").textContent = howMeasured(atom) + rank;
     $("near").tBodies[0].replaceChildren(...data.near[atom].map((other, i) => {
       const row = element("tr");
       const link = element("a", String(other));

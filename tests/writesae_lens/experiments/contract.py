@@ -190,7 +190,7 @@ def check_origin(subject: Subject) -> None:
 def check_half_precision(subject: Subject) -> None:
     """On a model in half precision the headline, the summary and a warning say so."""
     half = half_model()
-    with pytest.warns(ResultWarning, match="the model is in bfloat16"):
+    with pytest.warns(ResultWarning, match="the model is in bfloat16, so small effects may be rounding"):
         result = subject.run(make_sae(half), model=half)
     (warning,) = result.summary["warnings"]
     assert "bfloat16" in warning

@@ -1,0 +1,143 @@
+"""What atoms promote and suppress: the measured shift of the logits at their firings, beside a control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Site
+from writesae_lens.experiments import swaps
+from writesae_lens.experiments.firings import Firings, atom_factors, find_firings
+from writesae_lens.experiments.replace import thin
+from writesae_lens.experiments.run import generator
+
+# Numbers that the sums over firings may take at once: bounds memory where the vocabulary is large.
+_MOST_SUMS = 2**28
+
+
+class Effects(NamedTuple):
+    """Measured effects of the atoms that fire, in rising order of the atoms.
+
+    A shift is the mean, over firings at which the atom is dominant, of the logits with the atom in the
+    write's place minus those with the write deleted, at the firing's own position, each beyond the mean shift
+    of all tokens.
+
+    Attributes:
+        atom: indices in the dictionary.
+        n: number of firings measured.
+        tokens: first half the ids of the tokens whose logits the atom raises most, falling; second half those
+            that it lowers most, rising.
+        shift: their shifts (logits).
+        agreement: share of the firings at which the shift has the sign of the mean.
+        control: shifts of the same tokens with another atom of the same norm at the same firings.
+    """
+
+    atom: Int[Tensor, " measured"]
+    n: Int[Tensor, " measured"]
+    tokens: Int[Tensor, "measured shown"]
+    shift: Float[Tensor, "measured shown"]
+    agreement: Float[Tensor, "measured shown"]
+    control: Float[Tensor, "measured shown"]
+
+
+@torch.no_grad()
+def measure_effects(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    site: Site,
+    passages: Int[Tensor, "passage pos"],
+    n_tokens: int = 10,
+    max_firings: int = 8,
+    seed: int = 0,
+    verbose: bool = True,
+) -> Effects:
+    """The tokens that each atom raises and lowers most where it fires.
+
+    Args:
+        model: the model that the SAE was trained on.
+        sae: any SAE on the cell.
+        site: the SAE's cell, and whether it is on writes or states.
+        passages: text.
+        n_tokens: number of raised tokens, and of lowered ones, for each atom.
+        max_firings: firings of an atom to measure, drawn at random where there are more.
+        seed: of the draws.
+        verbose: show a progress bar.
+    """
+    firings = [find_firings(model, sae, site, passage) for passage in passages]
+    kept = thin(firings, 0, None, max_firings, seed)
+    some = [f.subset(index.to(f.atom.device)) for f, index in zip(firings, kept, strict=True)]
+    alive = torch.cat([f.atom for f in some]).unique()
+    block = max(1, _MOST_SUMS // (3 * model.cfg.d_vocab))
+    parts = []
+    bar = tqdm(alive.split(block), desc="Effects", unit="block", disable=not verbose)
+    for atoms in bar:
+        sums = _sums(model, sae, site, passages, firings, kept, some, atoms, seed)
+        parts.append(_strongest(atoms, *sums, min(n_tokens, model.cfg.d_vocab // 2)))
+    if not parts:
+        none = torch.zeros(0, 2 * n_tokens)
+        return Effects(alive, alive, none.long(), none, none, none)
+    return Effects(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def _sums(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    site: Site,
+    passages: Int[Tensor, "passage pos"],
+    every: Sequence[Firings],
+    kept: Sequence[Tensor],
+    some: Sequence[Firings],
+    atoms: Int[Tensor, " atom"],
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Over the firings of some atoms: their number, sums of shifts, of positive ones, of the control's."""
+    cell, device = site.cell, passages.device
+    n = torch.zeros(len(atoms), dtype=torch.long, device=device)
+    shifts, positive, others = torch.zeros(3, len(atoms), model.cfg.d_vocab, device=device)
+    for number, tokens in enumerate(passages):
+        mine = torch.isin(some[number].atom, atoms)
+        if not bool(mine.any()):
+            continue
+        here, index = some[number].subset(mine), kept[number][mine.cpu()]
+        own = atom_factors(sae, here.atom, cell.d_k, cell.d_v)
+        rng = generator(seed, number, int(atoms[0]))
+        other = swaps.random_like("atom", sae, every[number], index, cell, rng)
+        conditions = [
+            swaps.scaled(own, here.coefficient),
+            swaps.with_norm(other, here.coefficient * own.norm()),
+            swaps.zeros_like(own),
+        ]
+        rows, start = torch.searchsorted(atoms, here.atom), 0
+        for _, patched in swaps.swapped_logits(model, cell, tokens, here.position, conditions):
+            atom, control = (x - patched[2] for x in patched[:2])
+            atom, control = (x - x.mean(-1, keepdim=True) for x in (atom, control))
+            at = rows[start : start + len(atom)]
+            start += len(atom)
+            n.index_add_(0, at, torch.ones_like(at))
+            shifts.index_add_(0, at, atom.to(shifts))
+            positive.index_add_(0, at, (atom > 0).to(shifts))
+            others.index_add_(0, at, control.to(shifts))
+    return n, shifts, positive, others
+
+
+def _strongest(
+    atoms: Int[Tensor, " atom"],
+    n: Int[Tensor, " atom"],
+    shifts: Float[Tensor, "atom d_vocab"],
+    positive: Float[Tensor, "atom d_vocab"],
+    others: Float[Tensor, "atom d_vocab"],
+    count: int,
+) -> Effects:
+    """The tokens with the largest and the smallest mean shifts."""
+    mean = shifts / n[:, None]
+    tokens = torch.cat([mean.topk(count).indices, mean.topk(count, largest=False).indices], dim=1)
+    shift, up = mean.gather(1, tokens), positive.gather(1, tokens) / n[:, None]
+    agreement = torch.where(shift > 0, up, 1 - up)
+    return Effects(atoms, n, tokens, shift, agreement, others.gather(1, tokens) / n[:, None])
