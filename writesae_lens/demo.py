@@ -15,8 +15,9 @@ from writesae_lens.experiments.result import SUMMARY
 from writesae_lens.locks import locked
 from writesae_lens.report.page import PAGE, make_report
 from writesae_lens.saelens.runner import train_cells
-from writesae_lens.saelens.saving import CONFIG, note_output_path
+from writesae_lens.saelens.saving import note_output_path
 from writesae_lens.saes.config import WriteSAETrainingConfig
+from writesae_lens.saes.whole import CONFIG
 
 TEST_PASSAGES = 16
 

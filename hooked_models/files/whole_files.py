@@ -121,12 +121,13 @@ def _switch(beside: Path, folder: Path, last: Sequence[str], stale: Iterable[Pat
         return (last.index(path.name) + 1 if path.name in last else 0), str(path)
 
     new = sorted((path.relative_to(beside) for path in _finish(beside)), key=rank)
+    for parent in {(folder / path).parent for path in new}:
+        parent.mkdir(parents=True, exist_ok=True)
     old = {folder / path for path in new} | set(stale)
     for path in sorted((path for path in old if os.path.lexists(path)), key=rank, reverse=True):
         path.unlink()
     _sync(folder)
     for path in new:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
         os.rename(beside / path, folder / path)
     for parent in {(folder / path).parent for path in new} | {folder}:
         _sync(parent)

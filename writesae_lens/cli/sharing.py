@@ -15,8 +15,8 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.locks import locked
 from writesae_lens.published import hub, releases
 from writesae_lens.published import sharing as published
-from writesae_lens.saelens.saving import CONFIG
 from writesae_lens.saes.sae import WriteSAE
+from writesae_lens.saes.whole import CONFIG
 
 
 def list_models() -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -120,7 +120,7 @@ _TEXTS = ("text", "text_before", "text_after", "name", "condition")
 _FORMULA = re.compile(r"'*(?:\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])")
 
 
-def read_table(table: Path | IO[bytes]) -> pd.DataFrame:
+def read_table(table: Path | io.BytesIO) -> pd.DataFrame:
     """Read a table that `write_table` wrote: floats are exact, texts are as they were, and only empty cells
     are missing values.
     """

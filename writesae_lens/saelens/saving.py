@@ -16,8 +16,9 @@ from hooked_models.files.whole_files import is_temporary, replacing, whole_folde
 from writesae_lens.errors import INTERRUPTIONS, WriteSAEError
 from writesae_lens.locks import locked
 from writesae_lens.saelens import upstream
+from writesae_lens.saes.whole import CONFIG
 
-CONFIG, RUNNER_CONFIG = "cfg.json", "runner_cfg.json"
+RUNNER_CONFIG = "runner_cfg.json"
 # What SAELens reads of a checkpoint when a run resumes: of each SAE, and of the run.
 _OF_AN_SAE = ("trainer_state.pt", "activation_scaler.json", "sae_weights.safetensors")
 _OF_THE_RUN = "activations_store_state.safetensors"

@@ -45,6 +45,7 @@ from writesae_lens.saes.rank1 import (
 )
 from writesae_lens.saes.run_time_norm import RunTimeNorm
 from writesae_lens.saes.views import LOST, read_only
+from writesae_lens.saes.whole import save_whole
 
 # W&B's 128 characters, less what SAELens appends ("_log_feature_sparsity").
 _NAME_LENGTH = 100
@@ -186,6 +187,10 @@ class MatrixSAE(SAE[Any]):
     def bias_matrix(self) -> Float[Tensor, "d_k d_v"]:
         """The decoder bias in the shape of a write."""
         return self.b_dec.view(self.cfg.d_k, self.cfg.d_v)
+
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """As in SAELens; both files take their places together."""
+        return save_whole(super().save_model, path)
 
     def get_name(self) -> str:
         """SAELens's name for W&B artifacts, within W&B's limits: letters, digits, ``-_.``, 128 characters."""

@@ -31,6 +31,7 @@ from writesae_lens.saes.rank1 import (
     tensors,
 )
 from writesae_lens.saes.sae import MatrixSAE
+from writesae_lens.saes.whole import save_whole
 
 # Inputs whose cosine is above this count as one start: equal atoms would fire together.
 _SAME = 0.999
@@ -90,7 +91,7 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
             )
         if not bool(torch.isclose(self.get_W_dec_norm(), self.b_enc.new_ones(())).all()):
             self.fold_W_dec_norm()
-        return super().save_inference_model(path)
+        return save_whole(super().save_inference_model, path)
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         del state_dict["progress"]
