@@ -20,6 +20,7 @@ from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import atom_factors, check_any_fires, find_firings, native_cosines
 from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passes import check_model
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.experiments.subjects import find_site
@@ -87,9 +88,10 @@ def partition_atoms(
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, no atom fires, or none
-            ``min_firings`` times.
+            ``min_firings`` times, or the model gives logits that are not finite.
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
+    check_model(model, passages[0])
     run = Run("partition", model, sae, passages, locals(), parts_depend_on_options=False)
 
     def align(n: int) -> pd.DataFrame:
@@ -115,9 +117,11 @@ def partition_atoms(
         **_summarize(records, cosines, split, thresholds, orders, n_seeds, seed),
     }
     delta = summary["delta_bic"]
+    divided = f"{summary['n_register']} registers, {summary['n_bundle']} bundles, {summary['n_dead']} dead"
     headline = (
-        f"{summary['n_register']} registers, {summary['n_bundle']} bundles, {summary['n_dead']} dead, "
-        f"delta BIC {'none' if delta is None else f'{delta:.1f}'}"
+        f"{cosines.size} atoms not divided: too few, or of one cosine; {summary['n_dead']} dead"
+        if split is None
+        else f"{divided}, delta BIC {'none' if delta is None else f'{delta:.1f}'}"
     )
     return run.result(records, summary, headline)
 

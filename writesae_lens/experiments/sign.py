@@ -19,11 +19,16 @@ from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.options import Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
-from writesae_lens.experiments.passes import LOGITS_PER_PASS, native_factors, unembedding_directions
+from writesae_lens.experiments.passes import (
+    LOGITS_PER_PASS,
+    check_finite,
+    native_factors,
+    unembedding_directions,
+)
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.subjects import find_cell
-from writesae_lens.figures import ATOM, DELETE, INK, new_figure
+from writesae_lens.figures import ATOM, DELETE, INK, RANDOM, new_figure
 from writesae_lens.saes.rank1 import Factors
 
 
@@ -56,6 +61,9 @@ def sign_test(
     - ``jacobian``: key side the read q_t, value side the derivative of T's logit by the head's output at the
       native passage; the prediction is the derivative along it, which is never negative.
 
+    A trial in which the logit does not move at all, or for which no movement is predicted (0), has no sign:
+    it is counted as still, and left out of the rate.
+
     Args:
         model: the model.
         sae_or_cell: a cell, (layer, head), or an SAE on one; only the cell counts (and, for text, the size of
@@ -73,11 +81,14 @@ def sign_test(
     Returns:
         a result. ``records`` has one row per trial: passage, position, token (T), rank (of T natively,
         from 1), predicted, linear (the true derivative along what is written), measured (logits).
-        ``summary`` has agreement (share of trials in which measured and predicted have one sign) with a
-        95% interval, agreement_linear, and Pearson's correlation of both with the measured shift.
+        ``summary`` has agreement (share of trials in which measured and predicted have one sign, of those
+        where neither is 0) with a 95% interval, n_still (the trials that are left out of it),
+        agreement_linear and n_still_linear, and Pearson's correlation of both with the measured shift.
+        Where every trial is still there is no rate: None.
 
     Raises:
-        WriteSAEError: SAE and cell do not fit, or the text is too short.
+        WriteSAEError: SAE and cell do not fit, the text is too short, or logits or their derivatives are not
+            finite.
         HookedModelError: there is no such cell.
     """
     cell = find_cell(model, sae_or_cell)
@@ -93,8 +104,13 @@ def sign_test(
 
     records = run.records(np.flatnonzero(counts).tolist(), trials, "Writing")
     summary = _summarize(records)
-    low, high = summary["agreement_ci"]
-    headline = f"signs agree in {summary['agreement']:.1%} ({low:.1%} to {high:.1%}) of {len(records)} trials"
+    n_still = summary["n_still"]
+    if summary["agreement"] is None:
+        headline = f"no rate: in none of {n_still} trials does a logit move as a sign is predicted for"
+    else:
+        interval = statistics.between(summary["agreement_ci"], ".1%")
+        headline = f"signs agree in {summary['agreement']:.1%}{interval} of {len(records) - n_still} trials"
+        headline += f"; {n_still} more without a sign" if n_still else ""
     return run.result(records, summary, headline)
 
 
@@ -153,7 +169,11 @@ def output_gradient(
     native: Factors,
     read: Float[Tensor, "trial d_k"],
 ) -> Float[Tensor, "trial d_v"]:
-    """Derivative of each target's logit, at its position, by the head's read S_t^T q_t there."""
+    """Derivative of each target's logit, at its position, by the head's read S_t^T q_t there.
+
+    Raises:
+        WriteSAEError: logits or derivatives are not finite.
+    """
     # A matrix with key q / |q|^2 adds exactly its value side to the read S_t^T q_t.
     inverse = read / read.square().sum(-1, keepdim=True).clamp(min=1e-30)
     step = max(1, LOGITS_PER_PASS // 4 // model.cfg.d_vocab)  # the graph holds several such tensors
@@ -169,23 +189,30 @@ def output_gradient(
             _, logits = model.run_with_swapped_writes(
                 tokens, cell.layer, cell.head, positions[here], written.key, written.value
             )
+            check_finite("logits", logits)
             total = logits.gather(1, targets[here, None]).sum()
             slopes.append(torch.autograd.grad(total, added)[0])
+    check_finite("derivatives of the logits", *slopes)
     return torch.cat(slopes)
 
 
 def _summarize(records: pd.DataFrame) -> dict[str, Any]:
     summary: dict[str, Any] = {"n_trials_done": len(records)}
-    moved = np.sign(records.measured)
     for name, column in (("agreement", "predicted"), ("agreement_linear", "linear")):
-        agrees = np.sign(records[column]) == moved
-        summary[name] = float(agrees.mean())
-        summary[f"{name}_ci"] = list(statistics.wilson_interval(agrees))
-        suffix = name.removeprefix("agreement")
+        signs = _signs(records, column)
+        agrees, suffix = signs[signs != 0] > 0, name.removeprefix("agreement")
+        summary[name] = statistics.rate(agrees)
+        summary[f"{name}_ci"] = statistics.wilson_interval(agrees)
+        summary[f"n_still{suffix}"] = int((signs == 0).sum())
         summary[f"pearson{suffix}"] = statistics.correlation(records[column], records.measured, "pearson")[0]
     summary["median_abs_shift"] = float(records.measured.abs().median())
     summary["mean_shift"] = float(records.measured.mean())
     return summary
+
+
+def _signs(records: pd.DataFrame, column: str) -> pd.Series:
+    """1 where a predicted and the measured shift have one sign, -1 where they differ, 0 where one is 0."""
+    return np.sign(records[column]) * np.sign(records.measured)
 
 
 @figure("sign")
@@ -198,8 +225,10 @@ def plot_sign(result: ExperimentResult) -> Figure:
     figure, axes = new_figure(4.5 * len(panels), 4.2, len(panels))
     limit = max(float(records.measured.abs().quantile(0.5)), 1e-12)
     for axis, (column, rate, title) in zip(axes, panels, strict=True):
-        agrees = np.sign(records[column]) == np.sign(records.measured)
-        for mask, color, label in ((agrees, ATOM, "signs agree"), (~agrees, DELETE, "signs differ")):
+        signs = _signs(records, column)
+        groups = [(signs > 0, ATOM, "signs agree"), (signs < 0, DELETE, "signs differ")]
+        groups += [(signs == 0, RANDOM, "no sign")] if (signs == 0).any() else []
+        for mask, color, label in groups:
             part = records[mask]
             axis.scatter(part[column], part.measured, s=6, alpha=0.4, lw=0, color=color, label=label,
                          rasterized=True)  # fmt: skip
@@ -209,7 +238,7 @@ def plot_sign(result: ExperimentResult) -> Figure:
         axis.set_yscale("symlog", linthresh=limit)
         axis.set_xlabel("predicted shift of the logit")
         axis.tick_params(axis="x", labelrotation=45)
-        axis.set_title(f"{title}: signs agree in {summary[rate]:.1%}", fontsize=11, loc="left")
+        axis.set_title(f"{title}: signs agree in {statistics.share(summary[rate])}", fontsize=11, loc="left")
     axes[0].set_ylabel("measured shift of the logit")
     axes[0].legend(frameon=False, fontsize=9, markerscale=3)
     return figure

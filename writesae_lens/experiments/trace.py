@@ -15,11 +15,12 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
+from writesae_lens import statistics
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
 from writesae_lens.experiments.options import Count, Natural, Positive, Seed
 from writesae_lens.experiments.passages import check_horizon, find_passages
-from writesae_lens.experiments.passes import cache_of
+from writesae_lens.experiments.passes import cache_of, check_finite
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.subjects import find_site
@@ -52,7 +53,8 @@ def reader_trace(
     """Add atoms at a position t0, and follow the change of what every head of this and later layers reads.
 
     The change of a head at t is |o_t(added) - o_t(native)| / |o_t(native)|, where o_t = S_t^T q_t is what it
-    reads from its state, before norm and gate. The atom's own head reads the write itself; other heads of its
+    reads from its state, before norm and gate (a head that natively reads 0 has no change there). The atom's
+    own head reads the write itself; other heads of its
     layer cannot; heads of later layers see it through what reached their own inputs. As many Gaussian
     rank-1 writes of the same norm are the control.
 
@@ -73,10 +75,12 @@ def reader_trace(
         kind ("atom", "random"), atom (for random writes their number), layer, head, horizon (t - t0), change.
         ``summary`` has top_readers (layer, head, mean change by atoms; the ten heads of other
         layers that change most), change_by_layer, change_by_horizon of later layers, own_change_by_horizon,
-        and the ratio of atoms to random writes in later layers.
+        and ratio_to_random, the ratio of atoms to random writes in later layers (None where random writes
+        change nothing there).
 
     Raises:
-        WriteSAEError: SAE and cell do not fit, the text or a passage is too short, or no atom fires.
+        WriteSAEError: SAE and cell do not fit, the text or a passage is too short, no atom fires, or what is
+            read or the logits are not finite.
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     cell, length = site.cell, passages.shape[1]
@@ -102,12 +106,15 @@ def reader_trace(
     )
     summary: dict[str, Any] = {**_summarize(records, cell), "n_passages": len(passages)}
     readers = summary["top_readers"]
-    headline = (
-        "no layer reads after this one"
-        if not readers
-        else "read most by "
-        + ", ".join(f"layer {r['layer']} head {r['head']} ({r['change']:.2%})" for r in readers[:3])
-    )
+    if not readers:
+        last = cell.layer == max(model.mixers)
+        headline = "no layer reads after this one" if last else "no head of a later layer reads a change"
+    else:
+        most = ", ".join(f"layer {r['layer']} head {r['head']} ({r['change']:.2%})" for r in readers[:3])
+        ratio = summary["ratio_to_random"]
+        headline = f"read most by {most}" + (
+            "" if ratio is None else f"; {ratio:.2f} x as much as random writes"
+        )
     return run.result(records, summary, headline)
 
 
@@ -136,16 +143,19 @@ def _trace(
         def hook(x: Tensor, hook: Any) -> None:
             native = cache[hooks[layer]].float()
             moved = (x.float() - native).norm(dim=-1)
-            changes[layer] = moved / native.norm(dim=-1).clamp(min=1e-30)
+            check_finite(f"reads of layer {layer}", native, x)
+            size = native.norm(dim=-1)
+            changes[layer] = (moved / size).masked_fill(size == 0, float("nan"))
 
         return hook
 
     with model.hooks(fwd_hooks=[(hooks[n], measure(n)) for n in layers]):
         at = torch.zeros(count, dtype=torch.long, device=tokens.device)
         keys = writes.key * size
-        model.run_with_added_writes(
+        logits = model.run_with_added_writes(
             coming, cell.layer, cell.head, at, keys, writes.value, past_key_values=past
         )
+    check_finite("logits", logits)
     table = torch.stack([changes[n] for n in layers], dim=1)  # [write, layer, horizon, head]
     grid = np.indices(table.shape).reshape(4, -1)
     half = count // 2
@@ -167,11 +177,12 @@ def _summarize(records: pd.DataFrame, cell: Cell) -> dict[str, Any]:
     later = records.loc[records["layer"] > cell.layer]
 
     def by(frame: pd.DataFrame, column: str) -> dict[str, float]:
-        means = frame.loc[frame["kind"] == "atom"].groupby(column)["change"].mean()
+        means = frame.loc[frame["kind"] == "atom"].groupby(column)["change"].mean().dropna()
         return {str(at): float(x) for at, x in means.items()}
 
     atoms = later.loc[later["kind"] == "atom"]
     means = atoms.groupby(["layer", "head"])["change"].mean().sort_values(ascending=False)
+    means = means[means > 0]
     summary: dict[str, Any] = {
         "own_change_by_horizon": by(own, "horizon"),
         "change_by_layer": by(later, "layer"),
@@ -181,8 +192,8 @@ def _summarize(records: pd.DataFrame, cell: Cell) -> dict[str, Any]:
             for row in means.head(10).reset_index().to_dict("records")
         ],
     }
-    random = later.loc[later["kind"] == "random", "change"]
-    ratio = None if not len(later) or not random.mean() > 0 else float(atoms["change"].mean() / random.mean())
+    random = later.loc[later["kind"] == "random", "change"].mean()
+    ratio = statistics.ratio(float(atoms["change"].mean()), float(random)) if random > 0 else None
     return summary | {"ratio_to_random": ratio}
 
 

@@ -82,9 +82,10 @@ def test_every_row_is_a_full_edited_forward_pass(model, tokens, swapped, kind, o
 def check_summary(summary, records, top_k, d_vocab):
     """Every figure from the records, by its definition."""
     assert summary["n_writes"] == len(records)
+    assert summary["n_at_floor"] == sum(r.kl <= r.kl_floor for r in records.itertuples())
     assert summary["chance_overlap"] == pytest.approx(top_k / d_vocab)
     for kind in ("atom", "random"):
-        rows = [r for r in records.itertuples() if r.kind == kind]
+        rows = [r for r in records.itertuples() if r.kind == kind and r.kl > r.kl_floor]
         own, other = {}, []
         for a, b in combinations(rows, 2):
             common = len(set(json.loads(a.top)) & set(json.loads(b.top))) / top_k
