@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from sae_lens import LanguageModelSAERunnerConfig
 
-from hooked_models import HookedRecurrent
+from hooked_models import HookedModelError, HookedRecurrent
+from hooked_models.errors import one_line
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.saelens.registration import MODEL_CLASS_NAME
@@ -32,6 +33,10 @@ DEFAULTS = {
     "--model_class_name": MODEL_CLASS_NAME,
     "--log_to_wandb": "false",
 } | {f"--{name}": str(value) for name, value in RUNNER_DEFAULTS.items() if name != "checkpoint_path"}
+# Flags that do nothing unless a run is logged to W&B, which it is not by default.
+_OF_WANDB = ("log_activations_store_to_wandb", "log_optimizer_state_to_wandb", "log_weights_to_wandb")
+_OF_WANDB += ("wandb_project", "run_name", "wandb_entity", "wandb_log_frequency", "eval_every_n_wandb_logs")
+_OF_WANDB += ("n_eval_batches", "eval_batch_size_prompts")
 _FLAGS_ARE_LISTED = "writesae-lens train --saelens-help lists the flags"
 
 
@@ -88,6 +93,9 @@ def run_training(
         raise WriteSAEError("--cells and --hook_name both say what to train on: give one of them")
     if "--model_name" not in given and "--help" not in given:
         raise WriteSAEError("no model to train on: give --model_name")
+    idle = [f"--{name}" for name in _OF_WANDB if f"--{name}" in given and "--log_to_wandb" not in given]
+    if idle:
+        raise WriteSAEError(f"{', '.join(idle)} would do nothing: give --log_to_wandb true too")
     cfg = _parse(arguments, given)
     if cfg.model_class_name != MODEL_CLASS_NAME:
         raise WriteSAEError(
@@ -100,7 +108,7 @@ def run_training(
         f.name: getattr(cfg, f.name) for f in dataclasses.fields(LanguageModelSAERunnerConfig) if f.init
     }
     # SAELens has appended the run's id, and will again.
-    options["checkpoint_path"] = str(Path(str(cfg.checkpoint_path)).parent)
+    options["checkpoint_path"] = cfg.checkpoint_path and str(Path(cfg.checkpoint_path).parent)
     for name in ("sae", "hook_name"):
         del options[name]
     if "--prepend_bos" not in given:
@@ -146,6 +154,12 @@ def _parse(arguments: Sequence[str], given: dict[str, str]) -> LanguageModelSAER
             raise
         message = usage.getvalue().strip().rpartition("error: ")[2]
         raise WriteSAEError(f"{message}; {_FLAGS_ARE_LISTED}") from error
+    except HookedModelError:
+        raise
+    except (ValueError, ArithmeticError, TypeError, KeyError) as error:  # of SAELens's configs
+        raise WriteSAEError(
+            f"SAELens refuses these flags ({type(error).__name__}: {one_line(error)}); {_FLAGS_ARE_LISTED}"
+        ) from error
 
 
 def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -99,6 +99,9 @@ def train_cells(
     chosen = [model.site(hook).cell for hook in hooks]
     folders = _folders(output_path, chosen)
     saes = [_sae_config(sae, cell) for cell in chosen]
+    recipe = dict(RECOMMENDED_SCHEDULE if schedule is None else schedule)
+    if schedule is None and "lr" in options:  # the last learning rate follows the first, by SAELens's rule
+        del recipe["lr_end"]
     cfg = LanguageModelSAERunnerConfig(
         **{
             "sae": saes[0],
@@ -114,16 +117,12 @@ def train_cells(
             "logger": LoggingConfig(log_to_wandb=False),
         }
         | RUNNER_DEFAULTS
-        | (RECOMMENDED_SCHEDULE if schedule is None else dict(schedule))
+        | recipe
         | options
     )
     if win_rate_passages and not cfg.logger.log_to_wandb:
         raise WriteSAEError(
             "the win rate is logged to W&B: give --log_to_wandb true, in Python logger=LoggingConfig(...)"
-        )
-    if cfg.resume_from_checkpoint and not Path(cfg.resume_from_checkpoint).is_dir():
-        raise WriteSAEError(
-            f"{cfg.resume_from_checkpoint} is no checkpoint: give the folder that an interrupted run names"
         )
     overrides = {"override_model": model, "override_dataset": _dataset(cfg, text)}
     torch.manual_seed(seed)  # SAELens's runners do not use the seed of their config
@@ -230,8 +229,7 @@ def _run(
     except HookedModelError:
         raise
     except (ValueError, wandb.Error) as error:  # about data, buffers and W&B
-        hint = " (is the text shorter than one batch of writes?)" if "Buffer size" in str(error) else ""
-        raise WriteSAEError(f"SAELens: {error}{hint}") from error
+        raise WriteSAEError(f"SAELens: {error}") from error
 
 
 @contextmanager
