@@ -58,6 +58,8 @@ def find_file(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
+    if path.exists() and not path.is_dir():  # a pipe or a device, which would be read without end
+        raise WriteSAEError(f"{path} is no plain file: give a checkpoint, or a folder that holds a {FILE}")
     if not path.is_dir():
         raise WriteSAEError(f"{path} does not exist: give a checkpoint, or a folder that holds a {FILE}")
     files = [path / FILE] if (path / FILE).is_file() else sorted(f for f in path.rglob(FILE) if f.is_file())

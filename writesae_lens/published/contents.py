@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hooked_models.errors import HookedModelError
 from hooked_models.files.pickle_machine import StandIn
+from hooked_models.files.torch_files import check_total_size
 from writesae_lens.errors import WriteSAEError
 
 # Modules with factors v and w have other names for the tensors; wrappers put prefixes before names.
@@ -23,6 +25,7 @@ _MODULE_NAMES |= {"encoder.v": "V_enc", "encoder.w": "W_enc", "encoder.bias": "b
 _DENSE_MODULE_NAMES = {"decoder.v": "V", "decoder.w": "W", "decoder.bias": "bias"}
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|sae)\.)+")
 _DEEPEST_MODULE = 8
+_LONGEST_NAME = 200
 # Attributes of a pickled module that stand in for a config.
 _CONFIG_ATTRIBUTES = {"sae_type", "layer", "head", "n_features", "d_k", "d_v", "d_in", "k", "rank"}
 _CONFIG_ATTRIBUTES |= {"use_batchtopk"}
@@ -61,6 +64,10 @@ def config_and_tensors(file: Path, content: Any) -> tuple[dict[Any, Any], dict[s
         raise WriteSAEError(f"{file} must hold tensors by name (model_state_dict), but {problem}")
     if any(type(name) is not str for name in tensors):
         raise WriteSAEError(f"{file} has tensors without a name")
+    try:
+        check_total_size(file, tensors.values())
+    except HookedModelError as error:
+        raise WriteSAEError(str(error)) from error
     return config, _with_published_names(tensors)
 
 
@@ -82,6 +89,11 @@ def _module_tensors(module: StandIn, prefix: str, seen: set[int]) -> Iterator[tu
     parts = (module.state.get(part) for part in ("_parameters", "_buffers", "_modules"))
     for attributes in (module.state, *parts):
         for name, x in attributes.items() if isinstance(attributes, dict) else ():
+            if len(str(name)) > _LONGEST_NAME and isinstance(x, (Tensor, StandIn)):
+                # Joined with the name of each tensor below, it would take any amount of memory.
+                raise WriteSAEError(
+                    f"the file has a module or tensor of a name of {len(str(name)):,} characters"
+                )
             if isinstance(x, Tensor):
                 yield f"{prefix}{name}", x
             elif isinstance(x, StandIn) and id(x) not in seen and prefix.count(".") < _DEEPEST_MODULE:

@@ -17,6 +17,7 @@ import torch
 from sae_lens import __version__ as sae_lens_version
 from torch import Tensor
 
+from hooked_models.files.layouts.checkpoint import is_finite
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.published.contents import is_plain, kind_of
 from writesae_lens.published.releases import BaseModel, base_model, cell_of_path
@@ -134,8 +135,8 @@ class PublishedSAE:
         if self.kind == "flat" and not batchwise:
             cfg |= {"architecture": "topk", "metadata": metadata | {"d_k": d_k, "d_v": d_v}}
             return cfg, {
-                "W_enc": state["enc_matrix"].flatten(1).T.contiguous(),
-                "W_dec": state["dec_matrix"].flatten(1).contiguous(),
+                "W_enc": state.pop("enc_matrix").flatten(1).T.contiguous(),
+                "W_dec": state.pop("dec_matrix").flatten(1).contiguous(),
                 "b_enc": state["b_enc"],
                 "b_dec": state["b_dec"],
             }
@@ -215,7 +216,7 @@ class PublishedSAE:
             raise self._error(f"{name} holds {x.dtype}, not floating-point numbers")
         if not x.numel():
             raise self._error(f"{name} is empty, of shape {list(x.shape)}")
-        if not bool(torch.isfinite(x).all()):
+        if not is_finite(x):
             raise self._error(f"{name} has NaN or infinite numbers")
         return x
 
@@ -384,7 +385,7 @@ class PublishedSAE:
         renamed = {"log_threshold": "log_threshold", "b_gate": "gate_bias"}
         renamed |= {"b_mag": "magnitude_bias", "r_mag": "log_gain"}
         state |= {f"activation_fn.{ours}": t[theirs] for theirs, ours in renamed.items() if theirs in t}
-        return {name: x.contiguous().clone() for name, x in state.items()}
+        return {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
 
     def _matrices(self, rows: Tensor, transposed: bool) -> Tensor:
         """Flat rows [n, d_in] as matrices in this package's orientation."""

@@ -15,6 +15,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading import pretrained_sae_loaders as saelens
 from sae_lens.util import str_to_dtype
+from safetensors import SafetensorError
 
 from hooked_models.errors import HookedModelError, one_line
 from writesae_lens.errors import WriteSAEError
@@ -230,7 +231,19 @@ def load_any(
 ) -> Loaded:
     """An SAE in SAELens's form by SAELens's own loader or, where there is none, a published checkpoint."""
     arguments = (repo_id, folder_name, device, force_download, cfg_overrides)
-    return _either(load_published, saelens.sae_lens_huggingface_loader, arguments)
+    try:
+        loaded = _either(load_published, saelens.sae_lens_huggingface_loader, arguments)
+    except SafetensorError as error:
+        raise WriteSAEError(
+            f"{folder_name} of {repo_id} is truncated or damaged ({one_line(error)})"
+        ) from error
+    cfg, _, sparsity = loaded
+    if sparsity is not None and list(sparsity.shape) != [cfg["d_sae"]]:
+        raise WriteSAEError(
+            f"{folder_name} of {repo_id} has {cfg['d_sae']} atoms, but a sparsity of shape "
+            f"{list(sparsity.shape)}: its files do not belong together"
+        )
+    return loaded
 
 
 def any_config(

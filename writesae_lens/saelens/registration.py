@@ -18,7 +18,7 @@ from sae_lens.registry import (
 from hooked_models import HookedRecurrent
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.published import hub, releases
-from writesae_lens.saelens import starting, store, upstream
+from writesae_lens.saelens import reading, starting, store, upstream
 from writesae_lens.saelens.checks import MODEL_CLASS_NAME
 from writesae_lens.saes import optimizer
 from writesae_lens.saes.config import ARCHITECTURE, WriteSAEConfig, WriteSAETrainingConfig
@@ -46,7 +46,7 @@ def register() -> None:
     loaders[releases.LOADER], configs[releases.LOADER] = hub.load_published, hub.published_config
     # SAELens's own loader, which it also uses for repositories that no release names.
     loaders["sae_lens"], configs["sae_lens"] = hub.load_any, hub.any_config
-    for function in (load_model, get_pretrained_saes_directory, *store.REPLACEMENTS):
+    for function in (load_model, get_pretrained_saes_directory, *reading.REPLACEMENTS, *store.REPLACEMENTS):
         upstream.wrap(function.__name__, function)
     for name, function in starting.REPLACEMENTS.items():
         upstream.wrap(name, function)

@@ -69,6 +69,18 @@ DEPENDENCIES = (
     Dependency(f"{_LOADING}.pretrained_sae_loaders:get_pretrained_saes_directory", "", _RELEASES),
     Dependency("sae_lens.saes.sae:get_pretrained_saes_directory", "", _RELEASES),
     Dependency("sae_lens.evals:get_pretrained_saes_directory", "", _RELEASES),
+    Dependency(
+        f"{_LOADING}.pretrained_sae_loaders:get_sae_lens_config_from_disk",
+        "path device cfg_overrides",
+        "reads cfg.json, which is checked first (reading.py)",
+        f"{_LOADING}.pretrained_sae_loaders:sae_lens_disk_loader",
+    ),
+    Dependency(
+        f"{_LOADING}.pretrained_sae_loaders:read_sae_components_from_disk",
+        "cfg_dict weight_path device dtype",
+        "reads the weights, which are checked first (reading.py)",
+        f"{_LOADING}.pretrained_sae_loaders:sae_lens_disk_loader",
+    ),
     Dependency(f"{_SINGLE}.__init__", f"self {_OVERRIDES} override_sae", _STARTS),
     Dependency(f"{_MULTI}:MultiSAETrainingRunner.__init__", f"self {_OVERRIDES} override_saes", _STARTS),
     Dependency(f"{_CACHE}:CacheActivationsRunner.__init__", "self cfg override_dataset", _STARTS),
