@@ -22,6 +22,9 @@ FLA_TYPES = ("rwkv7", "rwkv7_fla")
 """The model types in flash-linear-attention's RWKV-7 configurations; early ones have the second."""
 
 
+_LARGEST_NUMBER = 2**31
+
+
 def from_fla(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
     """An RWKV-7 model as flash-linear-attention saves it, or this package.
 
@@ -43,7 +46,9 @@ def from_fla(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
     try:
         config = RWKV7Config.from_dict({**raw, "architectures": ["RWKV7ForCausalLM"]})
         shapes = model_shapes(RWKV7ForCausalLM, config, len(tensors))
-    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+    except HookedModelError:
+        raise
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:
         raise HookedModelError(f"the config.json of {source} cannot be used: {one_line(error)}") from error
     ours: Tensors = {}
     for name, tensor in tensors.items():
@@ -57,9 +62,18 @@ def from_fla(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
 
 
 def _check_types(source: str, raw: dict[str, Any]) -> None:
-    """Refuse fields of another type than `RWKV7Config` declares (token ids may be lists, too)."""
+    """Refuse fields of another type than `RWKV7Config` declares (token ids: any), and numbers below 0.
+
+    Raises:
+        HookedModelError: a field is of another type, negative or not finite.
+    """
     for field, hint in get_type_hints(RWKV7Config.__init__).items():
         if field not in raw or hint is Any or field.endswith("_token_id"):
             continue
         if not is_bearable(raw[field], hint, conf=BeartypeConf(is_pep484_tower=True)):
             raise bad_field(source, field, raw[field], RWKV7Config.__init__.__annotations__[field])
+        number = raw[field]
+        if isinstance(number, bool) is not (hint is bool) or (
+            isinstance(number, (int, float)) and not 0 <= number < _LARGEST_NUMBER
+        ):
+            raise bad_field(source, field, number, "a number from 0" if hint is not bool else "true or false")

@@ -20,6 +20,7 @@ _SSM_SIZES = {"d_state": 128, "headdim": 64, "expand": 2, "ngroups": 1, "d_conv"
 _SSM_OPTIONS = ("bias", "conv_bias", "dt_limit")
 _SSM_WITHOUT_EFFECT = ("A_init_range", "conv_init", "dt_min", "dt_max", "dt_init_floor")
 _SSM_WITHOUT_EFFECT += ("use_mem_eff_path", "sequence_parallel")
+_LARGEST_SIZE = 2**31
 
 
 def from_mamba_ssm(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
@@ -33,11 +34,16 @@ def from_mamba_ssm(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkp
     Raises:
         HookedModelError: tensors do not fit, or transformers' Mamba-2 cannot express the configuration.
     """
+    ssm = raw.get("ssm_cfg") or {}
+    if not isinstance(ssm, dict):
+        raise bad_field(source, "ssm_cfg", ssm, "an object {...}")
     try:
-        config = _converted_config(source, raw, raw.get("ssm_cfg") or {})
+        config = _converted_config(source, raw, ssm)
     except KeyError as error:
         raise HookedModelError(f"the config.json of {source} lacks {error}") from error
-    except (AttributeError, TypeError, ZeroDivisionError, StrictDataclassError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
+        if isinstance(error, HookedModelError):
+            raise
         raise HookedModelError(f"the config.json of {source} cannot be used: {one_line(error)}") from error
     if config.n_groups > 1 and "group_size" not in inspect.signature(MambaRMSNormGated).parameters:
         raise HookedModelError(
@@ -63,13 +69,18 @@ def _converted_config(source: str, raw: dict[str, Any], ssm: Any) -> Mamba2Confi
         "pad_vocab_size_multiple": multiple,
         **{f"ssm_cfg.{name}": size for name, size in sizes.items()},
     }.items():
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or not 0 < size < _LARGEST_SIZE:
             raise bad_field(source, field, size, "a whole number above 0")
+    _check_switches(source, raw, ssm)
     inner, head_dim = sizes["expand"] * hidden, sizes["headdim"]
     _check_is_plain_mamba2(source, raw, ssm, inner)
     if inner % head_dim:
         raise HookedModelError(
             f"{source} has {inner} inner channels, which heads of {head_dim} (headdim) do not fill"
+        )
+    if inner // head_dim % sizes["ngroups"]:
+        raise HookedModelError(
+            f"{source} has {inner // head_dim} heads, which {sizes['ngroups']} groups (ngroups) do not divide"
         )
     return Mamba2Config(
         vocab_size=vocabulary + -vocabulary % multiple,
@@ -94,6 +105,19 @@ def _converted_config(source: str, raw: dict[str, Any], ssm: Any) -> Mamba2Confi
         pad_token_id=0,
         architectures=["Mamba2ForCausalLM"],
     )
+
+
+def _check_switches(source: str, raw: dict[str, Any], ssm: dict[str, Any]) -> None:
+    """Refuse switches that are not true or false, and limits of the time step that are not two numbers."""
+    switches = {f"ssm_cfg.{name}": ssm.get(name, False) for name in ("bias", "conv_bias")}
+    switches |= {name: raw.get(name, False) for name in ("residual_in_fp32", "tie_embeddings")}
+    for field, value in switches.items():
+        if type(value) is not bool:
+            raise bad_field(source, field, value, "true or false")
+    limits = ssm.get("dt_limit", [0.0, math.inf])
+    numbers = isinstance(limits, list) and all(type(x) in (int, float) for x in limits)
+    if not numbers or len(limits) != 2 or not 0 <= limits[0] <= limits[1]:
+        raise bad_field(source, "ssm_cfg.dt_limit", limits, "two numbers from 0, the smaller one first")
 
 
 def _check_is_plain_mamba2(source: str, raw: dict[str, Any], ssm: dict[str, Any], inner: int) -> None:
