@@ -101,7 +101,8 @@ def principal_component(
         seed: of the sample.
 
     Raises:
-        HookedModelError: the model has no such cell, or the text is shorter than a passage.
+        HookedModelError: the model has no such cell, the text is shorter than a passage, or the writes are
+            all zero or not finite.
     """
     check_model(model)
     check(Seed, seed=seed)
@@ -114,7 +115,12 @@ def principal_component(
     # The component is a weighted sum of the writes; factors give the Gram matrix that has the weights.
     weights = torch.linalg.eigh((key @ key.T) * (value @ value.T)).eigenvectors[:, -1]
     component = (key * weights[:, None]).T @ value
-    component = component / component.norm().clamp(min=1e-30)
+    if not float(component.norm()) > 0:
+        raise WriteSAEError(
+            f"the writes of layer {layer} head {head} are all zero, and have no principal component: choose "
+            "another cell"
+        )
+    component = component / component.norm()
     sae = WriteSAE(
         WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, d_sae=2, k=1, encoder="tied", decoder="dense")
     ).to(key.device)

@@ -22,7 +22,7 @@ from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import Prefix, batches
 from writesae_lens.experiments.options import Count, Natural, NotNegative, Positive, Seed, as_list
 from writesae_lens.experiments.passages import find_passages, token_id
-from writesae_lens.experiments.passes import native_writes, unembedding_directions
+from writesae_lens.experiments.passes import check_finite, native_writes, unembedding_directions
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator, seed_of
 from writesae_lens.experiments.subjects import find_cell
@@ -104,11 +104,14 @@ def install_tokens(
         log-probability, nats), in_continuation, native_in_continuation, control_in_continuation,
         control_lift, continuation and native_continuation (token ids, as JSON). ``summary`` has
         target_in_continuation with a 95% interval, native_target_in_continuation,
-        control_target_in_continuation, median_rank_shift, mean_lift, mean_control_lift, first_token (how
-        often the target comes first), and all of these by_stratum and by_magnitude.
+        control_target_in_continuation, median_rank_shift, mean_lift, mean_control_lift, n_already_first (the
+        edits whose target comes first natively, and so has nothing to gain there), first_token (how often the
+        target comes first, of the other edits; None where there are none), and all of these by_stratum and
+        by_magnitude.
 
     Raises:
-        WriteSAEError: a target is not one token, or prompts are not longer than ``positions``.
+        WriteSAEError: a target is not one token, prompts are not longer than ``positions``, or logits are not
+            finite.
         HookedModelError: there is no such cell.
     """
     magnitudes = tuple(np.ravel(magnitude).tolist())
@@ -140,10 +143,11 @@ def install_tokens(
 
     records = run.records(range(len(groups)), install, "Installing", unit="batch")
     summary: dict[str, Any] = {**_summarize(records), "n_prompts": len(passages)}
-    low, high = summary["target_in_continuation_ci"]
+    interval = statistics.between(summary["target_in_continuation_ci"], ".1%")
     headline = (
-        f"target in continuation {summary['target_in_continuation']:.1%} ({low:.1%} to {high:.1%}), natively "
-        f"{summary['native_target_in_continuation']:.1%}, {len(records)} installs"
+        f"target in continuation {summary['target_in_continuation']:.1%}{interval}, natively "
+        f"{summary['native_target_in_continuation']:.1%}, with random writes "
+        f"{summary['control_target_in_continuation']:.1%}, {len(records)} installs"
     )
     return run.result(records, summary, headline)
 
@@ -276,6 +280,7 @@ class _Prompts:
         with torch.enable_grad():
             nothing = torch.zeros(len(of), n_written, *sides, device=of.device, requires_grad=True)
             (gradient,) = torch.autograd.grad(margin(nothing).sum(), nothing)
+        check_finite("gradients of the logits", gradient)
         left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
         factors = [f.clone().requires_grad_() for f in (left[..., 0], right[..., 0, :])]
         optimizer = torch.optim.Adam(factors, lr=_STEP)
@@ -304,8 +309,7 @@ def _of_norm(
 
 def _summarize(records: pd.DataFrame) -> dict[str, Any]:
     summary = _rates(records)
-    low, high = statistics.wilson_interval(records.in_continuation)
-    summary["target_in_continuation_ci"] = [low, high]
+    summary["target_in_continuation_ci"] = statistics.wilson_interval(records.in_continuation)
     summary["n_installs"] = len(records)
     for column in ("stratum", "magnitude"):
         found = records.groupby(column, sort=False)
@@ -314,11 +318,13 @@ def _summarize(records: pd.DataFrame) -> dict[str, Any]:
 
 
 def _rates(records: pd.DataFrame) -> dict[str, Any]:
+    not_first = records.loc[records.native_rank > 1]
     return {
         "target_in_continuation": float(records.in_continuation.mean()),
         "native_target_in_continuation": float(records.native_in_continuation.mean()),
         "control_target_in_continuation": float(records.control_in_continuation.mean()),
-        "first_token": float(np.mean(records["rank"] == 1)),
+        "n_already_first": len(records) - len(not_first),
+        "first_token": statistics.rate(not_first["rank"] == 1),
         "median_rank_shift": float(records.rank_shift.median()),
         "mean_lift": float(records.lift.mean()),
         "mean_control_lift": float(records.control_lift.mean()),

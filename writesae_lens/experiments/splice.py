@@ -73,7 +73,8 @@ def splice_test(
         there). ``summary`` has perplexity_native, perplexity_spliced, perplexity_deleted, error (mean),
         increase_percent with a 95% interval (bootstrap over passages), increase_percent_deleted, and
         recovered: the share of the deletion's rise in nats that the reconstruction avoids (None where
-        deletion costs nothing).
+        deletion costs no more than rounding might: one unit in the last place of the model's dtype, of the
+        native loss, over the root of the number of tokens).
 
     Raises:
         WriteSAEError: SAEs and cells do not fit, two SAEs are on one cell, passages have fewer than four
@@ -96,11 +97,12 @@ def splice_test(
         return frame
 
     records = run.records(range(len(passages)), splice, "Splicing")
-    summary: dict[str, Any] = {**_summarize(records, seed), "n_heads": len(sites)}
+    summary: dict[str, Any] = {**_summarize(records, _eps(model), seed), "n_heads": len(sites)}
     interval = statistics.between(summary["increase_percent_ci"], "+.2f")
     headline = (
         f"perplexity {summary['perplexity_native']:.3f} natively, {summary['increase_percent']:+.2f}%"
-        f"{interval} spliced, {summary['increase_percent_deleted']:+.2f}% deleted"
+        f"{interval} spliced, {summary['increase_percent_deleted']:+.2f}% deleted, recovered "
+        f"{statistics.share(summary['recovered'])}"
     )
     return run.result(records, summary, headline)
 
@@ -156,12 +158,19 @@ def _splice(
     return pd.DataFrame({"n_tokens": [len(tokens) - half - 1], **row, "error": error})
 
 
-def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
+def _eps(model: HookedRecurrent) -> float:
+    """One unit in the last place of 1 in the model's dtype."""
+    return torch.finfo(next(model.original_model.parameters()).dtype).eps
+
+
+def _summarize(records: pd.DataFrame, eps: float, seed: int) -> dict[str, Any]:
     nll = records[[f"nll_{name}" for name in CONDITIONS]].to_numpy()
     native, spliced, deleted = nll.mean(0)
     draws = np.random.default_rng(seed).integers(0, len(nll), (statistics.N_RESAMPLES, len(nll)))
     rises = 100 * np.expm1((nll[:, 1] - nll[:, 0])[draws].mean(1))
     interval = np.quantile(rises, [0.025, 0.975]).tolist() if len(nll) > 1 else None
+    rounding = eps * native / np.sqrt(records.n_tokens.sum())
+    is_above = deleted - native > rounding
     return {
         "n_passages": len(records),
         "n_tokens": int(records.n_tokens.sum()),
@@ -169,7 +178,7 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
         "increase_percent": float(100 * np.expm1(spliced - native)),
         "increase_percent_ci": interval,
         "increase_percent_deleted": float(100 * np.expm1(deleted - native)),
-        "recovered": float(1 - (spliced - native) / (deleted - native)) if deleted > native else None,
+        "recovered": float(1 - (spliced - native) / (deleted - native)) if is_above else None,
         "error": float(records.error.mean()),
     }
 

@@ -141,8 +141,8 @@ def test_recovered_is_none_where_deletion_costs_nothing(gdn, tmp_path):
     passages, how = read_passages(gdn, 2, 16), {"verbose": False, "progress_folder": str(tmp_path / "p")}
     splice_test(gdn, make_sae(gdn), passages, **how)
     for part in (tmp_path / "p").glob("part_*.csv"):
-        table = pd.read_csv(part).assign(nll_native=2.0, nll_spliced=2.1, nll_deleted=1.9)
-        table.to_csv(part, index=False)
+        table = pd.read_csv(part, comment="#").assign(nll_native=2.0, nll_spliced=2.1, nll_deleted=1.9)
+        part.write_text(table.to_csv(index=False) + f"# {len(table)} rows\n")
     result = splice_test(gdn, make_sae(gdn), passages, **how)
     assert result.summary["recovered"] is None
     assert result.summary["increase_percent"] == pytest.approx(100 * (np.exp(0.1) - 1))
