@@ -8,9 +8,11 @@ here repeats a list of arguments; `RULES` says what an argument of a name may be
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -18,6 +20,9 @@ import numpy as np
 import torch
 
 from hooked_models.errors import HookedModelError, one_line
+
+_KINDS = (AttributeError, KeyError, IndexError, AssertionError, NotImplementedError, RuntimeError, TypeError)
+_KINDS += (OverflowError,)
 
 
 class Rule(NamedTuple):
@@ -162,6 +167,36 @@ def refuse_unknown_names(
         raise HookedModelError(f"{taker} takes no argument {name!r}: {hint or 'it has ' + ', '.join(known)}")
 
 
+@functools.cache
+def _refusal_of_kind(kind: type[Exception]) -> type[HookedModelError]:
+    return type("HookedModelError", (HookedModelError, kind), {"__str__": Exception.__str__})
+
+
+@contextmanager
+def refusals(taker: str, advice: str = "") -> Iterator[None]:
+    """While open, what another library raises becomes `HookedModelError`, in one line.
+
+    The new error is also of the kind of the old one (an ``AttributeError`` stays one), for callers that
+    expect that.
+
+    Args:
+        taker: the method or property, for the message.
+        advice: what to do instead.
+
+    Raises:
+        HookedModelError: another error than this is raised inside.
+    """
+    try:
+        yield
+    except HookedModelError:
+        raise
+    except (*_KINDS, ValueError) as error:
+        kind = next((kind for kind in _KINDS if isinstance(error, kind)), ValueError)
+        error_class = HookedModelError if kind is ValueError else _refusal_of_kind(kind)
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise error_class(f"{taker}: {one_line(str(text))}{advice and f'; {advice}'}") from error
+
+
 def check_device(device: Any) -> None:
     """Refuse a device that this machine does not have or this build of torch cannot use (None: any).
 
@@ -172,4 +207,5 @@ def check_device(device: Any) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         why = one_line(error).partition(". ")[0]
+        device = str(device) if isinstance(device, torch.device) else device
         raise HookedModelError(f"device {device!r} cannot be used ({why}): try 'cpu'") from error

@@ -8,12 +8,11 @@ import re
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hooked_models import calls, edited_runs, edits, upstream, zoo
+from hooked_models import calls, copies, edited_runs, edits, upstream, zoo
 from hooked_models.architectures import adapters
 from hooked_models.caches import CACHE_ARGUMENTS, pop_cache, refuse_unknown
 from hooked_models.errors import HookedModelError, one_line
@@ -92,9 +91,7 @@ class HookedRecurrent(upstream.CheckedBridge):
             raise
         except (OSError, ValueError, RuntimeError, AssertionError, ImportError, SafetensorError) as error:
             raise HookedModelError(f"could not load {model_name}: {one_line(error)}") from error
-        except (
-            Exception
-        ) as error:  # transformers and TransformerLens raise any class on what they do not check
+        except Exception as error:  # any class, on what transformers and TransformerLens do not check
             line = f"{type(error).__name__}: {one_line(error)}"
             raise HookedModelError(f"could not load {model_name}: {line}") from error
         assert isinstance(model, HookedRecurrent)
@@ -105,6 +102,7 @@ class HookedRecurrent(upstream.CheckedBridge):
                 f"{', '.join(adapters.ADAPTERS)}; for other models use TransformerLens itself"
             )
         calls.watch(model)
+        copies.keep_names(model.original_model)
         model.cfg.model_name = model_name
         if model_name in zoo.SHIPPED:  # TransformerLens's defaults differ by architecture
             model.cfg.default_prepend_bos = False
@@ -179,32 +177,21 @@ class HookedRecurrent(upstream.CheckedBridge):
                 "model.original_model"
             )
         given = signature.bind(input, *args, **kwargs).arguments
+        if isinstance(input, (list, tuple)) and not (input and all(isinstance(x, str) for x in input)):
+            what = f"a {type(input).__name__} of {type(input[0]).__name__}" if input else "an empty list"
+            raise HookedModelError(
+                f"the model reads a text, a list of texts, or a tensor of token ids [batch, pos]; got {what}"
+            )
+        calls.check_is_tensor(given.get("attention_mask"), "attention_mask")
         wants_cache = given.get("return_type") == "logits_and_cache"
         if wants_cache:
             cache = self.new_cache() if cache is None else cache
             kwargs["use_cache"] = True
         if cache is not None:
             kwargs[next(name for name in CACHE_ARGUMENTS if name in of_model)] = cache
-        with calls.reading(self._mask_of_texts(given)), edits.edit_in_force(edit):
+        with calls.reading(), edits.edit_in_force(edit):
             output = super().forward(input, *args, **kwargs)
         return (output[0], cache) if wants_cache else output
-
-    def _mask_of_texts(self, given: dict[str, Any]) -> Int[Tensor, "batch pos"] | None:
-        """The mask of a list of texts that is padded on the right, for which TransformerLens makes none."""
-        texts = given["input"]
-        if not isinstance(texts, (list, tuple)):
-            return None
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise HookedModelError(
-                "the model reads a text, a list of texts, or a tensor of token ids [batch, pos]; got "
-                + (f"a {type(texts).__name__} of {type(texts[0]).__name__}" if texts else "an empty list")
-            )
-        side = given.get("padding_side") or getattr(self.tokenizer, "padding_side", "right")
-        if len(texts) == 1 or side == "left" or given.get("attention_mask") is not None:
-            return None
-        bos = given.get("prepend_bos")
-        rows = [torch.ones_like(self.to_tokens(text, prepend_bos=bos)[0]) for text in texts]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     @property
     def positions(self) -> Int[Tensor, "batch pos"]:

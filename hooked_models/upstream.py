@@ -18,24 +18,35 @@ importing TransformerLens) without notice. ``tests/hooked_models/test_upstream.p
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformer_lens import ActivationCache
 from transformer_lens.conversion_utils.conversion_steps.base_tensor_conversion import (
     BaseTensorConversion,
 )
 from transformer_lens.factories import architecture_adapter_factory as factory
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities import Slice
 from transformers import PreTrainedModel
 
+from hooked_models.activation_cache import RecurrentActivationCache
+from hooked_models.arguments import bound, idle, refusals
+from hooked_models.copies import CopyableBridge
 from hooked_models.errors import HookedModelError
 from hooked_models.files.declared_sizes import within_checkpoint
 from hooked_models.files.layouts import listed, not_finite
+
+_LAYER = re.compile(r"blocks\.(\d+)\.")
+# The hooks after the last layer.
+_AT_THE_END = ("ln_final", "unembed", "hook_unembed")
 
 
 @contextmanager
@@ -124,7 +135,7 @@ class HeadSplit(BaseTensorConversion):
         return input_value
 
 
-class CheckedBridge(SAETransformerBridge):
+class CheckedBridge(CopyableBridge):
     """SAELens's bridge, with an error where a hook's name matches nothing, which TransformerLens ignores."""
 
     @property
@@ -146,38 +157,67 @@ class CheckedBridge(SAETransformerBridge):
             HookedModelError: there is no such hook point.
         """
         name = self._resolve_hook_name(hook_name)
-        self.check_hook_names([name])
+        if name not in self._hook_registry:
+            self.check_hook_names([name])
         return name
 
-    def run_with_cache(
-        self,
-        input: Any,
-        return_cache_object: bool = True,
-        remove_batch_dim: bool = False,
-        names_filter: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        self.check_hook_names([names_filter] if isinstance(names_filter, str) else names_filter)
-        return super().run_with_cache(
-            input, return_cache_object, remove_batch_dim, names_filter, *args, **kwargs
-        )
+    @functools.wraps(TransformerBridge.run_with_cache)
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._given("run_with_cache", super().run_with_cache, args, kwargs)
+        given["names_filter"] = wanted = self._filter(given.get("names_filter"))
+        prompt = given["input"]
+        if isinstance(prompt, str):
+            given.pop("padding_side", None)  # nothing is padded, and TransformerLens goes on with tokens
+        if given.get("remove_batch_dim") and _rows(prompt) != 1:
+            raise HookedModelError(f"run_with_cache: remove_batch_dim needs one row, got {_rows(prompt)}")
+        self._check_slice(prompt, given)
+        self._refuse_after_stop("run_with_cache", [wanted] if isinstance(wanted, str) else wanted, given)
+        if given.get("incl_bwd") and given.get("return_type") != "loss":
+            raise HookedModelError(
+                "run_with_cache: incl_bwd needs one number to derive: say return_type='loss'"
+            )
+        output, cache = super().run_with_cache(**given)
+        if wanted is not None and not len(cache):
+            raise HookedModelError("run_with_cache: no activation that names_filter asks for is in this pass")
+        if isinstance(cache, ActivationCache):
+            cache = RecurrentActivationCache(cache.cache_dict, self, cache.has_batch_dim)
+        return output, cache
 
-    def run_with_hooks(
-        self, input: Any, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
-    ) -> Any:
-        fwd_hooks, bwd_hooks = self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks)
-        return super().run_with_hooks(input, fwd_hooks, bwd_hooks, *args, **kwargs)
+    @functools.wraps(TransformerBridge.run_with_hooks)
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._given("run_with_hooks", super().run_with_hooks, args, kwargs)
+        if given.get("names_filter") is not None:
+            raise idle("run_with_hooks", "names_filter", "a hook's name, or a filter, stands in fwd_hooks")
+        without_rows = given.pop("remove_batch_dim", False)
+        if without_rows and _rows(given["input"]) != 1:
+            raise HookedModelError(
+                f"run_with_hooks: remove_batch_dim needs one row, got {_rows(given['input'])}"
+            )
+        for side in {"fwd_hooks", "bwd_hooks"} & given.keys():
+            pairs = self._checked_hooks(given[side])
+            self._refuse_after_stop("run_with_hooks", [name for name, _ in pairs], given)
+            given[side] = [(name, _for_one_row(hook)) for name, hook in pairs] if without_rows else pairs
+        return super().run_with_hooks(**given)
 
-    def hooks(  # type: ignore[override]
-        self, fwd_hooks: Any = (), bwd_hooks: Any = (), *args: Any, **kwargs: Any
-    ) -> Any:
-        fwd_hooks, bwd_hooks = self._checked_hooks(fwd_hooks), self._checked_hooks(bwd_hooks)
-        return super().hooks(fwd_hooks, bwd_hooks, *args, **kwargs)
+    @functools.wraps(TransformerBridge.hooks)
+    def hooks(self, *args: Any, **kwargs: Any) -> Any:
+        given = bound(super().hooks, args, kwargs)
+        for side in {"fwd_hooks", "bwd_hooks"} & given.keys():
+            given[side] = self._checked_hooks(given[side])
+        return super().hooks(**given)
 
-    def add_hook(self, name: Any, *args: Any, **kwargs: Any) -> Any:
-        self.check_hook_names([name])
-        return super().add_hook(name, *args, **kwargs)
+    @functools.wraps(TransformerBridge.add_hook)
+    def add_hook(self, *args: Any, **kwargs: Any) -> Any:
+        given = bound(super().add_hook, args, kwargs)
+        self._checked_hooks([(given["name"], given["hook_fn"])])
+        return super().add_hook(**given)
+
+    def add_sae(self, sae: Any, use_error_term: bool | None = None) -> None:
+        metadata = sae.cfg.metadata
+        for name in (metadata.hook_name, metadata.hook_name_out):
+            if name is not None:  # SAELens would leave the SAE out
+                self.resolved(name)
+        super().add_sae(sae, use_error_term=use_error_term)
 
     def _reset_sae(self, act_name: str, prev_wrapper: Any = None) -> None:
         wrapper = self._acts_to_saes.get(act_name)
@@ -192,7 +232,65 @@ class CheckedBridge(SAETransformerBridge):
             for own_name, hook in wrapper.sae.hook_dict.items():
                 hook.name = own_name
 
+    def _given(self, taker: str, method: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+        """The arguments of a method that runs the model, checked; the forward pass checks the others."""
+        given = bound(method, args, kwargs)
+        own = {"device", *inspect.signature(method).parameters}  # device is in run_with_cache's **kwargs
+        for name in given.keys() - own - inspect.signature(TransformerBridge.forward).parameters.keys():
+            for other in ("run_with_hooks", "run_with_cache", "run_with_saes", "generate"):
+                if name in inspect.signature(getattr(TransformerBridge, other, None) or self.saes).parameters:
+                    around = " (with model.hooks(...): around it)" if name.endswith("wd_hooks") else ""
+                    raise HookedModelError(f"{taker} takes no argument {name!r}, which {other} has{around}")
+        self._check_stop(taker, given)
+        return given
+
+    def _filter(self, names: Any) -> Any:
+        """A ``names_filter`` as TransformerLens takes it, after a check that it means hook points."""
+        if names is None or callable(names) or isinstance(names, str):
+            self.check_hook_names(names if names is None or callable(names) else [names])
+            return names
+        wanted = list(names) if isinstance(names, Iterable) else [names]
+        if not wanted:
+            raise HookedModelError("names_filter has no names: leave it out to cache everything")
+        if any(callable(name) for name in wanted):
+            raise HookedModelError("names_filter must be a name, a list of names, or one function of a name")
+        self.check_hook_names(wanted)
+        return wanted
+
+    def _check_slice(self, prompt: Any, given: dict[str, Any]) -> None:
+        """Refuse a ``pos_slice`` that is none, or of positions that are not there."""
+        wanted = given.get("pos_slice")
+        if wanted is None:
+            return
+        with refusals("run_with_cache", "pos_slice is a position, a list of them, or (start, end[, step])"):
+            chosen = Slice.unwrap(wanted)
+            tokens = (
+                prompt if isinstance(prompt, Tensor) else self.to_tokens(prompt, given.get("prepend_bos"))
+            )
+            chosen.apply(torch.empty(tokens.shape[min(1, tokens.ndim - 1)]), dim=0)
+
+    def _refuse_after_stop(self, taker: str, names: Any, given: dict[str, Any]) -> None:
+        """Refuse hooks of which a pass comes to none, because it stops before."""
+        stop, count = given.get("stop_at_layer"), len(self.blocks)
+        if stop is None or stop == count or names is None or callable(names):
+            return
+        named = [self._resolve_hook_name(name) for name in names if isinstance(name, str)]
+        layers = [_LAYER.match(name) for name in named]
+        late = [
+            int(layer[1]) >= stop % count if layer else name.startswith(_AT_THE_END)
+            for name, layer in zip(named, layers, strict=True)
+        ]
+        if named and len(named) == len(names) and all(late):
+            raise HookedModelError(
+                f"{taker}: stop_at_layer={stop} comes before {named[0]}, which would not run"
+            )
+
     def _checked_hooks(self, hooks: Any) -> list[tuple[Any, Any]]:
+        if not isinstance(hooks, Iterable) or isinstance(hooks, (str, Mapping)):
+            raise HookedModelError(
+                f"hooks must be a list of (name, function), got {hooks!r:.80}: write "
+                "fwd_hooks=[(name, function)]"
+            )
         pairs = list(hooks)
         wrong = next((p for p in pairs if not isinstance(p, (tuple, list)) or len(p) != 2), None)
         if wrong is not None:
@@ -201,6 +299,11 @@ class CheckedBridge(SAETransformerBridge):
                 "fwd_hooks=[(name, function)]"
             )
         self.check_hook_names([name for name, _ in pairs])
+        for name, function in pairs:
+            if not _takes_a_hook(function):
+                raise HookedModelError(
+                    f"the hook at {name!r:.80} must be a function of (activation, hook), got {function!r:.80}"
+                )
         return pairs
 
     def check_hook_names(self, names: Iterable[str | Callable[..., Any]] | Any) -> None:
@@ -212,7 +315,7 @@ class CheckedBridge(SAETransformerBridge):
                 raise HookedModelError(f"{names!r:.80} is true of no hook point's name: see model.hook_dict")
             return
         wanted = list(names) if isinstance(names, Iterable) else [names]
-        if all(isinstance(name, str) and name in self._hook_registry for name in wanted):
+        if all(isinstance(name, str) and type(self._hook_registry.get(name)) is HookPoint for name in wanted):
             return
         hook_dict = self.hook_dict
         for name in wanted:
@@ -223,7 +326,44 @@ class CheckedBridge(SAETransformerBridge):
                     f"a hook's name must be a text, got {name!r:.80}: see model.hook_dict, or "
                     "model.write_hook_name(layer, head)"
                 )
-            elif name not in hook_dict and name not in self._hook_registry:
+            elif name not in hook_dict and name in self._hook_registry:
+                own = [hook for hook in hook_dict if hook.startswith(f"{name}.")]
+                raise HookedModelError(
+                    f"an SAE stands in the place of {name}, whose hooks are {', '.join(own)}: name one of "
+                    "them, or call model.reset_saes()"
+                )
+            elif name not in hook_dict:
                 close = difflib.get_close_matches(name, hook_dict, n=3, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(close)}?" if close else ""
                 raise HookedModelError(f"no hook point is named {name!r}{hint}")
+
+
+def _rows(prompt: Any) -> int:
+    """How many texts a prompt holds."""
+    if isinstance(prompt, Tensor):
+        return len(prompt) if prompt.ndim > 1 else 1
+    return 1 if isinstance(prompt, str) else len(prompt)
+
+
+def _takes_a_hook(function: Any) -> bool:
+    """Whether something can be called with an activation and ``hook=``."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(None, hook=None)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature that Python knows
+        return True
+    return True
+
+
+def _for_one_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that sees activations without their axis of rows, and may return None, as any hook."""
+
+    @functools.wraps(function)
+    def without_rows(x: Tensor, hook: Any) -> Tensor | None:
+        changed = function(x[0], hook=hook)
+        return None if changed is None else changed[None]
+
+    return without_rows

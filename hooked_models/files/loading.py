@@ -163,7 +163,7 @@ def _configuration(source: str, options: dict[str, Any]) -> Any:
 
 
 def _check_quantisation(source: str, quantised: Any) -> None:
-    """Refuse weights quantised by a method that transformers does not know: it would load them as they are."""
+    """Refuse weights quantised by a method unknown to transformers, which would load them as they are."""
     if quantised is None:
         return
     fields = quantised if isinstance(quantised, dict) else quantised.to_dict()

@@ -1,0 +1,119 @@
+"""The cache that ``run_with_cache`` returns: TransformerLens's, for layers that are no attention."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.hook_points import HookPoint
+
+from hooked_models import arguments
+from hooked_models.arguments import bound, refusals, wrong
+from hooked_models.errors import HookedModelError
+
+_ADVICE = (
+    "it is not cached, or this layer has none of it: see cache.keys(); a recurrent layer has the hooks that "
+    "model.hook_name(layer, 'write', head) and its like name"
+)
+_MODES = ("all", "mlp", "attn")
+
+
+class RecurrentActivationCache(ActivationCache):
+    """TransformerLens's cache, whose methods know what recurrent layers add to the residual stream.
+
+    `decompose_resid` takes a recurrent layer's output for ``attn_out``. Methods that need what the model has
+    not (attention heads, a known MLP) raise `HookedModelError`, in one line.
+    """
+
+    def __getitem__(self, key: Any) -> Tensor:
+        with refusals("cache", _ADVICE):
+            return super().__getitem__(key)
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Float[Tensor, "component *batch_and_pos d_model"] | tuple[Tensor, list[str]]:
+        """What each layer adds to the residual stream; with the embedding, its sum is the stream.
+
+        Args:
+            layer: components before this layer (None or -1: all).
+            mlp_input: also what the layer's own mixer adds.
+            mode: "attn" for mixers and attention, "mlp" for MLPs, "all" for both.
+            apply_ln: divide by the scale of the norm that reads the stream there.
+            pos_slice: positions, as of TransformerLens's ``Slice``.
+            incl_embeds: with the embedding first.
+            return_labels: also names such as "embed", "0_attn_out", "0_mlp_out".
+
+        Raises:
+            HookedModelError: there is no such layer or mode, or an output is not in the cache.
+        """
+        count = len(self.model.blocks)
+        layer = count if layer is None or layer == -1 else layer
+        if not arguments.is_whole(layer) or not 0 <= layer <= count or (mlp_input and layer == count):
+            raise wrong("decompose_resid", "layer", layer, f"a layer of 0 to {count}")
+        if mode not in _MODES:
+            raise wrong("decompose_resid", "mode", mode, ", ".join(map(repr, _MODES)))
+        parts = {"embed": "hook_embed"} if incl_embeds else {}
+        for number in range(layer + bool(mlp_input)):
+            for kind, name in _outputs(self.model, number).items():
+                if mode in ("all", kind) and (number < layer or kind == "attn"):
+                    parts[f"{number}_{kind}_out"] = name
+        if not parts:
+            raise HookedModelError(
+                f"decompose_resid: there is no component of mode {mode!r} before layer {layer}"
+            )
+        with refusals("decompose_resid", _ADVICE):
+            cut = _slice(pos_slice)
+            stack = torch.stack([cut.apply(self[name], dim=-2) for name in parts.values()])
+            if apply_ln:
+                stack = self.apply_ln_to_stack(stack, layer, pos_slice=cut, mlp_input=mlp_input)
+        return (stack, list(parts)) if return_labels else stack
+
+
+def _slice(pos_slice: Any) -> Any:
+    from transformer_lens.utilities import Slice
+
+    return pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+
+
+def _outputs(model: Any, layer: int) -> dict[str, str]:
+    """The hooks on what a layer adds to the stream: of its mixer or attention ("attn"), and of its MLP."""
+    block = model.blocks[layer]
+    found: dict[str, str] = {}
+    for slot, part in block.named_children():
+        if isinstance(getattr(part, "hook_out", None), HookPoint) and not isinstance(part, HookPoint):
+            kind = "mlp" if slot in ("mlp", "ffn") else "attn"
+            if not _is_norm(slot):
+                found[kind] = f"blocks.{layer}.{slot}.hook_out"
+    return found
+
+
+def _is_norm(slot: str) -> bool:
+    return "norm" in slot or slot.startswith("ln")
+
+
+def _refusing(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: RecurrentActivationCache, *args: Any, **kwargs: Any) -> Any:
+        bound(method.__get__(self), args, kwargs)
+        with refusals(method.__name__, _ADVICE):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+for _name, _method in inspect.getmembers(ActivationCache, inspect.isfunction):
+    if not _name.startswith("_") and _name not in vars(RecurrentActivationCache):
+        setattr(RecurrentActivationCache, _name, _refusing(_method))

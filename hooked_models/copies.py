@@ -1,0 +1,132 @@
+"""A bridge in another dtype, on another device, copied, pickled or saved: right, or refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import os
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooked_models.arguments import check_device, refusals, wrong
+from hooked_models.errors import HookedModelError
+from hooked_models.public_methods import CheckedMethods
+
+
+class CopyableBridge(CheckedMethods):
+    """A bridge whose ``cfg`` goes with its weights, and that is saved as transformers saves the model."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.to``; ``model.cfg`` has the new dtype and device.
+
+        Raises:
+            HookedModelError: the dtype has no fractions, or the device cannot be used or holds no numbers.
+        """
+        details = kwargs.pop("print_details", True)
+        with refusals("to"):
+            device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        if memory_format is not None:
+            raise HookedModelError("to: memory_format is for images, leave it out")
+        wanted: dict[str, Any] = {}
+        if device is not None:
+            check_device(device)
+            if device.type == "meta":
+                raise wrong("to", "device", "meta", "a device that holds numbers: 'cpu' or 'cuda'")
+            wanted["device"] = device
+        if dtype is not None:
+            if not dtype.is_floating_point:
+                raise wrong("to", "dtype", dtype, "float32, bfloat16, float16 or float64")
+            wanted["dtype"] = dtype
+        return super().to(**wanted, non_blocking=non_blocking, print_details=details) if wanted else self
+
+    def half(self) -> Any:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Any:
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Any:
+        return self.to(torch.float32)
+
+    def double(self) -> Any:
+        return self.to(torch.float64)
+
+    def type(self, dst_type: Any) -> Any:
+        return self.to(dtype=getattr(torch, dst_type, dst_type) if isinstance(dst_type, str) else dst_type)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the model as `boot_transformers` reads it, with its tokenizer, if it has one.
+
+        Args:
+            save_directory: a folder; it is made.
+            **kwargs: as for transformers' ``save_pretrained``.
+
+        Raises:
+            HookedModelError: ``enable_compatibility_mode`` has changed the weights.
+        """
+        if self.compatibility_mode:
+            raise HookedModelError(
+                "save_pretrained: the weights are processed: save before compatibility mode"
+            )
+        save_pretrained(self.original_model, save_directory, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(save_directory)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        keep_names(self.original_model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A pass with gradients leaves tensors of its graph in modules, which torch does not copy.
+        for module in self.original_model.modules():
+            for value in vars(module).values():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    memo[id(value)] = value.detach().clone()
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        for name, module in (*self.named_modules(), *self.original_model.named_modules()):
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if any("<locals>" in getattr(hook, "__qualname__", "") for hook in hooks):
+                raise HookedModelError(
+                    f"this model cannot be pickled, because of a hook at {name or 'its root'}: use "
+                    "model.save_pretrained(folder) and boot_transformers(folder)"
+                )
+        return super().__reduce_ex__(protocol)
+
+
+def keep_names(model: nn.Module) -> None:
+    """Have ``bridge.original_model.save_pretrained`` do as `save_pretrained` does.
+
+    Args:
+        model: the Hugging Face model in a bridge.
+    """
+    model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[assignment]
+
+
+def save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Save the Hugging Face model in a bridge, under the names of weights that it has outside of one.
+
+    A bridge's components stand between the modules, so that ``state_dict`` has each weight under several
+    other names, which transformers would take for weights that are tied by mistake.
+
+    Args:
+        model: ``bridge.original_model``.
+        save_directory: a folder; it is made.
+        **kwargs: as for transformers' ``save_pretrained``.
+    """
+    with torch.device("meta"):
+        names = type(model)(model.config).state_dict().keys()
+    held = {name.replace("_original_component.", ""): x for name, x in model.state_dict().items()}
+    missing = [name for name in names if name not in held]
+    if missing:
+        raise HookedModelError(
+            f"save_pretrained: the weights {', '.join(missing[:3])} were not found in the model"
+        )
+    kwargs.setdefault("state_dict", {name: held[name] for name in names})
+    type(model).save_pretrained(model, save_directory, **kwargs)  # type: ignore[attr-defined]
