@@ -166,7 +166,8 @@ class Past:
         """How many tokens of each row the cache holds, without padding (None: unknown)."""
         if self.mask is None:
             return self.columns
-        return None if self.rearranged else self.mask.sum(1)
+        counts = self.mask.sum(1)
+        return None if self.rearranged and bool((counts != counts[0]).any()) else counts
 
     def gone_on(
         self,

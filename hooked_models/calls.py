@@ -65,8 +65,9 @@ class Call:
         return here.masked_fill(mask == 0, -1)
 
 
+_HYBRID = {"full_attention", "linear_attention"}
+"""Kinds of layers of the models that take a mask for each."""
 _CALL: ContextVar[Call | None] = ContextVar("call of a Hugging Face model that is running", default=None)
-_MASK_OF_TEXTS: ContextVar[Tensor | None] = ContextVar("mask of the texts about to be read", default=None)
 
 
 class NoCallError(HookedModelError, RuntimeError):
@@ -112,48 +113,75 @@ def without_padding(x: Tensor, real: Bool[Tensor, "batch pos"] | None) -> Tensor
 
 
 @contextmanager
-def reading(mask_of_texts: Int[Tensor, "batch pos"] | None = None) -> Iterator[None]:
-    """Around a forward pass: whatever ends it, the calls that it opened end too.
-
-    Args:
-        mask_of_texts: the mask for the pass if nothing else gives it one.
-    """
-    call, mask = _CALL.set(_CALL.get()), _MASK_OF_TEXTS.set(mask_of_texts)
+def reading() -> Iterator[None]:
+    """Around a forward pass: whatever ends it, the calls that it opened end too."""
+    token = _CALL.set(_CALL.get())
     try:
         yield
     finally:
-        _MASK_OF_TEXTS.reset(mask)
-        _CALL.reset(call)
+        _CALL.reset(token)
+
+
+def check_is_tensor(argument: Any, name: str) -> None:
+    """Refuse an argument that is given and no tensor.
+
+    Raises:
+        HookedModelError: so it is.
+    """
+    if argument is not None and not isinstance(argument, Tensor):
+        raise HookedModelError(f"{name} must be a tensor, got a {type(argument).__name__}")
 
 
 def watch(model: HookedRecurrent) -> None:
     """Open a `Call` around every call of a bridge's Hugging Face model, and check what it is given."""
-    module = model.original_model
-    module.register_forward_pre_hook(functools.partial(_begin, model), with_kwargs=True)
+    module: Any = model.original_model
+    layers = {mixer.layer_index: (mixer.n_heads, *mixer.write_shape) for mixer in model.mixers.values()}
+    kinds = set(getattr(module.config, "layer_types", None) or ())
+    facts = _Facts(layers, len(model.new_cache().layers), model.has_attention, kinds == _HYBRID)
+    module.register_forward_pre_hook(functools.partial(_begin, facts), with_kwargs=True)
     module.register_forward_hook(_end, with_kwargs=True, always_call=True)
 
 
-def _begin(model: HookedRecurrent, module: nn.Module, args: Any, kwargs: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """What the checks need to know of a model.
+
+    Args:
+        layers: heads, d_k and d_v of each recurrent layer, by its number in a cache.
+        n_cache_layers: layers of a cache.
+        has_attention: whether any layer has softmax attention.
+        is_hybrid: whether the model takes one mask for attention and one for recurrent layers.
+    """
+
+    layers: dict[int, tuple[int, int, int]]
+    n_cache_layers: int
+    has_attention: bool
+    is_hybrid: bool
+
+
+def _begin(facts: _Facts, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Check the arguments of a call, and open it."""
     call = Call(module, _CALL.get())
     _CALL.set(call)  # first, for `_end` comes also after an error
     names = list(inspect.signature(module.forward).parameters)
     given = dict(zip(names, args, strict=False)) | kwargs
-    mask_of_texts = _MASK_OF_TEXTS.get()
-    _MASK_OF_TEXTS.set(None)
     caches.refuse_packing(given)
     call.shape, call.device = _checked_tokens(module, given)
     cache = caches.cache_in(given)
     if cache is not None:
-        call.past = _checked_past(model, module, cache, call.shape[0])
+        call.past = _checked_past(facts, module, cache, call.shape[0])
     changes: dict[str, Any] = {}
     if edits.swapped_writes() is None:  # whose branches have a mask and positions of their own
         mask, ids = given.get("attention_mask"), given.get("position_ids")
         into_cache = cache is not None or bool(given.get("use_cache"))
-        changes = _read_mask(call, mask_of_texts if mask is None else mask, into_cache, model.has_attention)
+        changes = _read_mask(call, mask, into_cache, facts.has_attention)
         if ids is not None or "position_ids" not in names:
             changes.pop("position_ids", None)
         _check_position_ids(call, ids)
+        eager = getattr(module.config, "_attn_implementation", None) == "eager"  # type: ignore[union-attr]
+        if facts.is_hybrid and eager and call.real is not None and "attention_mask" in changes:
+            seen = _seen_by_padding_too(changes["attention_mask"] != 0, call.shape[1])
+            changes["attention_mask"] = {"full_attention": seen, "linear_attention": call.real.long()}
         ids = changes.get("position_ids", ids)
         if ids is not None:
             call.last_position = ids.reshape(-1, *ids.shape[-2:])[0, :, -1:].expand(call.shape[0], 1)
@@ -175,9 +203,7 @@ def _end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if output is None:
         return
     cache = call.cache
-    if cache is None and isinstance(
-        output, dict
-    ):  # as transformers' outputs are: the model may have made one
+    if cache is None and isinstance(output, dict):  # an output of transformers, maybe with a new cache
         cache = caches.cache_in(output)
     if cache is not None:
         caches.remember(cache, call.past.gone_on(call.shape, call.real, call.last_position))
@@ -214,17 +240,28 @@ def _checked_tokens(module: nn.Module, given: dict[str, Any]) -> tuple[tuple[int
     return (x.shape[0], x.shape[1]), x.device
 
 
-def _checked_past(model: HookedRecurrent, module: nn.Module, cache: Any, batch: int) -> Past:
+def _seen_by_padding_too(
+    real: Bool[Tensor, "batch all_pos"], length: int
+) -> Bool[Tensor, "batch one pos all"]:
+    """The attention mask of the last ``length`` tokens, in which padding sees itself.
+
+    transformers lets it see nothing; then its attention is 0 / 0 where the mask is -inf (in float64 and in
+    TransformerLens's compatibility mode), which later layers and all gradients would take over.
+    """
+    key = torch.arange(real.shape[1], device=real.device)
+    query = key[-length:, None]
+    return ((key <= query) & real[:, None] | (key == query))[:, None]
+
+
+def _checked_past(facts: _Facts, module: nn.Module, cache: Any, batch: int) -> Past:
     """What a cache holds, after a check that the layers will honour it."""
-    mixers = model.mixers.values()
-    layers = {mixer.layer_index: (mixer.n_heads, *mixer.write_shape) for mixer in mixers}
-    caches.check(cache, len(model.new_cache().layers), layers, batch)
+    caches.check(cache, facts.n_cache_layers, facts.layers, batch)
     if module.training and any(getattr(x, "gradient_checkpointing", False) for x in module.modules()):
         raise HookedModelError(
             "a cache cannot be used while training with activation checkpointing, which runs each layer "
             "twice: give none, or model.eval() first"
         )
-    return caches.past_of(cache, min(layers))
+    return caches.past_of(cache, min(facts.layers))
 
 
 def _read_mask(call: Call, mask: Any, into_cache: bool, has_attention: bool) -> dict[str, Any]:
@@ -278,8 +315,7 @@ def _read_mask(call: Call, mask: Any, into_cache: bool, has_attention: bool) -> 
 def _check_mask_shape(call: Call, mask: Any, has_attention: bool) -> None:
     """Refuse a mask that is none, or of another shape than the tokens."""
     past, (batch, length) = call.past, call.shape
-    if not isinstance(mask, Tensor):
-        raise HookedModelError(f"attention_mask must be a tensor, got a {type(mask).__name__}")
+    check_is_tensor(mask, "attention_mask")
     if mask.is_complex() or mask.ndim != 2 or mask.shape[0] != batch:
         fits = False
     elif past.columns is None:

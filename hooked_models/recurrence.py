@@ -117,8 +117,7 @@ class Recurrence:
         """The same recurrence with positions that read nothing and leave the state as it is."""
         if where is None:
             return self
-        idle = self.map(lambda x: x.masked_fill(where.view(*where.shape, *(1,) * (x.ndim - 2)), 0))
-        return dataclasses.replace(idle, b=self.b)
+        return self.map(lambda x: x.masked_fill(where.view(*where.shape, *(1,) * (x.ndim - 2)), 0))
 
     def pull_back(self, reads: Float[Tensor, "batch pos head d_k"]) -> Float[Tensor, "batch pos head d_k"]:
         """T_t^T r_t: reading S_{t-1} with it gives the part of S_t^T r_t that comes from S_{t-1}."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from hooked_models.caches import refuse_unknown
 from hooked_models.modeling.rwkv7.config import RWKV7Config
@@ -168,6 +169,7 @@ class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
         # Callers differ in whether ``input_ids`` begins with the embedded prompt, so only its end is used.
         return {"input_ids": input_ids[:, -1:], **options}
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "batch pos"] | None = None,
