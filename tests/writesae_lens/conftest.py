@@ -1,7 +1,17 @@
+import jaxtyping
 import pytest
 import torch
 
 from writesae_lens import WriteSAETrainingConfig, WriteTrainingSAE
+
+
+@pytest.fixture
+def unchecked():
+    """Without the suite's run-time type checks, which users do not have and the compiler cannot trace."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def check_run(cfg: Any, saes: Mapping[str, Any]) -> None:
     if dtype != torch.float32 and others and not getattr(cfg, "use_cached_activations", False):
         raise WriteSAEError(
             f"dtype={cfg.dtype!r} of the runner does not change the SAE, which is in "
-            f"{', '.join(sorted(others))}: give dtype to the SAE's config"
+            f"{', '.join(sorted(others))}: give dtype to the SAE's config (--sae.dtype)"
         )
     scaled = any(sae.normalize_activations == "expected_average_only_in" for sae in saes.values())
     if scaled and not cfg.n_batches_for_norm_estimate >= 1:

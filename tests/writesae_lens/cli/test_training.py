@@ -102,7 +102,12 @@ def test_cells_that_do_not_exist_are_refused(model):
         ({"d_k": 8}, "1:0", "leave --d_k and --d_v out"),
         ({"hook_name": HOOK}, "1:0", "give one of them"),
         ({}, None, "give --cells or --hook_name"),
-        ({"train_batch_size_tokens": 4096}, "1:0", "Buffer size must be"),
+        ({"train_batch_size_tokens": 512}, "1:0", "256 in all, less than one batch .*_in_buffer to 16"),
+        ({"train_batch_size_tokens": 4096}, "1:0", "training_tokens=1024 is less than one batch"),
+        ({"wandb_project": "mine"}, "1:0", "--wandb_project would do nothing: give --log_to_wandb true"),
+        ({"context_size": -1}, "1:0", "SAELens refuses these flags .*context_size"),
+        ({"dtype": "bfloat16"}, "1:0", "of the runner does not change the SAE.*--sae.dtype"),
+        ({"dataset_path": "no/such/text.txt"}, "1:0", "there is no file or folder 'no/such/text.txt'"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(tmp_path, options, cells, message):

@@ -5,7 +5,6 @@ import json
 import math
 
 import datasets
-import jaxtyping
 import pytest
 import torch
 from sae_lens import (
@@ -460,15 +459,6 @@ def test_saes_in_other_precisions_train_load_and_splice(
     if dtype == "float64":
         by_hand = run_with_dense(model, wide, HOOK, rows[-2:], lambda s, x: dense(s, x.double()).to(x.dtype))
         torch.testing.assert_close(logits, by_hand, atol=1e-4, rtol=1e-4)
-
-
-@pytest.fixture
-def unchecked():
-    """Without the suite's run-time type checks, which the compiler cannot trace."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.mark.slow
