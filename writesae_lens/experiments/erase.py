@@ -289,11 +289,12 @@ def plot_erase(result: ExperimentResult) -> Figure:
     at = records[records.dose == summary["dose"]]
     names = [name for name in colors if (at.condition == name).any()]
     groups = [at.loc[at.condition == name, "delta_logp"] for name in names]
-    boxes = spread.boxplot(groups, tick_labels=names, showfliers=False, patch_artist=True, widths=0.5)
-    for box, name in zip(boxes["boxes"], names, strict=True):
-        box.set(facecolor=colors[name], alpha=0.4)
-    for line in boxes["medians"]:
-        line.set(color=INK)
+    if names:
+        boxes = spread.boxplot(groups, tick_labels=names, showfliers=False, patch_artist=True, widths=0.5)
+        for box, name in zip(boxes["boxes"], names, strict=True):
+            box.set(facecolor=colors[name], alpha=0.4)
+        for line in boxes["medians"]:
+            line.set(color=INK)
     spread.axhline(0, color=INK, lw=0.8, ls="--")
     token = summary["preferred_token_text"] or summary["preferred_token"]
     spread.set_ylabel(f"change of log p of {token!r} (nats)")

@@ -281,5 +281,6 @@ def plot_formula(result: ExperimentResult) -> Figure:
         axis.set(ylim=(min([0.0, *(max(x, -1) for x in medians.values())]) - 0.02, 1.02))
         axis.axhline(1, color=INK, lw=0.8, ls="--")
         axis.set_title(f"Median R² {title}", fontsize=11, loc="left")
-    sizes.set_xscale("log")
+    if summary["median_r2"] is not None:
+        sizes.set_xscale("log")
     return figure

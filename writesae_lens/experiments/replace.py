@@ -304,7 +304,7 @@ def plot_replacement_by_effect(result: ExperimentResult) -> Figure:
     effect.set_title("Win rate by how much the write matters", fontsize=11, loc="left")
 
     order = np.argsort(records.cosine.to_numpy())
-    bins = [b for b in np.array_split(order, min(10, len(order))) if len(b)]
+    bins = [b for b in np.array_split(order, max(1, min(10, len(order)))) if len(b)]
     centers = [records.cosine.to_numpy()[b].mean() for b in bins]
     cosine.plot(centers, [wins[b].mean() for b in bins], "o-", color=ATOM, lw=1.5)
     cosine.set_xlabel("cosine of the atom to the native write (tenths of the firings)")
