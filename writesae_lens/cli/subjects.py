@@ -106,7 +106,7 @@ def _last(passages: Passages, subject: Subject) -> Passages:
     if len(passages) < wanted:
         left_out = "" if subject.text is not None else " (what SAEs are trained on is no part of it)"
         typer.echo(
-            f"writesae-lens: {passages.text}{left_out}, has {len(passages)} passages of {size} tokens: all "
+            f"writesae-lens: {passages.text}{left_out} has {len(passages)} passages of {size} tokens: all "
             f"are read, where --max-passages allows {wanted}",
             err=True,
         )

@@ -6,11 +6,13 @@ import inspect
 import json
 import os
 import re
+import shutil
 
 import pandas as pd
 import pytest
+import torch
 
-from hooked_models import HookedRecurrent, zoo
+from hooked_models import HookedModelError, HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run, words
 from writesae_lens import WriteSAE
 from writesae_lens.cli.experiments import command_of
@@ -51,7 +53,11 @@ def results(monkeypatch):
 
 
 def files_in(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".csv", ".json", ".png")}
+    """The files of a result by name, the summary without its date."""
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".csv", ".json", ".png")}
+    summary = json.loads(files["summary.json"])
+    del summary["date"]
+    return files | {"summary.json": json.dumps(summary)}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -198,6 +204,69 @@ def test_the_last_passages_of_the_text_are_read(sae_folder, tmp_path):
     passages = ids[: len(ids) // 32 * 32].view(-1, 32)[-2:]
     own = replacement_test(model, WriteSAE.load_from_disk(sae_folder), passages, verbose=False).records
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "records.csv"), own, check_dtype=False)
+
+
+@pytest.mark.parametrize("size", [32, 256, 2048])
+def test_the_default_text_is_what_no_sae_was_trained_on(size, sae_folder, tmp_path, monkeypatch):
+    """However many passages are asked for, and of any length: fewer are read, and a line says so."""
+    read, test_text = [], " ".join(zoo.text("test").split())
+
+    class ReadError(HookedModelError):
+        pass
+
+    def read_only(model, sae, passages, **options):
+        read.append((model, passages))
+        raise ReadError("read")
+
+    monkeypatch.setitem(
+        EXPERIMENTS, "replace", dataclasses.replace(EXPERIMENTS["replace"], function=read_only)
+    )
+    for wanted in (2, 10_000):
+        done = run("replace", "--sae", sae_folder, "--context-size", size, "--max-passages", wanted)
+        model, passages = read.pop()
+        ids = model.to_tokens(zoo.text("test"), prepend_bos=False, truncate=False)[0]
+        whole = ids[: len(ids) // size * size].view(-1, size)
+        assert torch.equal(passages, whole[-wanted:])
+        assert " ".join(model.tokenizer.decode(passages.flatten().tolist())[8:-8].split()) in test_text
+        lines = [line for line in done.stderr.splitlines() if "passages" in line]
+        told = f"(what SAEs are trained on is no part of it) has {len(whole)} passages of {size} tokens"
+        assert len(lines) == (wanted > len(whole))
+        assert all(told in line for line in lines)
+
+
+def test_a_short_text_is_read_whole_and_a_line_says_so(sae_folder, tmp_path):
+    (tmp_path / "my notes.txt").write_text(zoo.text("test")[:1500])
+    few = ("--sae", sae_folder, "--context-size", 32, "--n-contexts", 1, "--out", tmp_path / "out")
+    done = run("contexts", "--text", "my notes.txt", *few, cwd=tmp_path)
+    summary = ExperimentResult.load(tmp_path / "out").summary
+    n = summary["text_tokens"] // 32
+    line = f"my notes.txt has {n} passages of 32 tokens: all are read, where --max-passages allows 64"
+    assert f"writesae-lens: {line}" in done.stderr.splitlines()
+    assert (summary["text"], summary["text_range"]) == ("my notes.txt", [0, 32 * n])
+    run("contexts", "--text", "my notes.txt", "--max-passages", 3, *few, cwd=tmp_path)
+    summary = ExperimentResult.load(tmp_path / "out").summary
+    assert summary["text_range"] == [32 * (n - 3), 32 * n]
+    assert summary["call"].startswith(
+        "top_contexts(model='tiny-gdn', sae='blocks.1.linear_attn.hook_write.2',"
+    )
+    assert str(tmp_path) not in json.dumps(summary)
+
+
+def test_text_that_the_sae_was_trained_on_is_warned_of(sae_folder, tmp_path):
+    shutil.copytree(sae_folder, tmp_path / "sae")
+    cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    cfg["metadata"]["dataset_path"] = zoo.TEXT_NAME
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(cfg))
+    (tmp_path / "mine.txt").write_text(zoo.text("test")[:2000] + zoo.text("train")[:2000].replace(" ", "\n"))
+    few = ("contexts", "--sae", tmp_path / "sae", "--n-contexts", 1, "--out", tmp_path / "out")
+    done = run(*few, "--text", tmp_path / "mine.txt", "--max-passages", 100)
+    (warning,) = [line for line in done.stderr.splitlines() if "warning" in line]
+    share = int(re.search(r"(\d+)% of this text is text that the SAE was trained on", warning)[1])
+    assert 35 <= share <= 65
+    assert f"[{share}% of this text" in done.stdout.splitlines()[-1]
+    done = run(*few, "--max-passages", 20)
+    assert "warning" not in done.stderr
+    assert ExperimentResult.load(tmp_path / "out").summary["warnings"] == []
 
 
 def test_several_saes_are_compared_by_the_names_given(sae_folder, tmp_path, results):

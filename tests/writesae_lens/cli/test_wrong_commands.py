@@ -29,6 +29,14 @@ def places(tmp_path_factory):
     (root / "SHORT").write_text("far too short")
     (root / "BINARY").write_bytes(b"\xff\xfe\x00")
     (root / "NOTHING").write_text("")
+    (root / "NUL").write_text("It is a truth\0 universally acknowledged " * 20)
+    (root / "LONE").write_bytes(b"It is a truth \xed\xa0\x80 universally acknowledged " * 20)
+    (root / "UTF16").write_text("It is a truth universally acknowledged " * 20, encoding="utf-16")
+    no_cell = {"sae_type": "bilinear", "n_features": 4, "d_k": 32, "d_v": 48, "k": 2, "rank": 1}
+    for name, config in (("BARE", no_cell), ("BARE_9", no_cell | {"layer": 9, "head": 0})):
+        shapes = {"V_enc": (4, 1, 32), "W_enc": (4, 1, 48), "b_enc": (4,), "bias": (32, 48)}
+        tensors = {n: torch.ones(s) for n, s in (shapes | {"V_dec": (4, 1, 32), "W_dec": (4, 1, 48)}).items()}
+        torch.save({"model_state_dict": tensors, "config": config}, root / name)
 
     def copy(name, change):
         shutil.copytree(root / "SAE", root / name)
@@ -80,6 +88,13 @@ CASES = [
     ((*REPLACE, "--text", "BINARY"), "BINARY as UTF-8 text"),
     ((*REPLACE, "--text", "NOTHING"), "the text is too short: 0 tokens"),
     ((*REPLACE, "--text", "EMPTY"), "Is a directory"),
+    ((*REPLACE, "--text", "NUL"), "NUL as UTF-8 text: character 14 is NUL, which no text has"),
+    ((*REPLACE, "--text", "LONE"), "LONE as UTF-8 text: 'utf-8' codec can't decode byte 0xed in position 14"),
+    ((*REPLACE, "--text", "UTF16"), "it looks like UTF-16: save it as UTF-8"),
+    (("replace", "--sae", "BARE"), "does not say which model it belongs to: give --model"),
+    (("replace", "--sae", "BARE", "--model", "tiny-gdn"), "does not say which hook it belongs to; put it into the metadata"),
+    (("replace", "--sae", "BARE_9", "--model", "tiny-gdn"), "no cell at layer 9, head 0"),
+    (("report", "--sae", "BARE", "--model", "tiny-gdn"), "does not say which hook it belongs to"),
     ((*REPLACE, "--model", "tiny_gdn"), "no model 'tiny_gdn': not a folder, not a .pth file, not a hub id"),
     ((*REPLACE, "--model", "some/model"), "some/model ships with no text: give --text FILE"),
     ((*REPLACE, "--model", "tiny-mamba2"), "one looks like 'blocks.0.mixer.hook_write.0'"),
@@ -140,12 +155,12 @@ CASES = [
     ((*TRAIN, "--site", "both"), "'both' is not one of 'write', 'state'"),
     ((*TRAIN, "--win-rate", "3"), "the win rate is logged to W&B: give --log_to_wandb true"),
     ((*TRAIN, "--device", "gpu"), "device 'gpu' cannot be used"),
-    ((*TRAIN, "--dataset_path", "NO_COLUMN"), "Dataset must have a 'tokens', 'input_ids', 'text', or 'problem' column"),
+    ((*TRAIN, "--dataset_path", "NO_COLUMN"), "has columns words: it needs one of text or tokens"),
     ((*TRAIN, "--dataset_path", "EMPTY"), "EMPTY doesn't contain any data files"),
     ((*TRAIN, "--dataset_path", "no/where"), "no/where"),
     ((*TRAIN, "--dataset_path", "FEW_ROWS"), "Dataset may be too small"),
     (("train", "--cells", "1:*"), "no model to train on: give --model_name"),
-    ((*TRAIN, "--train_batch_size_tokens", "100000"), "is the text shorter than one batch of writes?"),
+    ((*TRAIN, "--train_batch_size_tokens", "100000"), "less than one batch of train_batch_size_tokens=100000"),
     ((*TRAIN, "--resume_from_checkpoint", "no/where"), "no/where is no checkpoint: give the folder"),
 ]  # fmt: skip
 
