@@ -12,8 +12,9 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hooked_models import calls, copies, edited_runs, edits, upstream, zoo
+from hooked_models import calls, edited_runs, edits, upstream, zoo
 from hooked_models.architectures import adapters
+from hooked_models.bridge import copies
 from hooked_models.caches import CACHE_ARGUMENTS, pop_cache, refuse_unknown
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.files import loading

@@ -37,9 +37,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import Slice
 from transformers import PreTrainedModel
 
-from hooked_models.activation_cache import RecurrentActivationCache
-from hooked_models.arguments import bound, idle, refusals
-from hooked_models.copies import CopyableBridge
+from hooked_models.bridge.activation_cache import RecurrentActivationCache
+from hooked_models.bridge.arguments import bound, idle, refusals
+from hooked_models.bridge.copies import CopyableBridge
 from hooked_models.errors import HookedModelError
 from hooked_models.files.declared_sizes import within_checkpoint
 from hooked_models.files.layouts import listed, not_finite

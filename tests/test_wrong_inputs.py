@@ -120,7 +120,7 @@ MODELS = [
     Case("dtype by nickname", lambda g: BOOT("tiny-gdn", dtype="bf16"), ("'bf16'", "give float32, bfloat16")),
     Case("dtype of numpy", lambda g: BOOT("tiny-gdn", dtype=np.float32), ("numpy.float32", "give float32")),
     Case("whole dtype", lambda g: BOOT("tiny-gdn", dtype=torch.int64), ("torch.int64", "give float32")),
-    Case("unknown option", lambda g: BOOT("tiny-gdn", devise="cpu"), ("unexpected", "'devise'")),
+    Case("unknown option", lambda g: BOOT("tiny-gdn", devise="cpu"), ("takes no argument", "'devise'")),
     Case("layer", lambda g: g.model.write_hook_name(9, 0), ("layer 9, head 0", *VALID)),
     Case("attention layer", lambda g: g.model.state_hook_name(2, 0), ("layer 2", *VALID)),
     Case("head", lambda g: g.model.cell(1, 4), ("head 4", *VALID)),

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hooked_models import arguments
-from hooked_models.arguments import idle, wrong
+from hooked_models.bridge import arguments
+from hooked_models.bridge.arguments import idle, wrong
 from hooked_models.errors import HookedModelError
 
 _TAKER = "boot_transformers"

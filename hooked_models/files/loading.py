@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from hooked_models import zoo
-from hooked_models.arguments import check_device
+from hooked_models.bridge.arguments import check_device
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.files import boot_options, layouts
 from hooked_models.files.declared_sizes import within_checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_models.arguments import idle, is_whole, wrong
+from hooked_models.bridge.arguments import idle, is_whole, wrong
 from hooked_models.errors import HookedModelError
 
 _RETURNS = ("input", "str", "tokens")

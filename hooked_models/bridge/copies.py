@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_models.arguments import check_device, refusals, wrong
+from hooked_models.bridge.arguments import check_device, refusals, wrong
+from hooked_models.bridge.public_methods import CheckedMethods
 from hooked_models.errors import HookedModelError
-from hooked_models.public_methods import CheckedMethods
 
 
 class CopyableBridge(CheckedMethods):

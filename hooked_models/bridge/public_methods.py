@@ -20,8 +20,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GenerationConfig, GenerationMixin
 
-from hooked_models import arguments, sampling
-from hooked_models.arguments import bound, idle, refusals, wrong
+from hooked_models.bridge import arguments, sampling
+from hooked_models.bridge.arguments import bound, idle, refusals, wrong
 from hooked_models.errors import HookedModelError
 
 # Those that run the model, and with it functions of the user: what these raise must come out as it is.

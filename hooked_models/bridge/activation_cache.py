@@ -13,8 +13,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
-from hooked_models import arguments
-from hooked_models.arguments import bound, refusals, wrong
+from hooked_models.bridge import arguments
+from hooked_models.bridge.arguments import bound, refusals, wrong
 from hooked_models.errors import HookedModelError
 
 _ADVICE = (

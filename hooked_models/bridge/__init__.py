@@ -1,0 +1,1 @@
+"""What this package adds to the bridges of TransformerLens: checks of arguments, copies, the activation cache."""
