@@ -81,6 +81,13 @@ def test_sizes_and_hooks_come_from_the_model(tmp_path, name, cell, options, hook
     assert sae.cfg.architecture() == ("topk" if hook.startswith("blocks.3") else "writesae")
 
 
+def test_a_learning_rate_of_ones_own_brings_its_last_one(model, tmp_path, monkeypatch):
+    cfg = config_of(monkeypatch, model, [(1, 0)], tmp_path, 20_000, lr=1e-5).cfg
+    assert (cfg.lr, cfg.lr_end, cfg.lr_scheduler_name) == (1e-5, pytest.approx(1e-6), "cosineannealing")
+    cfg = config_of(monkeypatch, model, [(1, 0)], tmp_path, 20_000, lr=1e-3, lr_end=1e-4).cfg
+    assert (cfg.lr, cfg.lr_end) == (1e-3, 1e-4)
+
+
 @pytest.mark.parametrize("cells", [[(1, 0)], LAYER])
 def test_the_recommended_recipe_is_the_default(model, tmp_path, monkeypatch, cells):
     runner = config_of(monkeypatch, model, cells, tmp_path, 20_000)
@@ -170,10 +177,18 @@ def first_passages(model, size, count):
     return torch.tensor(ids[: size * count]).view(count, size)
 
 
-@pytest.mark.parametrize("cells", [[(1, 0)], [(1, 0), (1, 1)]])
-def test_the_win_rate_is_measured_on_demand(model, tmp_path, monkeypatch, cells):
-    """As `replacement_test` gives it on the same passages, beside SAELens's own evaluations."""
+@pytest.mark.parametrize(
+    ("cells", "own_text"), [([(1, 0)], False), ([(1, 0)], True), ([(1, 0), (1, 1)], False)]
+)
+def test_the_win_rate_is_measured_on_demand(model, tmp_path, monkeypatch, cells, own_text):
+    """As `replacement_test` gives it on the same passages, beside SAELens's own evaluations.
+
+    Of the shipped text they are the first of its validation part, of another text its own first ones.
+    """
     options = QUICK | {"n_eval_batches": 1, "logger": LoggingConfig(), "win_rate_passages": 2}
+    options |= {"text": zoo.shipped_text()[0], "dataset_path": "mine"} if own_text else {}
+    validation = model.to_tokens(zoo.text("validation"), prepend_bos=False, truncate=False)[0, :64]
+    passages = first_passages(model, 32, 2) if own_text else validation.view(2, 32)
     runner = config_of(monkeypatch, model, cells, tmp_path, **options)
     runner._set_sae_metadata()
     if len(cells) == 1:
@@ -186,7 +201,7 @@ def test_the_win_rate_is_measured_on_demand(model, tmp_path, monkeypatch, cells)
             saes=runner.saes, data_provider=iter(()), activation_scalers=scalers, hook_names={}
         )
     for prefix, sae in saes.items():
-        expected = replacement_test(model, sae, first_passages(model, 32, 2), verbose=False).summary
+        expected = replacement_test(model, sae, passages, verbose=False).summary
         assert metrics[f"{prefix}replacement/win_rate"] == pytest.approx(expected["win_rate"])
         assert metrics[f"{prefix}replacement/median_cosine"] == pytest.approx(expected["median_cosine"])
     assert any(key.endswith("model_performance_preservation") for key in metrics)
