@@ -16,6 +16,7 @@ from writesae_lens.errors import WriteSAEError, interruptible
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment
 from writesae_lens.experiments.options import Option
 from writesae_lens.experiments.result import Progress
+from writesae_lens.locks import locked
 from writesae_lens_cli import SAE_REFERENCE, Device, Seed
 
 
@@ -59,12 +60,12 @@ def _run(experiment: Experiment, given: dict[str, Any]) -> None:
     # typer gives an empty list for an option that is not given.
     options = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x != []}
     stopped = f"the same command goes on where it stopped (finished parts are in {progress})"
-    with interruptible(stopped), warnings_as_lines():
+    with locked(out), interruptible(stopped), warnings_as_lines():
         result = experiment.function(
             loaded.model, subject, loaded.passages, progress_folder=str(progress), **options
         )
-    result.save(out)
-    Progress.clear(progress)
+        result.save(out)
+        Progress.clear(progress)
     typer.echo(f"saved: {out}")
     typer.echo(result.headline)
 
