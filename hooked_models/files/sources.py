@@ -65,7 +65,9 @@ def check_json_files(source: str, revision: str | None) -> None:
         HookedModelError: one is, or is no plain file.
     """
     for name in _JSON_FILES:
-        path = find_file(source, name, revision)
+        local = Path(source) / name
+        # transformers takes a pipe or a folder for missing.
+        path = local if local.exists() else find_file(source, name, revision)
         if path is not None:
             check_json_size(path, LARGEST_INDEX if name.endswith(".index.json") else LARGEST)
 
