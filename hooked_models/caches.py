@@ -142,6 +142,11 @@ def check(cache: Any, n_layers: int, recurrent: dict[int, tuple[int, int, int]],
             )
 
 
+def has_fixed_length(cache: Any) -> bool:
+    """Whether a cache (or None) keeps room for tokens to come, so that masks must have columns for them."""
+    return any(hasattr(layer, "max_cache_len") for layer in getattr(cache, "layers", ()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Past:
     """What a cache holds, as far as its tensors do not say it.

@@ -179,7 +179,8 @@ def _begin(facts: _Facts, module: nn.Module, args: Any, kwargs: Any) -> Any:
             changes.pop("position_ids", None)
         _check_position_ids(call, ids)
         eager = getattr(module.config, "_attn_implementation", None) == "eager"  # type: ignore[union-attr]
-        if facts.is_hybrid and eager and call.real is not None and "attention_mask" in changes:
+        own_mask = facts.is_hybrid and eager and not caches.has_fixed_length(cache)
+        if own_mask and call.real is not None and "attention_mask" in changes:
             seen = _seen_by_padding_too(changes["attention_mask"] != 0, call.shape[1])
             changes["attention_mask"] = {"full_attention": seen, "linear_attention": call.real.long()}
         ids = changes.get("position_ids", ids)
