@@ -1,18 +1,23 @@
 """The command line as a user types it: help at once, the demo and what can be done with its output."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
+import torch
 from sae_lens.training._interruption import InterruptedException
 from safetensors import SafetensorError
+from torch.nn.functional import normalize
 
 import writesae_lens.demo
-from hooked_models import zoo
+from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run, words
+from writesae_lens import WriteSAE, WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS
+from writesae_lens.experiments.subjects import find_site
 from writesae_lens_cli import experiment_questions
 
 COMMANDS = ("demo", "models", "train", "pull", "convert", "push", *EXPERIMENTS, "report", "reproduce")
@@ -54,7 +59,7 @@ def test_demo_runs_on_every_shipped_model(model, tmp_path):
 
 def test_replace_works_on_what_demo_wrote(demo, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text(zoo.held_out_text()[:6000])
+    text.write_text(zoo.text("test")[:6000])
     done = run("replace", "--sae", demo[0] / "sae", "--text", text, "--out", tmp_path / "r")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1].startswith("win rate")
@@ -148,3 +153,43 @@ def test_the_package_runs_as_a_module():
     done = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(f" {name} " in done.stdout for name in COMMANDS)
+
+
+def test_a_bare_checkpoints_own_cell_is_used(tmp_path):
+    """A colleague's best.pt names layer and head, and no model or hook."""
+    rng = torch.Generator().manual_seed(0)
+    sizes = {"V_enc": (16, 1, 32), "W_enc": (16, 1, 48), "V_dec": (16, 1, 32), "W_dec": (16, 1, 48)}
+    state = {name: normalize(torch.randn(size, generator=rng), dim=-1) for name, size in sizes.items()}
+    state |= {"b_enc": torch.zeros(16), "bias": torch.zeros(32, 48)}
+    config = {"sae_type": "bilinear", "layer": 1, "head": 2, "n_features": 16, "d_k": 32, "d_v": 48, "k": 4}
+    torch.save({"model_state_dict": state, "config": config | {"rank": 1}}, tmp_path / "best.pt")
+    few = ("--model", "tiny-gdn", "--max-passages", 2, "--context-size", 32)
+    small = {"compare": ("--max-firings", 4), "contexts": ()}
+    for name, options in small.items():
+        done = run(name, "--sae", "best.pt", *few, *options, "--out", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["hook_name"] == "blocks.1.linear_attn.hook_write.2"
+        assert (
+            "best.pt names layer 1, head 2 and no hook: it is taken for an SAE on the writes" in done.stderr
+        )
+    done = run("report", "--sae", "best.pt", *few, "--results", "contexts", "--out", "page", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "layer 1, head 2: writes of 32 x 48" in (tmp_path / "page" / "report.html").read_text()
+    model = HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
+    said = "set sae.cfg.metadata.hook_name, its file says to model.write_hook_name(1, 2)"
+    with pytest.raises(WriteSAEError, match=re.escape(said)):
+        find_site(model, WriteSAE.from_checkpoint(tmp_path / "best.pt"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(sae_folder, tmp_path):
+    text = zoo.text("test")[:2000]
+    (tmp_path / "plain.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "marked.txt").write_text(text, encoding="utf-8-sig")
+    hashes = set()
+    for name in ("plain", "marked"):
+        how = ("--text", f"{name}.txt", "--max-passages", 2, "--n-contexts", 1, "--out", name)
+        assert run("contexts", "--sae", sae_folder, *how, cwd=tmp_path).returncode == 0
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        hashes.add((summary["text_hash"], summary["whole_text_hash"]))
+    assert len(hashes) == 1
