@@ -681,6 +681,19 @@ def overlapping() -> bytes:
     return out.getvalue()
 
 
+def with_directory(directory: bytes, large: bool = False) -> bytes:
+    """An archive whose directory is these bytes, in either form of its last record."""
+    content = zipped(b"N.")
+    begin = content.index(b"PK\x01\x02")
+    size = 2**32 - 1 if large else len(directory)
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, size, size if large else begin, 0)
+    more = b""
+    if large:
+        more = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, len(directory), begin)
+        more += struct.pack("<4sIQI", b"PK\x06\x07", 0, begin + len(directory), 1)
+    return content[:begin] + directory + more + end
+
+
 def forged(content: bytes, entry: str, **fields: int) -> bytes:
     """An archive whose central directory says something else of one entry."""
     at = {"flags": (8, "<H"), "method": (10, "<H"), "crc": (16, "<I"), "compressed": (20, "<I")}
@@ -707,6 +720,22 @@ def in_both(pickles: dict[str, bytes]) -> dict[str, Callable[[], bytes]]:
 
 DEVICE, PATH, SIZE = name("torch", "device"), name("pathlib", "PosixPath"), name("torch", "Size")
 SET, BIG = name("builtins", "set"), tensor(stored(12_500_000), [1], [1]) + b"."
+VIEW = name("torch._utils", "_rebuild_tensor_v2") + b"q\x01" + tuple_(
+    stored(1), integer(0), tuple_(integer(1)), tuple_(integer(1)), b"\x89", b"}"
+)  # fmt: skip
+# Objects that take up to 150 times the bytes of their opcodes.
+GROWING = {
+    "dicts": b"}" * 4_000_000,
+    "dicts of one": b"}NNs" * 1_000_000,
+    "marks": b"(" * 4_000_000,
+    "tuples of tuples": b")" + b"\x85" * 4_000_000,
+    "memos": b"N" + b"\x94" * 4_000_000,
+    "views of one tensor": VIEW + b"q\x02" + b"h\x01h\x02R" * 800_000,
+    "objects": name("x", "X") + b"q\x01" + b"h\x01)\x81}b" * 600_000,
+    "names": b"cx\nX\n" * 800_000,
+    "numbers popped": b"K\x010" * 1_300_000,
+    "a long text of one wide character": text("x" * 15_000_000 + "\U0001f600"),
+}
 # Refused; and what is read, for it is data, in memory that the file's own size bounds.
 REFUSED: dict[str, Callable[[], bytes]] = {
     **in_both(
@@ -800,6 +829,7 @@ BOUNDED: dict[str, Callable[[], bytes]] = {
             ),
         }
     ),
+    **in_both(GROWING),
     "a storage used often (zip)": lambda: zipped(
         of_misaligned() + b".", {"0": bytes(1_000_000)}, aligned=False
     ),
@@ -810,6 +840,8 @@ BOUNDED: dict[str, Callable[[], bytes]] = {
         )
         for n in range(2)
     },
+    "a large directory": lambda: with_directory(bytes(8 << 20)),
+    "a large directory, zip64": lambda: with_directory(bytes(8 << 20), large=True),
     "many entries": lambda: zipped(b"N.", {str(n): b"" for n in range(20_000)}),
 }
 
