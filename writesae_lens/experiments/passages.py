@@ -38,7 +38,7 @@ class Passages(Tensor):
     """
 
     # As torch's own Parameter does: operations take it for a plain tensor and give plain tensors.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     text: str
     whole_text: str | None
     step: int
