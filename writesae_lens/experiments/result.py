@@ -101,14 +101,14 @@ class ExperimentResult:
             records, name = read_table(folder / RECORDS), find_experiment(summary["experiment"]).name
             if (folder / SUMMARY).read_text(encoding="utf-8") != text:
                 raise WriteSAEError("another result took its place meanwhile: read it again")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise WriteSAEError(f"the result in {folder} does not read: {one_line(error)}") from error
         return cls(name, records, summary | {"experiment": name})
 
 
 def _pictures_in(folder: Path) -> list[Path]:
     """Where the result that a folder holds, if it does, has its figures."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         experiment = find_experiment(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["experiment"])
         return [folder / f"{stem}.png" for stem in experiment.figures]
     return []
@@ -229,7 +229,7 @@ class Progress:
 
 
 def _is_json(path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         json.loads(path.read_text(encoding="utf-8"))
         return True
     return False

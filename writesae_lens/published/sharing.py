@@ -14,6 +14,7 @@ from sae_lens import SAE
 from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 
 from hooked_models.errors import printable
+from hooked_models.files.json_files import read_json
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.origin import fingerprint_sae, sentence
 from writesae_lens.experiments.result import SUMMARY
@@ -97,11 +98,11 @@ def _summary(results: Path, sae: SAE[Any]) -> dict[str, Any]:
     """The summary of a saved replacement test, after a check that it was measured on the SAE's hook."""
     path = results / SUMMARY if results.is_dir() else results
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_json(path)
         low, high = summary["win_rate_ci"]
         numbers = [summary[name] for name in ("win_rate", "strict_chain_rate", "n_firings")] + [low, high]
         finite = all(math.isfinite(x) for x in numbers + summary["kl_ratio_atom_delete_random"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise WriteSAEError(f"{path} is not what a replacement test saved ({error!r})") from error
     if not finite:
         raise WriteSAEError(

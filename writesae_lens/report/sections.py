@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from sae_lens import SAE
 
+from hooked_models.files.json_files import read_json
 from writesae_lens import figures
 from writesae_lens.experiments.catalogue import find_experiment
 from writesae_lens.experiments.origin import sentence
@@ -75,7 +76,7 @@ def training_settings(sae: SAE[Any], training: str | Path | None) -> dict[str, s
     folders = [] if training is None else [Path(training), Path(training).parent]
     path = next((f / "runner_cfg.json" for f in folders if (f / "runner_cfg.json").is_file()), None)
     if path is not None:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = read_json(path)
         shown = ("training_tokens", "train_batch_size_tokens", "lr", "lr_warm_up_steps", "lr_decay_steps",
                  "dead_feature_window", "seed", "dtype")  # fmt: skip
         settings |= {name: run[name] for name in shown if name in run}

@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WriteSAEError(f"{path} cannot be read as JSON: is the folder whole?") from error
     if not isinstance(content, dict):
         raise WriteSAEError(f"{path} holds {type(content).__name__}, not the settings of an SAE or a run")
