@@ -138,7 +138,7 @@ def reproduce(
         Progress(out, settings | {"seed": seed})  # refuses a folder with another run in it
         setup = Setup(paper, model, source, recipe, tokens, cells, Path(out), *texts(source), seed)
         table = test(setup, train(setup, with_flat=any(each.name == "compare" for each in chosen)), chosen)
-        title = f"# {name}: {source}, recipe {recipe}"
+        title = f"# {name}: {source} in {dtype}, recipe {recipe}"
         page = "\n\n".join([title, paper.about, VARIANTS[recipe], as_markdown(table)]) + "\n"
         with replacing(setup.out, ("table.csv",)) as beside:
             write_table(beside / "table.csv", table)
@@ -270,7 +270,8 @@ def _subject(setup: Setup, dictionaries: Dictionaries, experiment: Experiment, n
 def _run(setup: Setup, experiment: Experiment, subject: Any, sae: SAE[Any], folder: Path) -> ExperimentResult:
     """One experiment, on as many passages and as long ones as its command reads."""
     size = experiment.context_size or sae.cfg.metadata.context_size
-    passages = as_passages(setup.model, setup.test_text, size)[-experiment.max_passages :]
+    text = None if setup.model_name in zoo.SHIPPED else f"{TEXT}, documents that were not trained on"
+    passages = as_passages(setup.model, setup.test_text, size, name=text)[-experiment.max_passages :]
     options = PAPER_OPTIONS.get(experiment.name, {}) if setup.recipe == "paper" else {}
     progress = str(folder / "progress")
     result = experiment.function(
