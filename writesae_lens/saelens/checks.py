@@ -140,18 +140,13 @@ def _check_learning_rate(cfg: Any) -> None:
         raise WriteSAEError(
             f"lr_scheduler_name={cfg.lr_scheduler_name!r:.40} is unknown: choose {', '.join(_SCHEDULES)}"
         )
-    between = steps - cfg.lr_warm_up_steps - cfg.lr_decay_steps
     if name == "constant":
-        if cfg.lr_decay_steps and between < 0:
-            raise WriteSAEError(
-                f"lr_warm_up_steps={cfg.lr_warm_up_steps} and lr_decay_steps={cfg.lr_decay_steps} are more "
-                f"than the {steps} steps of the run: shorten them"
-            )
         return
     if cfg.lr_end > cfg.lr:
         raise WriteSAEError(
             f"lr_end={cfg.lr_end} is above lr={cfg.lr}: the learning rate of {name} falls; give less"
         )
+    between = steps - cfg.lr_warm_up_steps - cfg.lr_decay_steps
     needed = cfg.n_restart_cycles if name.endswith("restarts") else 1
     if between < needed:
         raise WriteSAEError(

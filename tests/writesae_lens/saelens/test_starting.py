@@ -54,7 +54,7 @@ REFUSED = [
     (COSINE | {"lr_warm_up_steps": 99}, "leave -67 to cosineannealing"),
     ({"lr_scheduler_name": "cosineannealingwarmrestarts", "n_restart_cycles": 99}, "needs 99"),
     ({"lr_scheduler_name": "cosine"}, "'cosine' is unknown: choose constant"),
-    ({"lr_decay_steps": 50}, "more than the 32 steps"),
+    (COSINE | {"lr_decay_steps": 32}, "lr_decay_steps=32, leave 0 to cosineannealing"),
     ({"dead_feature_window": -1}, "dead_feature_window must be"),
     ({"feature_sampling_window": 0}, "feature_sampling_window must be"),
     ({"activations_mixing_fraction": float("nan")}, "activations_mixing_fraction must be between 0 and 1"),
