@@ -19,6 +19,7 @@ from hooked_models import HookedRecurrent, zoo
 from hooked_models.files.whole_files import replacing
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import baselines
+from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment, find_experiment
 from writesae_lens.experiments.options import Count, Seed, as_list, check
 from writesae_lens.experiments.passages import as_passages
@@ -215,8 +216,13 @@ def _train_or_load(setup: Setup, name: str, sae_of: Callable[[Cell], TrainingSAE
 
 def _load(folder: Path, device: str) -> SAE[Any] | None:
     """The SAE in a folder, or None if there is none, or its files are empty or cut short."""
+    if not folder.is_dir():
+        return None
     try:
-        return SAE.load_from_disk(folder, device=device)
+        with locked(folder):  # removes what a killed training left
+            return SAE.load_from_disk(folder, device=device)
+    except WriteSAEError:
+        raise
     except _NOT_WHOLE:
         return None
 

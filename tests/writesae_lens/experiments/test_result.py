@@ -1,8 +1,14 @@
 """Results on disk, and the progress of a run."""
 
+import csv
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import ExperimentResult
@@ -19,6 +25,44 @@ def test_texts_and_numbers_come_back_as_they_were(tmp_path):
     for column in (["1", "2"], ["True", "False"], ["inf", "3"]):
         write_table(tmp_path / "x.csv", pd.DataFrame({"text": column}))
         assert read_table(tmp_path / "x.csv").text.tolist() == column
+
+
+# What spreadsheets take for formulas, and texts that look like what stands in their place.
+STARTS = [
+    "=1+1",
+    "+a",
+    "-a",
+    "@a",
+    "\t=",
+    "\r=",
+    "\n-",
+    " =1",
+    "'=1",
+    "''=1",
+    "'s",
+    "'",
+    "\uff1d1",
+    "-0.5",
+    "a=b",
+    "  ",
+]
+
+
+@given(st.lists(st.one_of(st.sampled_from(STARTS), st.text(st.sampled_from("'=+-@ \t\ra,\"\n"))), min_size=1))
+def test_no_text_of_a_table_starts_a_formula_and_all_come_back(texts):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.csv")
+        frame = pd.DataFrame({"text": texts, "token": texts, "=x": -np.arange(len(texts)) - 0.5})
+        write_table(path, frame)
+        back = read_table(path)
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.reader(file):
+                for cell in row[:2]:
+                    assert not cell.lstrip().startswith(("=", "+", "-", "@", "\uff1d"))
+                    assert not cell.startswith(("\t", "\r", "\n"))
+    assert list(back) == ["text", "token", "=x"]
+    assert back["=x"].tolist() == frame["=x"].tolist()  # negative numbers are numbers
+    assert back.text.fillna("").tolist() == texts
 
 
 def result(name, **summary):
