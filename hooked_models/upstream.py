@@ -11,6 +11,11 @@ importing TransformerLens) without notice. ``tests/hooked_models/test_upstream.p
 | `is_listened_to` | torch's dictionaries of a module's hooks, to which ``HookPoint.add_hook`` adds |
 | `HeadSplit` | ``splits_attention_heads`` of a hook point's conversion, by which ``pos_slice`` finds the position axis |
 | `CheckedBridge` | ``_hook_registry``, ``_add_aliases_to_hooks``, ``_resolve_hook_name``, ``_reset_sae`` and ``_acts_to_saes`` of the bridges |
+| `boot_arguments` | the signature of ``TransformerBridge.boot_transformers`` |
+| `bridge.public_methods` | the signatures of the bridges' public methods; ``cfg.is_stateful``, which hands ``generate`` without a cache over to ``hf_generate``; ``adapter.supports_fold_ln`` |
+| `bridge.copies` | ``torch._C._nn._parse_to``; ``_original_component`` in the names of weights; transformers' ``save_pretrained(state_dict=)`` |
+| `bridge.activation_cache` | ``ActivationCache`` and its methods, and ``hook_out`` of a block's parts |
+| `files.tokenizers.keep_tokenizer` | ``init_kwargs["name_or_path"]`` and ``["add_bos_token"]``, by which TransformerLens loads a tokenizer again |
 | `mixers.HookedMixer` | ``GeneralizedComponent.get_hooks``, ``set_original_component`` and ``submodules``, which ``setup_submodules`` reads after it |
 | `caches` | ``layers``, ``has_previous_state``, ``conv_states`` and ``recurrent_states`` (tensors before transformers 5.14, dicts of them since) |
 """  # noqa: E501  (a table)
@@ -242,6 +247,8 @@ class CheckedBridge(CopyableBridge):
                     around = " (with model.hooks(...): around it)" if name.endswith("wd_hooks") else ""
                     raise HookedModelError(f"{taker} takes no argument {name!r}, which {other} has{around}")
         self._check_stop(taker, given)
+        if isinstance(given.get("input"), (str, list, tuple)):
+            self._check_tokenizer(taker)
         return given
 
     def _filter(self, names: Any) -> Any:

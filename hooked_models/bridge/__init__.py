@@ -1,1 +1,1 @@
-"""What this package adds to the bridges of TransformerLens: checks of arguments, copies, the activation cache."""
+"""What this package adds to the bridges of TransformerLens: checks of arguments, copies, activations."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,7 +39,7 @@ class RecurrentActivationCache(ActivationCache):
         self,
         layer: int | None = None,
         mlp_input: bool = False,
-        mode: Literal["all", "mlp", "attn"] = "all",
+        mode: str = "all",
         apply_ln: bool = False,
         pos_slice: Any = None,
         incl_embeds: bool = True,
@@ -65,21 +65,31 @@ class RecurrentActivationCache(ActivationCache):
             raise wrong("decompose_resid", "layer", layer, f"a layer of 0 to {count}")
         if mode not in _MODES:
             raise wrong("decompose_resid", "mode", mode, ", ".join(map(repr, _MODES)))
-        parts = {"embed": "hook_embed"} if incl_embeds else {}
+        parts: dict[str, str] = {}
         for number in range(layer + bool(mlp_input)):
             for kind, name in _outputs(self.model, number).items():
                 if mode in ("all", kind) and (number < layer or kind == "attn"):
                     parts[f"{number}_{kind}_out"] = name
-        if not parts:
+        if not parts and not incl_embeds:
             raise HookedModelError(
                 f"decompose_resid: there is no component of mode {mode!r} before layer {layer}"
             )
         with refusals("decompose_resid", _ADVICE):
             cut = _slice(pos_slice)
-            stack = torch.stack([cut.apply(self[name], dim=-2) for name in parts.values()])
+            outputs = [self[name] for name in parts.values()]
+            if incl_embeds:
+                outputs.insert(0, self._embedded(is_read=layer + bool(mlp_input) > 0))
+            stack = torch.stack([cut.apply(x, dim=-2) for x in outputs])
             if apply_ln:
                 stack = self.apply_ln_to_stack(stack, layer, pos_slice=cut, mlp_input=mlp_input)
-        return (stack, list(parts)) if return_labels else stack
+        return (stack, ["embed"] * incl_embeds + list(parts)) if return_labels else stack
+
+    def _embedded(self, is_read: bool) -> Float[Tensor, "*batch_and_pos d_model"]:
+        """The stream's start: the embedding or, in an RWKV-7 whose first layer has read it, its norm."""
+        if not is_read or not hasattr(self.model.blocks[0], "pre_norm"):
+            return self["hook_embed"]
+        added = [self[name] for name in _outputs(self.model, 0).values()]
+        return self["blocks.0.hook_out"] - torch.stack(added).sum(0)
 
 
 def _slice(pos_slice: Any) -> Any:

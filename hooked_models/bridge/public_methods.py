@@ -27,7 +27,7 @@ from hooked_models.errors import HookedModelError
 # Those that run the model, and with it functions of the user: what these raise must come out as it is.
 _RUN = {name for name in vars(SAETransformerBridge) if name.startswith("run_with")}
 _RUN |= {"forward", "run_with_cache", "run_with_hooks", "generate", "generate_stream", "hf_generate"}
-_RUN |= {"diffusion_generate", "hooks", "saes"}
+_RUN |= {"hooks", "saes"}
 # Those that torch and TransformerLens call while a bridge is built or saved.
 _OF_TORCH = {"parameters", "named_parameters", "state_dict", "train", "to"}
 _RETURNS = ("logits", "loss", "both", "logits_and_cache", None)

@@ -14,10 +14,12 @@ import pytest
 import torch
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import nn
+from transformer_lens import ActivationCache
 from transformer_lens.factories import architecture_adapter_factory as factory
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge, bridge
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
+from transformer_lens.utilities import get_tokenizer_with_bos
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
@@ -122,3 +124,24 @@ def test_caches_hold_what_is_read_from_them(pair: Pair):
         held = getattr(layer, name)
         assert cached(cache, 0, name) is (held[0] if isinstance(held, dict) else held)
         assert len(cached(cache, 0, name)) == 2
+
+
+def test_the_methods_and_arguments_that_checks_rest_on(mamba2_model: Any):
+    assert {"dtype", "load_weights", "hf_model"} <= set(upstream.boot_arguments())
+    assert (
+        inspect.signature(TransformerBridge.run_with_cache).parameters["kwargs"].kind
+        is inspect.Parameter.VAR_KEYWORD
+    )
+    assert "is_stateful_model and not use_stateful_cache" in inspect.getsource(TransformerBridge.generate)
+    assert mamba2_model.cfg.is_stateful
+    assert all("_original_component" in name for name in mamba2_model.original_model.state_dict())
+    assert "state_dict" in inspect.signature(PreTrainedModel.save_pretrained).parameters
+    parsed = torch._C._nn._parse_to("cpu", torch.float16)
+    assert parsed == (torch.device("cpu"), torch.float16, False, None)
+    assert isinstance(mamba2_model.run_with_cache(some_tokens(1, 3))[1], ActivationCache)
+
+
+def test_tokenizers_are_loaded_again_by_their_name():
+    source = inspect.getsource(get_tokenizer_with_bos)
+    assert 'init_kwargs.pop("name_or_path")' in source
+    assert 'init_kwargs.pop("add_bos_token"' in source
