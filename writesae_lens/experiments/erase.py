@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.unembedding import rounding_kl
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
@@ -237,7 +236,7 @@ def _erase(
         changes.append(torch.stack([swaps.log_probabilities(p)[:, watched] - before for p in patched]))
         kls.append(torch.stack([swaps.divergence(p, base) for p in patched]))
         floors.append(swaps.logits_floor(base))
-    floor = torch.cat(floors) + rounding_kl(model, tokens, cell.layer, firings.position)
+    floor = torch.cat(floors) + swaps.residual_floor(model, cell, tokens, firings.position)
     count = len(firings.position)
     return pd.DataFrame(
         {

@@ -24,6 +24,7 @@ from writesae_lens.experiments.passes import (
     LOGITS_PER_PASS,
     cache_of,
     check_finite,
+    check_model,
     unembedding_directions,
 )
 from writesae_lens.experiments.result import ExperimentResult
@@ -85,13 +86,15 @@ def logit_formula_test(
     Returns:
         a result. ``records`` has one row per prediction: passage, position (t0), horizon (t - t0), token,
         rank (of the token, from 1), atom, epsilon (as given), eps (the norm added), predicted, measured
-        (logits); for gate_product also unfitted. ``summary`` has the median over atoms and epsilons of R2
-        (each over passages, horizons and tokens), by epsilon, by horizon, by rank and by atom.
+        (logits), rounding (one unit in the last place of the native logit); for gate_product also unfitted.
+        ``summary`` has the median over atoms and epsilons of R2 (each over passages, horizons and tokens),
+        by epsilon, by horizon, by rank and by atom.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the text or a passage is too short, or no atom fires.
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
+    check_model(model, passages[0])
     check_horizon(passages, max_horizon)
     n_tokens = min(n_tokens, model.cfg.d_vocab)
     found = [activity(model, sae, site, passage) for passage in passages]
@@ -171,6 +174,10 @@ def _passage(
             "eps": sizes[row % len(sizes)].numpy(),
             "predicted": shifts["p"].flatten().numpy(),
             "measured": shifts["m"].flatten().numpy(),
+            "rounding": (torch.finfo(native.dtype).eps * native[:, followed].abs().double().cpu())
+            .expand_as(shifts["m"])
+            .flatten()
+            .numpy(),
         }
     )
 
@@ -206,11 +213,15 @@ def _fitted(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _r2(records: pd.DataFrame, by: list[str], column: str = "predicted") -> pd.Series:
-    """1 - (squared errors) / (squared distances from the mean), in each group; where nothing moves, none."""
+    """1 - (squared errors) / (squared distances from the mean), in each group.
+
+    None where nothing moves: where the distances are within four units in the last place of the logits.
+    """
     frame = records.assign(error=(records.measured - records[column]) ** 2)
     groups = frame.groupby(by)
     spread = groups.measured.var(ddof=0) * groups.measured.count()
-    return (1 - groups.error.sum() / spread.where(spread > 0)).dropna()
+    rounding = frame.assign(square=(4 * frame["rounding"]) ** 2).groupby(by)["square"].sum()
+    return (1 - groups.error.sum() / spread.where(spread > rounding)).dropna()
 
 
 def _summarize(records: pd.DataFrame) -> dict[str, Any]:

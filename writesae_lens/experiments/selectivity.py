@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.unembedding import rounding_kl
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
@@ -151,7 +150,7 @@ def _push(
             "kind": (["atom"] * n + ["random"] * n) * count,
             "atom": np.tile(np.tile(np.arange(n), 2), count),
             "kl": torch.cat(kl).cpu().numpy(),
-            "kl_floor": (torch.cat(floor) + rounding_kl(model, tokens, cell.layer, at))
+            "kl_floor": (torch.cat(floor) + swaps.residual_floor(model, cell, tokens, at))
             .double()
             .cpu()
             .numpy(),

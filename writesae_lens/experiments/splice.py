@@ -22,7 +22,7 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.options import Count, Seed, as_list
 from writesae_lens.experiments.passages import find_passages
-from writesae_lens.experiments.passes import check_finite
+from writesae_lens.experiments.passes import check_finite, check_model
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.experiments.subjects import find_site
@@ -73,8 +73,8 @@ def splice_test(
         there). ``summary`` has perplexity_native, perplexity_spliced, perplexity_deleted, error (mean),
         increase_percent with a 95% interval (bootstrap over passages), increase_percent_deleted, and
         recovered: the share of the deletion's rise in nats that the reconstruction avoids (None where
-        deletion costs no more than rounding might: one unit in the last place of the model's dtype, of the
-        native loss, over the root of the number of tokens).
+        deletion costs no more than rounding might: four units in the last place of the native loss, in the
+        model's dtype, over the root of the number of tokens).
 
     Raises:
         WriteSAEError: SAEs and cells do not fit, two SAEs are on one cell, passages have fewer than four
@@ -89,6 +89,7 @@ def splice_test(
     passages = find_passages(model, several[0], tokens, context_size)
     if passages.shape[1] < 4:
         raise WriteSAEError(f"passages of {passages.shape[1]} tokens have no halves: give 4 tokens or more")
+    check_model(model, passages[0])
     run = Run("splice", model, several, passages, locals())
 
     def splice(n: int) -> pd.DataFrame:
@@ -169,7 +170,7 @@ def _summarize(records: pd.DataFrame, eps: float, seed: int) -> dict[str, Any]:
     draws = np.random.default_rng(seed).integers(0, len(nll), (statistics.N_RESAMPLES, len(nll)))
     rises = 100 * np.expm1((nll[:, 1] - nll[:, 0])[draws].mean(1))
     interval = np.quantile(rises, [0.025, 0.975]).tolist() if len(nll) > 1 else None
-    rounding = eps * native / np.sqrt(records.n_tokens.sum())
+    rounding = 4 * eps * native / np.sqrt(records.n_tokens.sum())
     is_above = deleted - native > rounding
     return {
         "n_passages": len(records),

@@ -20,12 +20,15 @@ from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
 from writesae_lens.experiments.options import Count, Natural, Positive, Seed
 from writesae_lens.experiments.passages import check_horizon, find_passages
-from writesae_lens.experiments.passes import cache_of, check_finite
+from writesae_lens.experiments.passes import cache_of, check_finite, check_model
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, new_figure
 from writesae_lens.saes.rank1 import Factors, leading_pairs
+
+# Relative changes of reads up to this one are rounding's, in float32.
+_ROUNDING = 16 * float(np.finfo(np.float32).eps)
 
 
 @experiment(
@@ -76,7 +79,7 @@ def reader_trace(
         ``summary`` has top_readers (layer, head, mean change by atoms; the ten heads of other
         layers that change most), change_by_layer, change_by_horizon of later layers, own_change_by_horizon,
         and ratio_to_random, the ratio of atoms to random writes in later layers (None where random writes
-        change nothing there).
+        change nothing there that rounding would not; heads that change no more are no readers).
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the text or a passage is too short, no atom fires, or what is
@@ -84,6 +87,7 @@ def reader_trace(
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     cell, length = site.cell, passages.shape[1]
+    check_model(model, passages[0])
     check_horizon(passages, max_horizon)
     found = [activity(model, sae, site, p) for p in passages]
     chosen = draw_atoms(found, passages, n_atoms, torch.Generator().manual_seed(seed))
@@ -182,7 +186,7 @@ def _summarize(records: pd.DataFrame, cell: Cell) -> dict[str, Any]:
 
     atoms = later.loc[later["kind"] == "atom"]
     means = atoms.groupby(["layer", "head"])["change"].mean().sort_values(ascending=False)
-    means = means[means > 0]
+    means = means[means > _ROUNDING]
     summary: dict[str, Any] = {
         "own_change_by_horizon": by(own, "horizon"),
         "change_by_layer": by(later, "layer"),
@@ -193,7 +197,7 @@ def _summarize(records: pd.DataFrame, cell: Cell) -> dict[str, Any]:
         ],
     }
     random = later.loc[later["kind"] == "random", "change"].mean()
-    ratio = statistics.ratio(float(atoms["change"].mean()), float(random)) if random > 0 else None
+    ratio = statistics.ratio(float(atoms["change"].mean()), float(random)) if random > _ROUNDING else None
     return summary | {"ratio_to_random": ratio}
 
 
