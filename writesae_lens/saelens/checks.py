@@ -70,8 +70,9 @@ def check_run(cfg: Any, saes: Mapping[str, Any]) -> None:
         WriteSAEError: the message names the setting, what it is and what it may be.
     """
     _check_counts(cfg)
-    _check_learning_rate(cfg)
     _check_buffer(cfg)
+    _check_tokens(cfg)
+    _check_learning_rate(cfg)
     _check_saving(cfg)
     for name in ("device", "llm_device", "act_store_device"):
         check_device(name, getattr(cfg, name))
@@ -118,6 +119,9 @@ def _check_counts(cfg: Any) -> None:
         value = getattr(cfg, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise WriteSAEError(f"{name} must be a whole number of at least {least}, got {value!r:.40}")
+
+
+def _check_tokens(cfg: Any) -> None:
     tokens, batch = cfg.training_tokens, cfg.train_batch_size_tokens
     if isinstance(tokens, bool) or not isinstance(tokens, (int, float)) or not float(tokens).is_integer():
         raise WriteSAEError(f"training_tokens must be a whole number, got {tokens!r:.40}")
@@ -165,10 +169,14 @@ def _check_buffer(cfg: Any) -> None:
         )
     size = cfg.n_batches_in_buffer * len(positions)
     if size < cfg.train_batch_size_tokens:
-        of = f"context_size={cfg.context_size}" if len(positions) == cfg.context_size else f"{len(positions)}"
+        of = (
+            f"context_size={cfg.context_size}"
+            if len(positions) == cfg.context_size
+            else f"{len(positions)} positions"
+        )
         raise WriteSAEError(
-            f"the buffer holds n_batches_in_buffer={cfg.n_batches_in_buffer} times {of} writes, {size} in "
-            f"all, less than one batch of train_batch_size_tokens={cfg.train_batch_size_tokens}: raise "
+            f"Buffer size must be one batch at least: n_batches_in_buffer={cfg.n_batches_in_buffer} times {of} "
+            f"are {size} writes, fewer than train_batch_size_tokens={cfg.train_batch_size_tokens}; raise "
             f"n_batches_in_buffer to {math.ceil(cfg.train_batch_size_tokens / len(positions))} or more"
         )
     mixed = cfg.activations_mixing_fraction
