@@ -139,7 +139,7 @@ def reproduce(
         Progress(out, settings | {"seed": seed})  # refuses a folder with another run in it
         setup = Setup(paper, model, source, recipe, tokens, cells, Path(out), *texts(source), seed)
         table = test(setup, train(setup, with_flat=any(each.name == "compare" for each in chosen)), chosen)
-        title = f"# {name}: {source} in {dtype}, recipe {recipe}"
+        title = f"# {name}: {source}, recipe {recipe}, {dtype}"
         page = "\n\n".join([title, paper.about, VARIANTS[recipe], as_markdown(table)]) + "\n"
         with replacing(setup.out, ("table.csv",)) as beside:
             write_table(beside / "table.csv", table)
