@@ -89,4 +89,6 @@ def check_text(name: str, text: Any) -> None:
 
 def _unreadable(name: str, error: Exception) -> str:
     cause = error.__cause__ or error
-    return f"dataset_path: {name[:300]!r} cannot be read ({type(cause).__name__}: {one_line(cause)[:200]})"
+    return (
+        f"dataset_path: {name[:300]!r} cannot be read ({type(cause).__name__}: {one_line(str(cause))[:200]})"
+    )

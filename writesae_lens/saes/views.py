@@ -26,7 +26,9 @@ class BuiltMatrix(torch.Tensor):
 
     @classmethod
     @torch.compiler.disable
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         changed = [kwargs.get("out")]
         if _changes(func):  # its first argument, or its only one by name
