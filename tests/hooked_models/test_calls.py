@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -282,3 +284,10 @@ def test_a_call_that_fails_leaves_a_cache_that_is_refused(model: Any, tokens: Te
     cache.reset()
     found = model(tokens, past_key_values=cache, use_cache=True)
     torch.testing.assert_close(found, model(tokens), rtol=0, atol=1e-4)
+
+
+def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]):
+    docs = (Path(__file__).parents[2] / "docs" / "hooks.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
+    exec(example, {})
+    assert capsys.readouterr().out.split() == ["True"]
