@@ -176,7 +176,7 @@ def _check_buffer(cfg: Any) -> None:
         )
         raise WriteSAEError(
             f"Buffer size must be one batch at least: n_batches_in_buffer={cfg.n_batches_in_buffer} times "
-            f"{of} are {size} writes, fewer than train_batch_size_tokens={cfg.train_batch_size_tokens}; raise "
+            f"{of} are {size} writes, less than train_batch_size_tokens={cfg.train_batch_size_tokens}: raise "
             f"n_batches_in_buffer to {math.ceil(cfg.train_batch_size_tokens / len(positions))} or more"
         )
     mixed = cfg.activations_mixing_fraction

@@ -43,9 +43,9 @@ REFUSED = [
     ({"store_batch_size_prompts": 0}, "store_batch_size_prompts must be"),
     (
         {"n_batches_in_buffer": 3},
-        "Buffer size must be .*=3 times context_size=32 are 96 writes, fewer.*_in_buffer to 4 or more",
+        "Buffer size must be .*=3 times context_size=32 are 96 writes, less.*_in_buffer to 4 or more",
     ),
-    ({"seqpos_slice": (0, 8)}, "=8 times 8 positions are 64 writes, fewer"),
+    ({"seqpos_slice": (0, 8)}, "=8 times 8 positions are 64 writes, less"),
     ({"lr": -1.0}, "lr must be a finite number"),
     ({"lr": float("nan")}, "lr must be a finite number"),
     ({"lr": float("inf")}, "lr must be a finite number"),
