@@ -112,7 +112,7 @@ MODELS = [
     Case(
         "file of a folder", lambda g: BOOT(copied(g) + "/model.safetensors"), ("one file", "give its folder")
     ),
-    Case("cut weights", lambda g: BOOT(copied(g, model=b"12345")), ("could not load", "copy")),
+    Case("cut weights", lambda g: BOOT(copied(g, model=b"12345")), ("truncated or damaged", "copy")),
     Case("no weights", lambda g: BOOT(copied(g, model=None)), ("no file named model.safetensors",)),
     Case("broken config", lambda g: BOOT(copied(g, config=b"{")), ("could not read", "not a valid JSON")),
     Case("no recurrent layers", lambda g: BOOT(g.llama), ("LlamaForCausalLM", "Mamba2", "use Transformer")),

@@ -28,7 +28,7 @@ _MOST_AXES = 8
 # Bytes that an opcode's work may leave in memory, where that is more than a number or a place in a list: a
 # pickle of one-byte opcodes could otherwise grow a hundredfold. The values that follow an opcode come on top.
 _LEAST_COST = 48
-_COSTS = dict.fromkeys(("EMPTY_DICT", "DICT"), 224)
+_COSTS: dict[str, int] = dict.fromkeys(("EMPTY_DICT", "DICT"), 224)
 _COSTS |= dict.fromkeys(("EMPTY_LIST", "EMPTY_SET", "MARK", "LIST", "FROZENSET"), 128)
 _COSTS |= dict.fromkeys(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "SETITEM"), 96)
 _COSTS |= dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"), 128)
