@@ -43,7 +43,7 @@ from transformer_lens.utilities import Slice
 from transformers import PreTrainedModel
 
 from hooked_models.bridge.activation_cache import RecurrentActivationCache
-from hooked_models.bridge.arguments import bound, idle, refusals
+from hooked_models.bridge.arguments import bound, idle, like, refusals
 from hooked_models.bridge.copies import CopyableBridge
 from hooked_models.errors import HookedModelError
 from hooked_models.files.declared_sizes import within_checkpoint
@@ -166,7 +166,7 @@ class CheckedBridge(CopyableBridge):
             self.check_hook_names([name])
         return name
 
-    @functools.wraps(TransformerBridge.run_with_cache)
+    @like(TransformerBridge.run_with_cache)
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         given = self._given("run_with_cache", super().run_with_cache, args, kwargs)
         given["names_filter"] = wanted = self._filter(given.get("names_filter"))
@@ -188,7 +188,7 @@ class CheckedBridge(CopyableBridge):
             cache = RecurrentActivationCache(cache.cache_dict, self, cache.has_batch_dim)
         return output, cache
 
-    @functools.wraps(TransformerBridge.run_with_hooks)
+    @like(TransformerBridge.run_with_hooks)
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         given = self._given("run_with_hooks", super().run_with_hooks, args, kwargs)
         if given.get("names_filter") is not None:
@@ -204,14 +204,14 @@ class CheckedBridge(CopyableBridge):
             given[side] = [(name, _for_one_row(hook)) for name, hook in pairs] if without_rows else pairs
         return super().run_with_hooks(**given)
 
-    @functools.wraps(TransformerBridge.hooks)
+    @like(TransformerBridge.hooks)
     def hooks(self, *args: Any, **kwargs: Any) -> Any:
         given = bound(super().hooks, args, kwargs)
         for side in {"fwd_hooks", "bwd_hooks"} & given.keys():
             given[side] = self._checked_hooks(given[side])
         return super().hooks(**given)
 
-    @functools.wraps(TransformerBridge.add_hook)
+    @like(TransformerBridge.add_hook)
     def add_hook(self, *args: Any, **kwargs: Any) -> Any:
         given = bound(super().add_hook, args, kwargs)
         self._checked_hooks([(given["name"], given["hook_fn"])])

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from hooked_models.errors import HookedModelError, one_line
 
 _KINDS = (AttributeError, KeyError, IndexError, AssertionError, NotImplementedError, RuntimeError, TypeError)
 _KINDS += (OverflowError,)
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class Rule(NamedTuple):
@@ -118,6 +121,11 @@ def bound(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     given |= given.pop(rest, {}) if rest is not None else {}
     check(taker, given)
     return given
+
+
+def like(method: Any) -> Callable[[_Method], _Method]:
+    """Give a method, which checks its arguments, signature and documentation of the one that it calls."""
+    return cast(Any, functools.wraps(method))
 
 
 def check(taker: str, given: dict[str, Any]) -> None:

@@ -14,6 +14,9 @@ from hooked_models.bridge.arguments import check_device, refusals, wrong
 from hooked_models.bridge.public_methods import CheckedMethods
 from hooked_models.errors import HookedModelError
 
+# How nn.Module.to reads its arguments.
+_parsed: Any = getattr(torch._C, "_nn")._parse_to  # noqa: B009  (torch has no types for it)
+
 
 class CopyableBridge(CheckedMethods):
     """A bridge whose ``cfg`` goes with its weights, and that is saved as transformers saves the model."""
@@ -26,7 +29,7 @@ class CopyableBridge(CheckedMethods):
         """
         details = kwargs.pop("print_details", True)
         with refusals("to"):
-            device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+            device, dtype, non_blocking, memory_format = _parsed(*args, **kwargs)
         if memory_format is not None:
             raise HookedModelError("to: memory_format is for images, leave it out")
         wanted: dict[str, Any] = {}

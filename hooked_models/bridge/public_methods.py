@@ -18,10 +18,10 @@ from jaxtyping import Int
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 
 from hooked_models.bridge import arguments, sampling
-from hooked_models.bridge.arguments import bound, idle, refusals, wrong
+from hooked_models.bridge.arguments import bound, idle, like, refusals, wrong
 from hooked_models.errors import HookedModelError
 
 # Those that run the model, and with it functions of the user: what these raise must come out as it is.
@@ -39,7 +39,8 @@ class CheckedMethods(SAETransformerBridge):
     @property
     def vocabulary_size(self) -> int:
         """The number of tokens that the model has an embedding for."""
-        return len(self.original_model.get_input_embeddings().weight)
+        hf_model: Any = self.original_model
+        return len(hf_model.get_input_embeddings().weight)
 
     @classmethod
     def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
@@ -51,7 +52,7 @@ class CheckedMethods(SAETransformerBridge):
     from_pretrained_no_processing = from_pretrained
     boot_native = from_pretrained
 
-    @functools.wraps(SAETransformerBridge.forward)
+    @like(SAETransformerBridge.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = bound(super().forward, args, kwargs)
         self._check_stop("forward", given)
@@ -76,7 +77,7 @@ class CheckedMethods(SAETransformerBridge):
             given.pop("prepend_bos", None)
         return super().forward(**given)
 
-    @functools.wraps(SAETransformerBridge.generate)
+    @like(SAETransformerBridge.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         given = self._sampling("generate", super().generate, args, kwargs)
         prompt, cached = given["input"], given.get("use_past_kv_cache", True)
@@ -88,7 +89,7 @@ class CheckedMethods(SAETransformerBridge):
                 "generate: return_cache is not supported here: call run_with_cache on the tokens returned"
             )
         if sampling.are_texts(prompt) and given.get("attention_mask") is None:
-            given |= self._as_tokens(prompt, given.pop("prepend_bos", None))
+            given |= self._as_tokens(list(prompt), given.pop("prepend_bos", None))
             given.pop("padding_side", None)
             given["return_type"] = {"input": "str"}.get(*2 * (given.get("return_type", "input"),))
         if not stateful or cached:
@@ -100,7 +101,7 @@ class CheckedMethods(SAETransformerBridge):
         finally:
             self.cfg.is_stateful = stateful
 
-    @functools.wraps(SAETransformerBridge.generate_stream)
+    @like(SAETransformerBridge.generate_stream)
     def generate_stream(self, *args: Any, **kwargs: Any) -> Any:
         given = self._sampling("generate_stream", super().generate_stream, args, kwargs)
         usual = given.get("prepend_bos") in (None, self.cfg.default_prepend_bos)
@@ -111,22 +112,23 @@ class CheckedMethods(SAETransformerBridge):
             )
         return super().generate_stream(**given)
 
-    @functools.wraps(SAETransformerBridge.hf_generate)
+    @like(SAETransformerBridge.hf_generate)
     def hf_generate(self, *args: Any, **kwargs: Any) -> Any:
+        hf_model: Any = self.original_model
         given = bound(super().hf_generate, args, kwargs)
         own = inspect.signature(super().hf_generate).parameters
         of_transformers = {
             *GenerationConfig().to_dict(),
-            *inspect.signature(GenerationMixin.generate).parameters,
+            *inspect.signature(hf_model.generate).parameters,
         }
-        of_transformers |= inspect.signature(self.original_model.forward).parameters.keys()
+        of_transformers |= inspect.signature(hf_model.forward).parameters.keys()
         arguments.refuse_unknown_names("hf_generate", given.keys() - of_transformers, own)
         prompt = given["input"] = _as_rows(given.get("input", ""))
         wanted = given.pop("return_type", "input") or "input"
         sampling.check("hf_generate", given | {"return_type": wanted}, self)
         if self.tokenizer is None:
             raise HookedModelError("hf_generate needs a tokenizer: generate reads tokens without one")
-        end = self.original_model.generation_config.eos_token_id
+        end = hf_model.generation_config.eos_token_id
         if not given.get("stop_at_eos", True) and end is not None:
             raise HookedModelError(
                 "hf_generate: stop_at_eos=False would have no effect, transformers stops at the token of the "
@@ -138,8 +140,8 @@ class CheckedMethods(SAETransformerBridge):
             prompt, Tensor
         ):  # TransformerLens reads it with the BOS token, which generate does not
             del given["input"]
-            given = self._as_tokens([prompt] if isinstance(prompt, str) else prompt) | given
-        output = super().hf_generate(**given, return_type="tokens")
+            given = dict[str, Any](self._as_tokens([prompt] if isinstance(prompt, str) else prompt)) | given
+        output: Any = super().hf_generate(**given, return_type="tokens")
         if wanted == "tokens" or (wanted == "input" and isinstance(prompt, Tensor)):
             return output
         tokens = output if isinstance(output, Tensor) else output.sequences
@@ -148,7 +150,7 @@ class CheckedMethods(SAETransformerBridge):
             texts[0] if isinstance(prompt, str) or (isinstance(prompt, Tensor) and len(texts) == 1) else texts
         )
 
-    @functools.wraps(SAETransformerBridge.to_tokens)
+    @like(SAETransformerBridge.to_tokens)
     def to_tokens(self, *args: Any, **kwargs: Any) -> Tensor:
         given = bound(super().to_tokens, args, kwargs)
         self._check_tokenizer("to_tokens")
@@ -167,7 +169,7 @@ class CheckedMethods(SAETransformerBridge):
             )
         return tokens
 
-    @functools.wraps(SAETransformerBridge.to_string)
+    @like(SAETransformerBridge.to_string)
     def to_string(self, *args: Any, **kwargs: Any) -> Any:
         given = bound(super().to_string, args, kwargs)
         self._check_tokenizer("to_string")
@@ -175,7 +177,7 @@ class CheckedMethods(SAETransformerBridge):
         with refusals("to_string"):
             return super().to_string(**given)
 
-    @functools.wraps(SAETransformerBridge.to_str_tokens)
+    @like(SAETransformerBridge.to_str_tokens)
     def to_str_tokens(self, *args: Any, **kwargs: Any) -> Any:
         given = bound(super().to_str_tokens, args, kwargs)
         self._check_tokenizer("to_str_tokens")
@@ -187,7 +189,7 @@ class CheckedMethods(SAETransformerBridge):
         with refusals("to_str_tokens"):
             return super().to_str_tokens(**given)
 
-    @functools.wraps(SAETransformerBridge.tokens_to_residual_directions)
+    @like(SAETransformerBridge.tokens_to_residual_directions)
     def tokens_to_residual_directions(self, *args: Any, **kwargs: Any) -> Tensor:
         given = bound(super().tokens_to_residual_directions, args, kwargs)
         if not isinstance(given["tokens"], str):
@@ -195,7 +197,7 @@ class CheckedMethods(SAETransformerBridge):
         with refusals("tokens_to_residual_directions"):
             return super().tokens_to_residual_directions(**given)
 
-    @functools.wraps(SAETransformerBridge.loss_fn)
+    @like(SAETransformerBridge.loss_fn)
     def loss_fn(self, *args: Any, **kwargs: Any) -> Tensor:
         given = bound(super().loss_fn, args, kwargs)
         logits, tokens = given["logits"], given["tokens"]
@@ -220,7 +222,7 @@ class CheckedMethods(SAETransformerBridge):
         given = bound(super().saes, args, kwargs)
         saes = given.get("saes", [])
         saes = list(saes) if isinstance(saes, (list, tuple)) else [saes]
-        names = [getattr(getattr(sae, "cfg", None), "metadata", None) for sae in saes]
+        names: list[Any] = [getattr(getattr(sae, "cfg", None), "metadata", None) for sae in saes]
         if isinstance(given.get("saes"), Mapping) or any(metadata is None for metadata in names):
             raise wrong("saes", "saes", given.get("saes"), "an SAE or a list of SAEs")
         places = [metadata.hook_name_out or metadata.hook_name for metadata in names]
@@ -229,10 +231,11 @@ class CheckedMethods(SAETransformerBridge):
             raise HookedModelError(
                 f"saes: two SAEs for {', '.join(twice)}: the second would replace the first"
             )
-        with super().saes(**(given | {"saes": saes})):
+        given["saes"] = saes
+        with super().saes(**given):
             yield self
 
-    @functools.wraps(SAETransformerBridge.enable_compatibility_mode)
+    @like(SAETransformerBridge.enable_compatibility_mode)
     def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> None:
         given = bound(super().enable_compatibility_mode, args, kwargs)
         if given.get("fold_ln") and not getattr(self.adapter, "supports_fold_ln", True):

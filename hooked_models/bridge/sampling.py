@@ -93,7 +93,7 @@ def _check_stops(taker: str, given: dict[str, Any], model: Any) -> None:
                 "say stop_at_eos=False"
             )
         return
-    ends = list(end) if isinstance(end, Iterable) and not isinstance(end, str) else [end]
+    ends: list[Any] = list(end) if isinstance(end, Iterable) and not isinstance(end, str) else [end]
     size = model.vocabulary_size
     if not ends or not all(is_whole(x) and 0 <= x < size for x in ends):
         raise wrong(taker, "eos_token_id", end, f"a token, or a list of tokens, of 0 to {size - 1}")

@@ -398,7 +398,6 @@ def test_the_residual_stream_is_the_sum_of_its_components(model):
         {"layer": 99},
         {"mode": "heads"},
         {"layer": count, "mlp_input": True},
-        {"of": 1},
     ):
         with refused("decompose_resid"):
             cache.decompose_resid(**wrong)
