@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sae_lens import SAE
 
 from hooked_models.files.json_files import read_json
-from writesae_lens import figures
+from writesae_lens import figures, statistics
 from writesae_lens.experiments.catalogue import find_experiment
 from writesae_lens.experiments.origin import sentence
 from writesae_lens.experiments.result import ExperimentResult, read_table
@@ -29,6 +29,8 @@ _LONGEST_VALUE = 200
 
 def verdict(summary: Mapping[str, Any]) -> str:
     """The answer of a replacement test in words: does an atom do less harm than deleting the write?"""
+    if summary["win_rate"] is None:
+        return "No answer: at every firing the deletion's KL is at the floor of rounding."
     # A single passage gives no interval over passages, but one over firings.
     rate, by_passage = summary["win_rate"], summary["win_rate_ci_by_passage"]
     unit, (low, high) = ("passages", by_passage) if by_passage else ("firings", summary["win_rate_ci"])
@@ -49,11 +51,12 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
 def main_numbers(replacement: Mapping[str, Any], partition: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Figures and labels at the top of the page, from the summaries of replacement test and partition."""
-    low, high = replacement["win_rate_ci"]
+    interval = statistics.between(replacement["win_rate_ci"], ".1%")
+    chain = statistics.share(replacement["strict_chain_rate"])
     n_atoms = sum(partition[f"n_{name}"] for name in ("register", "bundle", "rare", "dead"))
     return [
-        (f"{replacement['win_rate']:.1%}", f"win rate (over firings {low:.1%} to {high:.1%})"),
-        (f"{replacement['strict_chain_rate']:.1%}", "strict chain: KL of atom < deletion < random write"),
+        (statistics.share(replacement["win_rate"]), f"win rate over firings{interval}"),
+        (chain, "strict chain: KL of atom < deletion < random write"),
         (f"{replacement['median_cosine']:.2f}", "median cosine of atom and write"),
         (f"{n_atoms - partition['n_dead']:,}", f"of {n_atoms:,} atoms are dominant somewhere in this text"),
         (f"{partition['n_register']:,} / {partition['n_bundle']:,}", "registers / bundles"),
