@@ -210,7 +210,7 @@ class BatchTopK(JumpReLU):
         least = acts.masked_fill(acts <= 0, float("inf")).min()
         if not self.training or not bool(torch.isfinite(least)):
             return
-        before = self.log_threshold[:1].double().exp()
+        before, least = self.log_threshold[:1].cpu().double().exp(), least.cpu()  # MPS has no float64
         started = before > 2 * torch.finfo(torch.float32).tiny
         rate = torch.where(started, _THRESHOLD_RATE, 1.0)
         self.log_threshold.copy_(((1 - rate) * before + rate * least).log().expand_as(self.log_threshold))
