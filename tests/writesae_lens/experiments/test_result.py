@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from writesae_lens import WriteSAEError
@@ -48,6 +48,7 @@ STARTS = [
 ]
 
 
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.one_of(st.sampled_from(STARTS), st.text(st.sampled_from("'=+-@ \t\ra,\"\n"))), min_size=1))
 def test_no_text_of_a_table_starts_a_formula_and_all_come_back(texts):
     with tempfile.TemporaryDirectory() as folder:
