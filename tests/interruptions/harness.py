@@ -105,8 +105,9 @@ def _limit(pipe: int, root: str, kill_at: int | None, full_from: int | None, lar
         count += 1
         if count == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        os.write(pipe, b"c" if event in CREATING else b"o")
-        if full_from is not None and count >= full_from and event in CREATING:
+        creating = event in CREATING and not (event == "os.mkdir" and os.path.isdir(args[0]))
+        os.write(pipe, b"c" if creating else b"o")
+        if full_from is not None and count >= full_from and creating:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), args[0])
 
     if largest is not None:
