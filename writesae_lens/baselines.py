@@ -109,9 +109,9 @@ def principal_component(
     cell = model.cell(layer, head)
     passages = find_passages(model, cell, tokens, context_size)
     writes = [native_writes(model, cell, passage) for passage in passages]
-    key, value = (torch.cat(x).double() for x in zip(*writes, strict=True))
+    key, value = (torch.cat(x).cpu().double() for x in zip(*writes, strict=True))
     chosen = torch.randperm(len(key), generator=torch.Generator().manual_seed(seed))[:_MAX_WRITES]
-    key, value = key[chosen.to(key.device)], value[chosen.to(key.device)]
+    key, value = key[chosen], value[chosen]
     # The component is a weighted sum of the writes; factors give the Gram matrix that has the weights.
     weights = torch.linalg.eigh((key @ key.T) * (value @ value.T)).eigenvectors[:, -1]
     component = (key * weights[:, None]).T @ value
@@ -123,7 +123,7 @@ def principal_component(
     component = component / component.norm()
     sae = WriteSAE(
         WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, d_sae=2, k=1, encoder="tied", decoder="dense")
-    ).to(key.device)
+    ).to(passages.device)
     sae.load_state_dict(sae.state_dict() | {"dec_matrix": torch.stack([component, -component]).float()})
     sae.cfg.metadata.model_name = model.cfg.model_name
     sae.cfg.metadata.hook_name = model.write_hook_name(layer, head)

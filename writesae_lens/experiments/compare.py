@@ -186,11 +186,11 @@ def _test(
                 "token": tokens[first.position].cpu().numpy(),
                 "name": name,
                 "atom": about[name][0].cpu().numpy(),
-                "coefficient": about[name][1].double().cpu().numpy(),
-                "cosine": native_cosines(first, condition).double().cpu().numpy(),
+                "coefficient": about[name][1].cpu().double().numpy(),
+                "cosine": native_cosines(first, condition).cpu().double().numpy(),
                 "kl": values.cpu().numpy(),
                 "kl_delete": kls[-1].cpu().numpy(),
-                "kl_floor": floor.double().cpu().numpy(),
+                "kl_floor": floor.cpu().double().numpy(),
             }
         )
         for (name, condition), values in zip(conditions.items(), kls, strict=True)

@@ -247,7 +247,7 @@ def _erase(
             "coefficient": firings.coefficient.repeat(len(doses)).cpu().numpy().astype(float),
             "delta_logp": torch.cat(changes, dim=1).flatten().cpu().numpy(),
             "kl": torch.cat(kls, dim=1).flatten().cpu().numpy(),
-            "kl_floor": floor.repeat(len(doses)).double().cpu().numpy(),
+            "kl_floor": floor.repeat(len(doses)).cpu().double().numpy(),
         }
     )
 

@@ -158,7 +158,7 @@ def _passage(
             predicted.append(linear)
     if form == "gate_product":
         predicted.append(_gate_product(model, cell, tokens, position, keys, values, followed))
-    shifts = {name: torch.cat(x).double().cpu() for name, x in (("p", predicted), ("m", measured))}
+    shifts = {name: torch.cat(x).cpu().double() for name, x in (("p", predicted), ("m", measured))}
     grid = torch.meshgrid(
         torch.arange(len(atom)), torch.arange(shifts["m"].shape[1]), torch.arange(n_tokens), indexing="ij"
     )
@@ -174,7 +174,7 @@ def _passage(
             "eps": sizes[row % len(sizes)].numpy(),
             "predicted": shifts["p"].flatten().numpy(),
             "measured": shifts["m"].flatten().numpy(),
-            "rounding": (torch.finfo(native.dtype).eps * native[:, followed].abs().double().cpu())
+            "rounding": (torch.finfo(native.dtype).eps * native[:, followed].abs().cpu().double())
             .expand_as(shifts["m"])
             .flatten()
             .numpy(),

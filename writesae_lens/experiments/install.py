@@ -22,7 +22,13 @@ from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import Prefix, batches
 from writesae_lens.experiments.options import Count, Natural, NotNegative, Positive, Seed, as_list
 from writesae_lens.experiments.passages import find_passages, token_id
-from writesae_lens.experiments.passes import check_finite, check_model, native_writes, unembedding_directions
+from writesae_lens.experiments.passes import (
+    check_finite,
+    check_model,
+    native_writes,
+    unembedding_directions,
+    wide,
+)
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator, seed_of
 from writesae_lens.experiments.subjects import find_cell
@@ -175,7 +181,7 @@ class _Prompts:
         self.norm = self.key.norm(dim=-1) * value.norm(dim=-1)
         with torch.no_grad():
             logits, cache = self.prefix.run(self.last)
-            self.logits = logits[:, -1].double()
+            self.logits = wide(logits[:, -1])
             self.said = self.prefix.decode(logits[:, -1], cache, **self.how)
 
     def draw_targets(self, rng: torch.Generator) -> tuple[list[str], Int[Tensor, "prompt target"]]:
@@ -251,7 +257,7 @@ class _Prompts:
     ) -> tuple[Float[Tensor, "row d_vocab"], Int[Tensor, "row token"]]:
         """First logits and continuation with what is added."""
         logits, cache = self.prefix.run(self.last[of], added)
-        return logits[:, -1].double(), self.prefix.decode(logits[:, -1], cache, **self.how)
+        return wide(logits[:, -1]), self.prefix.decode(logits[:, -1], cache, **self.how)
 
     def _unembedding(self, targets: Int[Tensor, " row"], of: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
         """The native keys, and the targets' rows of the unembedding as the head's output sees them."""

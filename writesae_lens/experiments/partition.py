@@ -97,7 +97,7 @@ def partition_atoms(
     def align(n: int) -> pd.DataFrame:
         firings = find_firings(model, sae, site, passages[n])
         cosine = native_cosines(firings, atom_factors(sae, firings.atom, site.cell.d_k, site.cell.d_v))
-        columns = {"position": firings.position, "atom": firings.atom, "cosine": cosine.double()}
+        columns = {"position": firings.position, "atom": firings.atom, "cosine": cosine.cpu().double()}
         return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
     firings = run.records(range(len(passages)), align, "Firings")

@@ -33,6 +33,11 @@ def check_finite(what: str, *values: Float[Tensor, "..."]) -> None:
         )
 
 
+def wide(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """In float64 where the device has it (MPS does not), else in float32."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 @torch.no_grad()
 def check_model(model: HookedRecurrent, passage: Int[Tensor, " pos"]) -> None:
     """Refuse a model whose logits in a passage are not finite.

@@ -198,7 +198,7 @@ def _test_passage(
         "cosine": native_cosines(firings, atoms).cpu().numpy().astype(float),
     }
     columns |= {f"kl_{name}": kls[i].cpu().numpy() for i, name in enumerate(CONDITIONS)}
-    columns["kl_floor"] = floor.double().cpu().numpy()
+    columns["kl_floor"] = floor.cpu().double().numpy()
     return pd.DataFrame(columns)
 
 

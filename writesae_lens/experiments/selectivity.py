@@ -151,10 +151,10 @@ def _push(
             "atom": np.tile(np.tile(np.arange(n), 2), count),
             "kl": torch.cat(kl).cpu().numpy(),
             "kl_floor": (torch.cat(floor) + swaps.residual_floor(model, cell, tokens, at))
-            .double()
             .cpu()
+            .double()
             .numpy(),
-            "max_shift": torch.cat(most).double().cpu().numpy(),
+            "max_shift": torch.cat(most).cpu().double().numpy(),
             "top": [str(ids) for ids in top],
         }
     )

@@ -145,7 +145,7 @@ def _trials(
         for base, (patched,) in swaps.swapped_logits(model, cell, tokens, at, [swaps.summed(native, added)]):
             row, followed = torch.arange(len(base)), target[start : start + len(base)]
             before = base[row, followed]
-            measured.append((patched[row, followed] - before).double())
+            measured.append(patched[row, followed] - before)
             rank.append((base > before[:, None]).sum(-1) + 1)
             start += len(base)
     return pd.DataFrame(
@@ -153,9 +153,9 @@ def _trials(
             "position": at.cpu().numpy(),
             "token": target.cpu().numpy(),
             "rank": torch.cat(rank).cpu().numpy(),
-            "predicted": predicted.detach().double().cpu().numpy(),
-            "linear": linear.detach().double().cpu().numpy(),
-            "measured": torch.cat(measured).cpu().numpy(),
+            "predicted": predicted.detach().cpu().double().numpy(),
+            "linear": linear.detach().cpu().double().numpy(),
+            "measured": torch.cat(measured).cpu().double().numpy(),
         }
     )
 

@@ -22,7 +22,7 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.options import Count, Seed, as_list
 from writesae_lens.experiments.passages import find_passages
-from writesae_lens.experiments.passes import check_finite, check_model
+from writesae_lens.experiments.passes import check_finite, check_model, wide
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.experiments.subjects import find_site
@@ -151,7 +151,7 @@ def _splice(
     logits = run_to_logits(model, rest, past_key_values=cache, use_cache=True)[:, :-1]
     check_finite("logits", logits)
     nll = [
-        torch.nn.functional.cross_entropy(row.double(), told)
+        torch.nn.functional.cross_entropy(wide(row), told)
         for row, told in zip(logits, rest[:, 1:], strict=True)
     ]
     row = {f"nll_{name}": [float(x)] for name, x in zip(CONDITIONS, nll, strict=True)}

@@ -17,7 +17,7 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.unembedding import rounding_kl
 from writesae_lens.experiments.firings import Firings, atom_factors
-from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite
+from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite, wide
 from writesae_lens.saes.rank1 import Factors
 
 Random = Literal["gaussian", "atom", "orthogonal", "native_marginals"]
@@ -204,4 +204,4 @@ def floor_note(n_at_floor: int) -> str:
 
 def log_probabilities(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
     """Log-softmax, in float64 where the device has it."""
-    return logits.to(torch.float32 if logits.device.type == "mps" else torch.float64).log_softmax(-1)
+    return wide(logits).log_softmax(-1)

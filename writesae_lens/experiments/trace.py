@@ -171,7 +171,7 @@ def _trace(
             "layer": np.asarray(layers)[grid[1]],
             "head": grid[3],
             "horizon": grid[2],
-            "change": table.double().cpu().numpy().ravel(),
+            "change": table.cpu().double().numpy().ravel(),
         }
     )
 

@@ -125,7 +125,7 @@ def _rounded(value: Any, digits: int | None) -> Any:
 
 
 def _numbers(values: Tensor, digits: int) -> list[Any]:
-    return np.round(values.double().cpu().numpy(), digits).tolist()
+    return np.round(values.cpu().double().numpy(), digits).tolist()
 
 
 def _as_bytes(vectors: Tensor) -> str:
