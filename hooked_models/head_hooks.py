@@ -186,10 +186,11 @@ class _UnchangedWrite(torch.autograd.Function):
         return grad, grad_k, grad_v, None, None, None, None
 
 
-def _gradients_of_response(saved: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients_of_response(saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of the response to write - k v^T in all of its inputs, with a graph of their own."""
     # Views, because an input may have been computed from another one, and each has its own gradient.
-    write, k, v, q, g, a, b = views = [x if x is None else x.view_as(x) for x in saved]
+    views: list[Any] = [x if x is None else x.view_as(x) for x in saved]
+    write, k, v, q, g, a, b = views
     outputs, _ = respond(Recurrence(q, g, k, v, a, b), write - _outer(k, v))
     wanted = [x for x in views if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, grad, create_graph=True, allow_unused=True))

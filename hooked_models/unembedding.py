@@ -65,8 +65,7 @@ def _last_residual(model: HookedRecurrent, tokens: Any, **options: Any) -> Float
 
 def in_half_precision(model: HookedRecurrent) -> bool:
     """Whether the model's weights have fewer than 32 bits (bfloat16, float16)."""
-    dtype = model.original_model.get_output_embeddings().weight.dtype
-    return torch.finfo(dtype).bits < 32
+    return torch.finfo(_unembedding(model).weight.dtype).bits < 32
 
 
 def logits_of(
@@ -115,7 +114,7 @@ def rounding_kl(
     if not in_half_precision(model):
         return torch.zeros(len(positions), device=positions.device)
     residual = _last_residual(model, tokens[None], use_cache=False)[0, positions]
-    eps = torch.finfo(model.original_model.get_output_embeddings().weight.dtype).eps
+    eps = torch.finfo(_unembedding(model).weight.dtype).eps
     in_half = torch.finfo(residual.dtype).bits < 32
     n_roundings = len(model.blocks) - layer if in_half else 1
     p, x = logits_of(model, residual).softmax(-1), _normed(model, residual)
@@ -134,9 +133,13 @@ def _normed(model: HookedRecurrent, residual: Float[Tensor, "*batch d_model"]) -
     return copy.deepcopy(model.ln_final.original_component).float()(residual.float())
 
 
+def _unembedding(model: HookedRecurrent) -> nn.Linear:
+    return model.original_model.get_output_embeddings()  # type: ignore[operator]
+
+
 def _cuts(model: HookedRecurrent) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The unembedding's weight and bias, in cuts of the vocabulary."""
-    unembed = model.original_model.get_output_embeddings()
+    unembed = _unembedding(model)
     step = max(1, _WEIGHTS_AT_ONCE // unembed.weight.shape[1])
     weights = unembed.weight.split(step)
     return zip(weights, [None] * len(weights) if unembed.bias is None else unembed.bias.split(step))

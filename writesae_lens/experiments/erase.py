@@ -284,7 +284,7 @@ def plot_erase(result: ExperimentResult) -> Figure:
     records, summary = result.records, result.summary
     figure, (spread, doses) = new_figure(10.0, 4.0, 2)
     colors = {"firing": ATOM, "elsewhere": DELETE, "random": RANDOM}
-    records = records[swaps.above_floor(records, "kl")]
+    records = records.loc[swaps.above_floor(records, "kl")]
     at = records[records.dose == summary["dose"]]
     names = [name for name in colors if (at.condition == name).any()]
     groups = [at.loc[at.condition == name, "delta_logp"] for name in names]

@@ -113,7 +113,7 @@ def selectivity(
         else f"an atom moves {own:.1%} of the same {top_k} tokens elsewhere, a random matrix {random}"
     )
     headline += "" if other is None else f"; other atoms move {other:.1%} of them"
-    headline += swaps.floor_note(summary["n_at_floor"])
+    headline += swaps.floor_note(int(summary["n_at_floor"]))
     return run.result(records, summary, headline)
 
 

@@ -131,8 +131,8 @@ class _Curves:
         ours = isinstance(self._sae, WriteTrainingSAE)
         if not len(self._earlier):
             return int(self._sae.progress[1]) if ours else 0
-        steps = int(self._sae.progress[1]) if ours else int(self._earlier["step"].max()) + 1
-        self._earlier = self._earlier[self._earlier["step"] < steps]
+        steps = int(self._sae.progress[1]) if ours else max(self._earlier["step"].astype(int)) + 1
+        self._earlier = self._earlier.loc[self._earlier["step"] < steps]
         return steps
 
 
