@@ -204,22 +204,24 @@ class Past:
 
 def remember(cache: Any, past: Past) -> None:
     """Note on a cache what it holds; copies of the cache have the note too."""
+    cache.hooked_past = dataclasses.replace(past, state=_first_state(cache))
+
+
+def _first_state(cache: Any) -> Tensor | None:
+    """The state of the first layer that has one (None before the first token)."""
     layers = (i for i, layer in enumerate(cache.layers) if hasattr(layer, "recurrent_states"))
-    state = cached(cache, next(layers), "recurrent_states")
-    cache.hooked_past = dataclasses.replace(past, state=state)
+    states = (cached(cache, i, "recurrent_states") for i in layers)
+    return next((state for state in states if state is not None), None)
 
 
-def past_of(cache: Any, layer: int) -> Past:
+def past_of(cache: Any) -> Past:
     """What a cache holds that has been checked (`check`), filled by this package's models or by others.
-
-    Args:
-        cache: the cache.
-        layer: a recurrent layer.
 
     Raises:
         HookedModelError: a call that should have filled it ended in an error, or it was cropped.
     """
-    if cached(cache, layer, "recurrent_states") is None:
+    state = _first_state(cache)
+    if state is None:
         return Past()
     past = getattr(cache, "hooked_past", None)
     length = _seen(cache)
@@ -238,8 +240,7 @@ def past_of(cache: Any, layer: int) -> Past:
             )
         more = length - past.columns  # read by another model
         past = past.gone_on((len(past.mask) if past.mask is not None else 0, more), None, None)
-    first = next(i for i, layer in enumerate(cache.layers) if hasattr(layer, "recurrent_states"))
-    moved = past.state is not None and cached(cache, first, "recurrent_states") is not past.state
+    moved = past.state is not None and state is not past.state
     return dataclasses.replace(past, rearranged=past.rearranged or moved)
 
 

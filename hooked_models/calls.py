@@ -126,7 +126,7 @@ def check_is_tensor(argument: Any, name: str) -> None:
     """Refuse an argument that is given and no tensor.
 
     Raises:
-        HookedModelError: so it is.
+        HookedModelError: it is neither None nor a tensor.
     """
     if argument is not None and not isinstance(argument, Tensor):
         raise HookedModelError(f"{name} must be a tensor, got a {type(argument).__name__}")
@@ -137,7 +137,9 @@ def watch(model: HookedRecurrent) -> None:
     module: Any = model.original_model
     layers = {mixer.layer_index: (mixer.n_heads, *mixer.write_shape) for mixer in model.mixers.values()}
     kinds = set(getattr(module.config, "layer_types", None) or ())
-    facts = _Facts(layers, len(model.new_cache().layers), model.has_attention, kinds == _HYBRID)
+    names = tuple(inspect.signature(module.forward).parameters)
+    n_cache_layers = len(model.new_cache().layers)
+    facts = _Facts(names, layers, n_cache_layers, model.has_attention, kinds == _HYBRID)
     module.register_forward_pre_hook(functools.partial(_begin, facts), with_kwargs=True)
     module.register_forward_hook(_end, with_kwargs=True, always_call=True)
 
@@ -147,12 +149,14 @@ class _Facts:
     """What the checks need to know of a model.
 
     Args:
+        names: the arguments of the model's forward pass, in order.
         layers: heads, d_k and d_v of each recurrent layer, by its number in a cache.
         n_cache_layers: layers of a cache.
         has_attention: whether any layer has softmax attention.
         is_hybrid: whether the model takes one mask for attention and one for recurrent layers.
     """
 
+    names: tuple[str, ...]
     layers: dict[int, tuple[int, int, int]]
     n_cache_layers: int
     has_attention: bool
@@ -163,8 +167,7 @@ def _begin(facts: _Facts, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Check the arguments of a call, and open it."""
     call = Call(module, _CALL.get())
     _CALL.set(call)  # first, for `_end` comes also after an error
-    names = list(inspect.signature(module.forward).parameters)
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = dict(zip(facts.names, args, strict=False)) | kwargs
     caches.refuse_packing(given)
     call.shape, call.device = _checked_tokens(module, given)
     cache = caches.cache_in(given)
@@ -175,7 +178,7 @@ def _begin(facts: _Facts, module: nn.Module, args: Any, kwargs: Any) -> Any:
         mask, ids = given.get("attention_mask"), given.get("position_ids")
         into_cache = cache is not None or bool(given.get("use_cache"))
         changes = _read_mask(call, mask, into_cache, facts.has_attention)
-        if ids is not None or "position_ids" not in names:
+        if ids is not None or "position_ids" not in facts.names:
             changes.pop("position_ids", None)
         _check_position_ids(call, ids)
         eager = getattr(module.config, "_attn_implementation", None) == "eager"  # type: ignore[union-attr]
@@ -262,7 +265,7 @@ def _checked_past(facts: _Facts, module: nn.Module, cache: Any, batch: int) -> P
             "a cache cannot be used while training with activation checkpointing, which runs each layer "
             "twice: give none, or model.eval() first"
         )
-    return caches.past_of(cache, min(facts.layers))
+    return caches.past_of(cache)
 
 
 def _read_mask(call: Call, mask: Any, into_cache: bool, has_attention: bool) -> dict[str, Any]:

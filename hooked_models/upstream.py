@@ -243,7 +243,7 @@ class CheckedBridge(CopyableBridge):
         own = {"device", *inspect.signature(method).parameters}  # device is in run_with_cache's **kwargs
         for name in given.keys() - own - inspect.signature(TransformerBridge.forward).parameters.keys():
             for other in ("run_with_hooks", "run_with_cache", "run_with_saes", "generate"):
-                if name in inspect.signature(getattr(TransformerBridge, other, None) or self.saes).parameters:
+                if name in inspect.signature(getattr(CopyableBridge, other)).parameters:
                     around = " (with model.hooks(...): around it)" if name.endswith("wd_hooks") else ""
                     raise HookedModelError(f"{taker} takes no argument {name!r}, which {other} has{around}")
         self._check_stop(taker, given)

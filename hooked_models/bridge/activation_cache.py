@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
 
 from hooked_models.bridge import arguments
 from hooked_models.bridge.arguments import bound, refusals, wrong
@@ -75,7 +76,7 @@ class RecurrentActivationCache(ActivationCache):
                 f"decompose_resid: there is no component of mode {mode!r} before layer {layer}"
             )
         with refusals("decompose_resid", _ADVICE):
-            cut = _slice(pos_slice)
+            cut = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
             outputs = [self[name] for name in parts.values()]
             if incl_embeds:
                 outputs.insert(0, self._embedded(is_read=layer + bool(mlp_input) > 0))
@@ -90,12 +91,6 @@ class RecurrentActivationCache(ActivationCache):
             return self["hook_embed"]
         added = [self[name] for name in _outputs(self.model, 0).values()]
         return self["blocks.0.hook_out"] - torch.stack(added).sum(0)
-
-
-def _slice(pos_slice: Any) -> Any:
-    from transformer_lens.utilities import Slice
-
-    return pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
 
 
 def _outputs(model: Any, layer: int) -> dict[str, str]:

@@ -21,10 +21,9 @@ import torch
 
 from hooked_models.errors import HookedModelError, one_line
 
+# What other libraries raise on arguments that they do not check; the error that replaces one keeps its kind.
 _KINDS = (AttributeError, KeyError, IndexError, AssertionError, NotImplementedError, RuntimeError, TypeError)
 _KINDS += (OverflowError,)
-
-
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -67,7 +66,7 @@ SIDE = one_of("left", "right").or_none()
 _FLAGS = """clear_contexts do_sample including_permanent incl_bwd is_permanent load_weights loss_per_token
     move_to_device output_logits remove_batch_dim reset_hooks_end reset_saes_end return_cache
     return_cache_object return_input_tokens stop_at_eos truncate use_past_kv_cache verbose
-    including_permanent fold_ln center_writing_weights center_unembed fold_value_biases no_processing
+    fold_ln center_writing_weights center_unembed fold_value_biases no_processing
     disable_warnings refactor_factored_attn_matrices per_token"""
 
 RULES: dict[str, Rule] = {

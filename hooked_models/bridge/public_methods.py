@@ -91,7 +91,8 @@ class CheckedMethods(SAETransformerBridge):
         if sampling.are_texts(prompt) and given.get("attention_mask") is None:
             given |= self._as_tokens(list(prompt), given.pop("prepend_bos", None))
             given.pop("padding_side", None)
-            given["return_type"] = {"input": "str"}.get(*2 * (given.get("return_type", "input"),))
+            if given.get("return_type", "input") == "input":  # what went in was text
+                given["return_type"] = "str"
         if not stateful or cached:
             return super().generate(**given)
         # TransformerLens would hand over to hf_generate, and drop most arguments on the way.
@@ -136,9 +137,8 @@ class CheckedMethods(SAETransformerBridge):
             )
         if not given.get("use_past_kv_cache", True):
             given["use_cache"] = False
-        if not isinstance(
-            prompt, Tensor
-        ):  # TransformerLens reads it with the BOS token, which generate does not
+        if not isinstance(prompt, Tensor):
+            # TransformerLens would put the BOS token before texts, which generate does not do here.
             del given["input"]
             given = dict[str, Any](self._as_tokens([prompt] if isinstance(prompt, str) else prompt)) | given
         output: Any = super().hf_generate(**given, return_type="tokens")
@@ -146,9 +146,8 @@ class CheckedMethods(SAETransformerBridge):
             return output
         tokens = output if isinstance(output, Tensor) else output.sequences
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return (
-            texts[0] if isinstance(prompt, str) or (isinstance(prompt, Tensor) and len(texts) == 1) else texts
-        )
+        is_one = isinstance(prompt, str) or (isinstance(prompt, Tensor) and len(texts) == 1)
+        return texts[0] if is_one else texts
 
     @like(SAETransformerBridge.to_tokens)
     def to_tokens(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -7,6 +7,7 @@ weights; `within_checkpoint` looks at each parameter there, and stops at one too
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,14 +100,7 @@ def _held_in_file(path: Path) -> _Held:
     try:
         with safe_open(path, framework="pt") as file:
             slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  (it is no dict)
-            sizes = [(piece.get_dtype(), _product(piece.get_shape())) for piece in slices]
+            sizes = [(piece.get_dtype(), math.prod(piece.get_shape())) for piece in slices]
     except Exception as error:  # which one depends on where the damage is
         raise damaged(path, error) from error
     return _Held(len(sizes), sum(n if dtype[0] in "FB" else 8 * _PACKED * n for dtype, n in sizes))
-
-
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -79,6 +79,14 @@ def test_every_public_method_refuses_a_misspelt_keyword(gdn, name):
     assert not gdn.busy_hooks
 
 
+@pytest.mark.parametrize(
+    ("argument", "other"), [("fwd_hooks", "run_with_hooks"), ("saes", "run_with_saes")]
+)
+def test_an_argument_of_another_method_is_refused_with_the_name_of_that_method(gdn, argument, other):
+    with refused(f"run_with_cache takes no argument '{argument}', which {other} has"):
+        gdn.run_with_cache(gdn.to_tokens(TEXT), **{argument: []})
+
+
 @pytest.mark.parametrize("name", sorted(arguments.RULES))
 def test_rules_exclude_what_is_of_another_kind(name):
     rule = arguments.RULES[name]
