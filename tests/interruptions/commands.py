@@ -36,6 +36,8 @@ TRAIN = (
     "{root}/out",
     "--checkpoint_path",
     "{root}/ck",
+    "--n_checkpoints",
+    1,
 )
 REPRODUCE = ("reproduce", "--config", "mamba2-370m-L24H0", "--model", "tiny-gdn", "--training-tokens", 10_000)
 COMMANDS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,14 @@ from hooked_models import HookedRecurrent
 from hooked_models.files.whole_files import replacing, whole_folder, write_whole
 from tests.interruptions.harness import FINISHED, REFUSED, contents, end_of, restore, some
 from tests.writesae_lens.cli.command_line import run
-from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError, WriteSAETrainingConfig, WriteTrainingSAE
+from writesae_lens import (
+    WriteSAE,
+    WriteSAEConfig,
+    WriteSAEError,
+    WriteSAETrainingConfig,
+    WriteTrainingSAE,
+    locks,
+)
 from writesae_lens.experiments import ExperimentResult, sign_test
 from writesae_lens.experiments.result import Progress
 from writesae_lens.locks import LOCK, locked
@@ -279,6 +287,58 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> No
     with locked(tmp_path):
         assert len(list(tmp_path.iterdir())) == 5  # these and the lock
     assert {path.name for path in tmp_path.iterdir()} == {".hidden", "x.part", ".part", "notes.txt"}
+
+
+def test_without_the_systems_locks_nothing_is_left_either(tmp_path: Path, monkeypatch: Any) -> None:
+    """As on Windows, which has no fcntl, and removes no file that is open."""
+    opened: set[int] = set()
+    unlink, open_file, close = Path.unlink, os.open, os.close
+
+    def opening(*arguments: Any, **options: Any) -> int:
+        descriptor = open_file(*arguments, **options)
+        opened.add(descriptor)
+        return descriptor
+
+    def closing(descriptor: int) -> None:
+        opened.discard(descriptor)
+        close(descriptor)
+
+    def unlinking(path: Path, missing_ok: bool = False) -> None:
+        assert not opened, "the file is open"
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(locks, "fcntl", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", opening)
+        patch.setattr(os, "close", closing)
+        patch.setattr(Path, "unlink", unlinking)
+        with locked(tmp_path / "out"):
+            (tmp_path / "out" / "x").touch()
+    assert contents(tmp_path) == {"out/x": b""}
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder on another disk than ``tmp_path``."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has no second file system")
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
+def test_a_subfolder_may_be_a_link_to_another_disk(tmp_path: Path, elsewhere: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "sae").symlink_to(elsewhere)
+    for content in ("old", "new"):
+        with replacing(out, ("cfg.json",)) as beside:
+            (beside / "sae").mkdir()
+            for name in ("sae/cfg.json", "sae/weights", "page"):
+                (beside / name).write_text(content)
+        assert contents(elsewhere) == {"cfg.json": content.encode(), "weights": content.encode()}
+        assert (out / "page").read_text() == content
+    assert {path.name for path in out.iterdir()} == {"page", "sae"}
 
 
 def checkpoint(folder: Path) -> Path:
