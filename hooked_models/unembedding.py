@@ -133,8 +133,10 @@ def _normed(model: HookedRecurrent, residual: Float[Tensor, "*batch d_model"]) -
     return copy.deepcopy(model.ln_final.original_component).float()(residual.float())
 
 
-def _unembedding(model: HookedRecurrent) -> nn.Linear:
-    return model.original_model.get_output_embeddings()  # type: ignore[operator]
+def _unembedding(model: HookedRecurrent) -> Any:
+    """The model's unembedding: a Linear, in the bridge component that stands in its place."""
+    hf_model: Any = model.original_model
+    return hf_model.get_output_embeddings()
 
 
 def _cuts(model: HookedRecurrent) -> Iterator[tuple[Tensor, Tensor | None]]:
