@@ -57,8 +57,7 @@ def locked(folder: str | Path | None, wait: float = 0.0) -> Iterator[None]:
         finally:
             descriptor = _held.pop(key, None)
             if descriptor is not None:  # None: in a forked process, which has no lock
-                (folder / LOCK).unlink(missing_ok=True)
-                os.close(descriptor)
+                _release(descriptor, folder / LOCK)
     finally:
         for path in made:
             with contextlib.suppress(OSError):  # not empty
@@ -94,6 +93,16 @@ def _acquire(folder: Path, until: float) -> int:
                 ) from error
             time.sleep(0.05)
         os.close(descriptor)
+
+
+def _release(descriptor: int, path: Path) -> None:
+    if fcntl is None:  # Windows removes no file that somebody has open
+        os.close(descriptor)
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
+        return
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def _lock(descriptor: int, folder: Path) -> None:

@@ -124,13 +124,36 @@ def _switch(beside: Path, folder: Path, last: Sequence[str], stale: Iterable[Pat
     for parent in {(folder / path).parent for path in new}:
         parent.mkdir(parents=True, exist_ok=True)
     old = {folder / path for path in new} | set(stale)
-    for path in sorted((path for path in old if os.path.lexists(path)), key=rank, reverse=True):
-        path.unlink()
-    _sync(folder)
-    for path in new:
-        os.rename(beside / path, folder / path)
+    near: dict[Path, Path] = {}
+    try:
+        for path in new:
+            near[path] = _on_disk_of(folder / path, beside / path)
+        for path in sorted((path for path in old if os.path.lexists(path)), key=rank, reverse=True):
+            path.unlink()
+        _sync(folder)
+        for path in new:
+            os.rename(near[path], folder / path)
+    finally:
+        for path, file in near.items():
+            if file != beside / path:
+                file.unlink(missing_ok=True)
     for parent in {(folder / path).parent for path in new} | {folder}:
         _sync(parent)
+
+
+def _on_disk_of(place: Path, file: Path) -> Path:
+    """The file, or a whole copy beside its place, where a link to another disk stands between the two."""
+    if place.parent.stat().st_dev == file.stat().st_dev:
+        return file
+    copy = place.parent / _temporary_name()
+    try:
+        shutil.copyfile(file, copy)
+        copy.chmod(file.stat().st_mode & 0o777)
+        _sync(copy)
+    except BaseException:
+        copy.unlink(missing_ok=True)
+        raise
+    return copy
 
 
 def _finish(folder: Path) -> list[Path]:
@@ -148,8 +171,10 @@ def _finish(folder: Path) -> list[Path]:
 
 def _sync(path: Path) -> None:
     """Bring a file's contents, or a folder's entries, to the disk."""
+    # Windows brings only files to the disk that are open for writing.
+    flags = os.O_RDWR if os.name == "nt" else os.O_RDONLY
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, flags)
         try:
             os.fsync(descriptor)
         finally:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from writesae_lens.experiments.swaps import above_floor
 from writesae_lens.report.atoms import Profiles
 
 
@@ -88,7 +89,8 @@ COLUMNS = (
     Column(
         "win_rate",
         "wins",
-        "share of its tested firings where the atom does less harm than deleting the write",
+        "share of its tested firings where the atom does less harm than deleting the write, without those "
+        "where the deletion's KL is at the floor of rounding",
         2,
         lambda s: s.tested.win.mean(),
     ),
@@ -121,7 +123,8 @@ def table_of_atoms(
         contexts: records of `top_contexts`.
         profiles: of all atoms.
     """
-    tested = replacement.assign(win=replacement.kl_atom < replacement.kl_delete)
+    win = (replacement.kl_atom < replacement.kl_delete).astype(float)
+    tested = replacement.assign(win=win.where(above_floor(replacement)))  # mean() leaves out what is missing
     sources = Sources(partition.set_index("atom"), tested.groupby("atom"), contexts.groupby("atom"), profiles)
     index = sources.partition.index
     return pd.DataFrame({column.key: column.values(sources).reindex(index) for column in COLUMNS})

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from sae_lens.util import str_to_dtype
 
@@ -39,6 +40,8 @@ _COUNTS = {
     "feature_sampling_window": 1,
     "n_checkpoints": 0,
 }
+# Those that may be worked out with / and come as 50.0.
+_STEPS = ("lr_warm_up_steps", "lr_decay_steps")
 _SCHEDULES = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 
 
@@ -117,6 +120,9 @@ def check_device(name: str, device: Any) -> None:
 def _check_counts(cfg: Any) -> None:
     for name, least in _COUNTS.items():
         value = getattr(cfg, name)
+        if isinstance(value, np.integer) or (name in _STEPS and isinstance(value, float)):
+            value = int(value) if float(value).is_integer() else value
+            setattr(cfg, name, value)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise WriteSAEError(f"{name} must be a whole number of at least {least}, got {value!r:.40}")
 
@@ -138,6 +144,9 @@ def _check_learning_rate(cfg: Any) -> None:
     name, steps = cfg.lr_scheduler_name.lower(), int(cfg.training_tokens) // cfg.train_batch_size_tokens
     for rate in ("lr", "lr_end"):
         value = getattr(cfg, rate)
+        if isinstance(value, np.floating):
+            value = float(value)
+            setattr(cfg, rate, value)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise WriteSAEError(f"{rate} must be a finite number, not negative, got {value!r:.40}")
     if name not in _SCHEDULES:

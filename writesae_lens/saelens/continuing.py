@@ -24,10 +24,12 @@ _FORM += ("normalize_activations",)
 _OF_STATE = ("lr", "lr_scheduler_name", "adam_beta1", "adam_beta2")
 _OF_SCHEDULE = ("training_tokens", "train_batch_size_tokens", "lr_end", "lr_warm_up_steps", "lr_decay_steps")
 _OF_SCHEDULE += ("n_restart_cycles",)
+# What an SAE is trained on; of the first two the last part of a path, for folders are moved.
+_NAMES, _OF_TEXT = ("model_name", "dataset_path"), ("context_size", "prepend_bos", "seqpos_slice")
 
 
 def check_resumed(cfg: Any, saes: Mapping[str, Any], hooks: Mapping[str, str]) -> None:
-    """Refuse to resume from the checkpoint of another SAE, hook or learning rate schedule.
+    """Refuse to resume from the checkpoint of another SAE, hook, learning rate schedule, model or text.
 
     Args:
         cfg: of SAELens's runner for one SAE or for several.
@@ -61,6 +63,21 @@ def check_resumed(cfg: Any, saes: Mapping[str, Any], hooks: Mapping[str, str]) -
             f"the state in {checkpoint} would override the new settings: {differing}; resume with those "
             "of the interrupted run, or start a run with from_pretrained_path"
         )
+    differing = _differing(_read_of(runner), _read_of(vars(cfg)), (*_NAMES, *_OF_TEXT))
+    if differing:
+        raise WriteSAEError(
+            f"{checkpoint} is of training on other data: {differing}; resume with the interrupted run's "
+            "settings, or start a run with from_pretrained_path"
+        )
+
+
+def _read_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run reads, in a form that does not change when a folder is moved or settings go through JSON."""
+    found = {name: settings[name] for name in (*_NAMES, *_OF_TEXT) if name in settings}
+    found |= {name: Path(str(found[name] or "")).name for name in _NAMES if name in found}
+    if isinstance(found.get("seqpos_slice"), tuple):
+        found["seqpos_slice"] = list(found["seqpos_slice"])
+    return found
 
 
 def check_pretrained(cfg: Any) -> None:

@@ -257,8 +257,9 @@ def _prepare_checkpoints(cfg: Any, names: Sequence[str]) -> None:
     if cfg.checkpoint_path is None:
         return
     for run in Path(cfg.checkpoint_path).parent.glob("*/"):  # a folder for each run
-        if any(is_temporary(path) or path.name == LOCK for path in run.iterdir()):
-            with suppress(WriteSAEError), locked(run):  # a run that still writes there has the lock
-                pass
-            with suppress(OSError):  # not empty
-                run.rmdir()
+        # A run that still writes there has the lock; others may be of somebody else.
+        with suppress(WriteSAEError, OSError):
+            if any(is_temporary(path) or path.name == LOCK for path in run.iterdir()):
+                with locked(run):
+                    pass
+                run.rmdir()  # if it is empty

@@ -93,3 +93,7 @@ def test_columns_are_loops_over_the_records():
     assert table.token.tolist()[0] == "b"
     assert table.n_tested.tolist() == [2, 1, 0]
     assert table.loc[[1, 2], "token"].isna().all()
+    floored = replacement.assign(kl_floor=[2.0, 0.1, 5.0])  # of a model in half precision
+    table = table_of_atoms(partition, floored, contexts, profile)
+    assert table.win_rate.tolist()[0] == 0.0
+    assert table.win_rate.isna().tolist() == [False, True, True]

@@ -115,6 +115,9 @@ def test_a_saved_sae_of_another_type_is_refused(run, rows, tmp_path):
         ({"lr": 5e-3}, "would override the new settings: lr=0.002 there and 0.005 here"),
         ({"lr_scheduler_name": "cosineannealing"}, "lr_scheduler_name='constant' there"),
         ({"adam_beta1": 0.5}, "adam_beta1=0.9 there and 0.5 here"),
+        ({"model_name": "tiny-rwkv7"}, "on other data: model_name='tiny-gdn' there and 'tiny-rwkv7'"),
+        ({"dataset_path": "other/text.txt"}, "on other data: dataset_path='.*' there and 'text.txt'"),
+        ({"prepend_bos": True}, "on other data: prepend_bos=False there and True here"),
     ],
 )
 def test_a_run_resumes_with_the_settings_of_its_checkpoint(run, rows, tmp_path, options, message):

@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import numpy as np
 import pytest
 from sae_lens import (
     CacheActivationsRunner,
@@ -54,6 +55,7 @@ REFUSED = [
     (COSINE | {"lr_warm_up_steps": 99}, "leave -67 to cosineannealing"),
     ({"lr_scheduler_name": "cosineannealingwarmrestarts", "n_restart_cycles": 99}, "needs 99"),
     ({"lr_scheduler_name": "cosine"}, "'cosine' is unknown: choose constant"),
+    ({"lr_warm_up_steps": 2.5}, "lr_warm_up_steps must be a whole number"),
     (COSINE | {"lr_decay_steps": 32}, "lr_decay_steps=32, leave 0 to cosineannealing"),
     ({"dead_feature_window": -1}, "dead_feature_window must be"),
     ({"feature_sampling_window": 0}, "feature_sampling_window must be"),
@@ -306,3 +308,11 @@ def test_every_replacement_has_its_line_among_the_dependencies():
     places = [d.where.replace(":", ".") for d in upstream.DEPENDENCIES if d.replaced]
     assert all(any(place.endswith(f".{name}") for place in places) for name in starting.REPLACEMENTS)
     assert hasattr(CacheActivationsRunner.__init__, "replaced_by_writesae_lens")
+
+
+def test_whole_numbers_and_rates_of_numpy_and_whole_steps_worked_out_with_a_slash_are_taken(tmp_path, rows):
+    """Settings that were worked out: SAELens trains with them, but cannot save some of them as JSON."""
+    options = {"lr_warm_up_steps": 4 / 2, "lr_decay_steps": 1e0, "lr": np.float32(1e-3)}
+    cfg = make_runner(tmp_path, rows, train_batch_size_tokens=np.int64(128), **options).cfg
+    assert (cfg.lr_warm_up_steps, cfg.lr_decay_steps, cfg.train_batch_size_tokens) == (2, 1, 128)
+    assert json.loads(json.dumps([cfg.train_batch_size_tokens, cfg.lr])) == [128, float(np.float32(1e-3))]
