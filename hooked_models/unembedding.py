@@ -29,8 +29,8 @@ _WEIGHTS_AT_ONCE = 2**25
 def run_to_logits(model: HookedRecurrent, tokens: Any, **options: Any) -> Float[Tensor, "batch pos d_vocab"]:
     """``model(tokens, **options)``; in half precision, the last norm and the unembedding are in float32.
 
-    On a model in float32 or float64 this is that call and nothing else. So it is where something hooks the
-    last norm or the unembedding, for a hook there means what the model itself computes.
+    On a model in float32 or float64 this is that call and nothing else. It is the same where something hooks
+    the last norm or the unembedding: such a hook is meant for what the model itself computes.
 
     Args:
         model: the model.

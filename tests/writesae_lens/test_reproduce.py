@@ -274,3 +274,13 @@ def test_the_command_lists_estimates_and_runs(small, untrained, tmp_path):
 )
 def test_a_path_reaches_names_that_have_dots(path, value):
     assert run.value_at({"a": {"0.1": 2, "b": {"c": 3}}, "d": 4}, path) == value
+
+
+@pytest.mark.parametrize("damage", [("cfg.json", 0), ("sae_weights.safetensors", 0.9)], ids=str)
+def test_a_damaged_sae_is_trained_again(tmp_path, damage):
+    file, kept = damage
+    WriteSAE(WriteSAEConfig(d_k=4, d_v=4, d_sae=8, k=2)).save_model(tmp_path)
+    assert isinstance(run._load(tmp_path, "cpu"), WriteSAE)
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(content[: int(kept * len(content))])
+    assert run._load(tmp_path, "cpu") is None

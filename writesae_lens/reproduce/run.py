@@ -19,7 +19,6 @@ from hooked_models import HookedRecurrent, zoo
 from hooked_models.files.whole_files import replacing
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import baselines
-from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment, find_experiment
 from writesae_lens.experiments.options import Count, Seed, as_list, check
 from writesae_lens.experiments.passages import as_passages
@@ -215,16 +214,18 @@ def _train_or_load(setup: Setup, name: str, sae_of: Callable[[Cell], TrainingSAE
 
 
 def _load(folder: Path, device: str) -> SAE[Any] | None:
-    """The SAE in a folder, or None if there is none, or its files are empty or cut short."""
+    """The SAE in a folder, or None if there is none, or its files are empty or cut short.
+
+    Raises:
+        WriteSAEError: another run is writing to the folder.
+    """
     if not folder.is_dir():
         return None
-    try:
-        with locked(folder):  # removes what a killed training left
+    with locked(folder):  # removes what a killed training left
+        try:
             return SAE.load_from_disk(folder, device=device)
-    except WriteSAEError:
-        raise
-    except _NOT_WHOLE:
-        return None
+        except _NOT_WHOLE:
+            return None
 
 
 def test(setup: Setup, dictionaries: Dictionaries, experiments: Sequence[Experiment]) -> pd.DataFrame:

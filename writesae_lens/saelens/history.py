@@ -86,7 +86,7 @@ class _Curves:
     Args:
         sae: in training.
         earlier: rows of the interrupted run.
-        every: so many steps are a row.
+        every: steps from one row to the next.
     """
 
     def __init__(self, sae: Any, earlier: pd.DataFrame, every: int) -> None:

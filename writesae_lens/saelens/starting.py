@@ -18,7 +18,8 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.saelens import checks, continuing, texts
 from writesae_lens.saes.config import WriteSAETrainingConfig
 
-# So many tokens in a row, in so many batches of prompts, none of them to train on, are an endless loop.
+# SAELens asks for batches of prompts until one has a token to train on. After 20 batches in a row of 20,000
+# tokens together that had none, there will be none.
 _TOKENS, _BATCHES = 20_000, 20
 _EMPTY: Any = WeakIdKeyDictionary()  # store: empty batches in a row
 
