@@ -68,7 +68,8 @@ def check_prompt(taker: str, prompt: Any) -> None:
 
 def _check_drawing(taker: str, given: dict[str, Any]) -> None:
     """Whether and how a token is drawn."""
-    if given.get("top_k") is not None and given.get("top_p", 1.0) not in (None, 1.0):
+    both = given.get("top_k") is not None and given.get("top_p", 1.0) not in (None, 1.0)
+    if both and taker != "hf_generate":  # transformers honours both
         raise idle(taker, "top_p", "top_k is given too; give one of them")
     if given.get("do_sample", True) and given.get("temperature", 1.0) != 0:
         return
@@ -93,7 +94,8 @@ def _check_stops(taker: str, given: dict[str, Any], model: Any) -> None:
                 "say stop_at_eos=False"
             )
         return
-    ends: list[Any] = list(end) if isinstance(end, Iterable) and not isinstance(end, str) else [end]
+    several = isinstance(end, Iterable) and not isinstance(end, (str, Tensor))
+    ends: list[Any] = list(end) if several else [end]
     size = model.vocabulary_size
     if not ends or not all(is_whole(x) and 0 <= x < size for x in ends):
         raise wrong(taker, "eos_token_id", end, f"a token, or a list of tokens, of 0 to {size - 1}")

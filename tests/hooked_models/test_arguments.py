@@ -133,6 +133,9 @@ def test_generate_refuses_what_it_would_ignore(gdn):
             gdn.generate(tokens, do_sample=False, **given)
     with refused("top_p"):
         gdn.generate(tokens, top_k=3, top_p=0.5)
+    assert gdn.hf_generate(tokens, top_k=3, top_p=0.5, max_new_tokens=2).shape[1] <= tokens.shape[1] + 2
+    with refused("eos_token_id"):
+        gdn.generate(tokens, eos_token_id=torch.tensor(0))
     with refused("eos_token_id"):
         gdn.generate(tokens, stop_at_eos=False, eos_token_id=3)
     with refused("return_type"):
