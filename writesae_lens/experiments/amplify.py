@@ -22,7 +22,6 @@ from writesae_lens.experiments.decoding import Prefix, batches
 from writesae_lens.experiments.firings import activity, atom_factors, check_atom, choose_atom
 from writesae_lens.experiments.options import Count, NotNegative, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
-from writesae_lens.experiments.passes import check_model
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, seed_of
 from writesae_lens.experiments.subjects import find_site
@@ -93,7 +92,6 @@ def amplify(
     check_atom(sae, atom)
     if passages.shape[1] < 2:
         raise WriteSAEError("prompts of one token are too short: give 2 tokens or more")
-    check_model(model, passages[0])
     found = [activity(model, sae, site, p) for p in passages]
     chosen = choose_atom(atom, found, passages)
     acts = torch.cat([x.acts.float() for x in found])

@@ -18,7 +18,6 @@ from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import Firings, activity, atom_factors, check_any_fires, native_cosines
 from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
-from writesae_lens.experiments.passes import check_model
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.experiments.subjects import find_site
@@ -70,7 +69,6 @@ def top_contexts(
             logits that are not finite.
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    check_model(model, passages[0])
     run = Run("contexts", model, sae, passages, locals())
 
     def read(n: int) -> pd.DataFrame:

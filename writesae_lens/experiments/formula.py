@@ -24,7 +24,6 @@ from writesae_lens.experiments.passes import (
     LOGITS_PER_PASS,
     cache_of,
     check_finite,
-    check_model,
     unembedding_directions,
 )
 from writesae_lens.experiments.result import ExperimentResult
@@ -94,7 +93,6 @@ def logit_formula_test(
         WriteSAEError: SAE and cell do not fit, the text or a passage is too short, or no atom fires.
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    check_model(model, passages[0])
     check_horizon(passages, max_horizon)
     n_tokens = min(n_tokens, model.cfg.d_vocab)
     found = [activity(model, sae, site, passage) for passage in passages]

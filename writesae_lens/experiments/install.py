@@ -24,7 +24,6 @@ from writesae_lens.experiments.options import Count, Natural, NotNegative, Posit
 from writesae_lens.experiments.passages import find_passages, token_id
 from writesae_lens.experiments.passes import (
     check_finite,
-    check_model,
     native_writes,
     unembedding_directions,
     wide,
@@ -132,7 +131,6 @@ def install_tokens(
     wanted = None if targets is None else [token_id(model, t) for t in as_list("targets", targets)]
     if wanted == []:
         raise WriteSAEError("there are no targets: give some, or None to draw them")
-    check_model(model, passages[0])
     run = Run("install", model, cell, passages, locals(), targets=wanted, magnitude=list(magnitudes))
 
     n_rows = (len(STRATA) if wanted is None else len(wanted)) * len(magnitudes)

@@ -36,9 +36,9 @@ ORIGIN = (
 )
 """Entries of every result's summary that say what it was measured on and how, beside model, hook and SAEs."""
 HALF_PRECISION = ("bfloat16", "float16")
-# Training text is looked for in pieces of so many characters, at distances of so many.
+# What is read is compared with the training text in pieces of 40 characters, one every 100.
 _PIECE, _STRIDE = 40, 100
-# A file with training text that is larger than so many bytes is not compared.
+# A larger file (in bytes) of training text is not compared.
 _LARGEST_TEXT = 2**26
 
 
@@ -151,11 +151,17 @@ def share_trained_on(model: HookedRecurrent, sae: SAE[Any], passages: Passages) 
     Known are the shipped text and text files that ``sae.cfg.metadata.dataset_path`` names. Line breaks and
     spaces do not count.
     """
-    training = _training_text(str(sae.cfg.metadata.dataset_path or ""))
-    if not training or model.tokenizer is None:
+    path = str(sae.cfg.metadata.dataset_path or "")
+    if not _training_text(path) or model.tokenizer is None:
         return 0.0
     read = model.tokenizer.decode(passages.flatten().tolist(), skip_special_tokens=True)
-    text = " ".join(read.split())
+    return _share_in(path, " ".join(read.split()))
+
+
+@functools.lru_cache(maxsize=16)
+def _share_in(path: str, text: str) -> float:
+    """The share of a text that stands in a training text; cached, for a search in 60 MB takes seconds."""
+    training = _training_text(path)
     pieces = [text[i : i + _PIECE] for i in range(0, len(text) - _PIECE + 1, _STRIDE)]
     return sum(piece in training for piece in pieces) / max(1, len(pieces))
 

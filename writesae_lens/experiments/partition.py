@@ -20,7 +20,6 @@ from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import atom_factors, check_any_fires, find_firings, native_cosines
 from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
-from writesae_lens.experiments.passes import check_model
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.experiments.subjects import find_site
@@ -91,7 +90,6 @@ def partition_atoms(
             ``min_firings`` times, or the model gives logits that are not finite.
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    check_model(model, passages[0])
     run = Run("partition", model, sae, passages, locals(), parts_depend_on_options=False)
 
     def align(n: int) -> pd.DataFrame:

@@ -34,7 +34,6 @@ class Passages(Tensor):
         whole_text: hash of the whole text, also of what is not among the passages; None for token ids.
         step: tokens of the text in a passage, without a BOS token.
         first: number of the first passage in the text.
-        available: how many passages the text has.
     """
 
     # As torch's own Parameter does: operations take it for a plain tensor and give plain tensors.
@@ -43,7 +42,6 @@ class Passages(Tensor):
     whole_text: str | None
     step: int
     first: int
-    available: int
 
     @staticmethod
     def of(
@@ -52,18 +50,17 @@ class Passages(Tensor):
         whole_text: str | None = None,
         step: int = 0,
         first: int = 0,
-        available: int | None = None,
     ) -> Passages:
         """Token ids with what they are passages of."""
         made = tokens.as_subclass(Passages)
         made.text, made.whole_text, made.step, made.first = text, whole_text, step, first
-        made.available = len(tokens) if available is None else available
         return made
 
     def moved(self, device: torch.device) -> Passages:
         """The same passages on a device."""
-        about = (self.text, self.whole_text, self.step, self.first, self.available)
-        return Passages.of(self.as_subclass(Tensor).to(device), *about)
+        return Passages.of(
+            self.as_subclass(Tensor).to(device), self.text, self.whole_text, self.step, self.first
+        )
 
     @property
     def token_range(self) -> list[int] | None:
@@ -77,7 +74,7 @@ class Passages(Tensor):
         if not (isinstance(index, slice) and index.step in (None, 1)):
             return chosen
         first = self.first + index.indices(len(self))[0]
-        return Passages.of(chosen, self.text, self.whole_text, self.step, first, self.available)
+        return Passages.of(chosen, self.text, self.whole_text, self.step, first)
 
 
 def as_passages(

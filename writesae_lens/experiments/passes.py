@@ -39,17 +39,19 @@ def wide(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
 
 
 @torch.no_grad()
-def check_model(model: HookedRecurrent, passage: Int[Tensor, " pos"]) -> None:
-    """Refuse a model whose logits in a passage are not finite.
+def last_logits(model: HookedRecurrent, passage: Int[Tensor, " pos"]) -> Float[Tensor, " d_vocab"]:
+    """Logits at the end of a passage, after a check of the logits at every position.
 
-    For experiments that run no more of the model than the cell's layer, and would not see what is broken
-    above it.
+    A passage with more than `LOGITS_PER_PASS` logits is read in pieces, each as a text of its own.
 
     Raises:
-        WriteSAEError: they are not.
+        WriteSAEError: a logit is not finite.
     """
-    for part in passage.split(max(1, LOGITS_PER_PASS // model.cfg.d_vocab)):
-        check_finite("logits", model(part[None], use_cache=False))
+    logits = torch.empty(0)
+    for piece in passage.split(max(1, LOGITS_PER_PASS // model.cfg.d_vocab)):
+        logits = model(piece[None], use_cache=False)[0]
+        check_finite("logits", logits)
+    return logits[-1]
 
 
 @torch.no_grad()

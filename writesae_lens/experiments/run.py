@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -27,6 +27,7 @@ from writesae_lens.experiments.origin import (
     with_warnings,
 )
 from writesae_lens.experiments.passages import Passages
+from writesae_lens.experiments.passes import last_logits
 from writesae_lens.experiments.result import ExperimentResult, Progress
 
 _SUBJECT = ("experiment", "model", "architecture", "erases", "hook_name", "sae_fingerprints")
@@ -52,7 +53,7 @@ class Run:
 
     Raises:
         WriteSAEError: the folder ``progress_folder`` holds parts made with other settings, or the SAEs are
-            of different models.
+            of different models, or the model's logits in the first passage are not finite.
 
     Warns:
         ResultWarning: of what speaks against the figures, such as a model in half precision.
@@ -85,11 +86,13 @@ class Run:
             [fingerprint_sae(sae) for sae in saes],
         )
         measured_on: dict[str, Any] = dict(zip(_SUBJECT, values, strict=True))
+        # Some experiments run the model up to the cell's layer only, and would not see what is broken above.
+        logits = last_logits(model, tokens[0])
         read = tokens if isinstance(tokens, Passages) else Passages.of(tokens)
         self._origin = origin_of(model, saes, hooks, read, EXPERIMENTS[name].function, arguments)
         self.settings = measured_on | options
         folder = arguments["progress_folder"]
-        inputs = None if folder is None else fingerprint_run(model, saes, tokens)
+        inputs = None if folder is None else fingerprint_run(logits, saes, tokens)
         made_by = {"inputs": inputs, "version": version("writesae-lens")}
         self._progress = Progress(
             folder, measured_on | (options if parts_depend_on_options else {}) | made_by
@@ -128,12 +131,10 @@ def generator(seed: int, *numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(seed, *numbers))
 
 
-@torch.no_grad()
 def fingerprint_run(
-    model: HookedRecurrent, saes: Sequence[SAE[Any]], passages: Int[Tensor, "passage pos"]
+    logits: Float[Tensor, " d_vocab"], saes: Sequence[SAE[Any]], passages: Int[Tensor, "passage pos"]
 ) -> str:
-    """A hash of the inputs of a run beside its settings: passages, the model's output, the SAEs' options."""
-    logits = model(passages[:1], return_type="logits")[0, -1]
+    """A hash of a run's inputs beside its settings: passages, logits of the first one, the SAEs' options."""
     options = [
         {k: v for k, v in sae.cfg.to_dict().items() if k not in ("device", "dtype", "metadata")}
         for sae in saes

@@ -22,7 +22,7 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.options import Count, Seed, as_list
 from writesae_lens.experiments.passages import find_passages
-from writesae_lens.experiments.passes import check_finite, check_model, wide
+from writesae_lens.experiments.passes import check_finite, wide
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.experiments.subjects import find_site
@@ -89,7 +89,6 @@ def splice_test(
     passages = find_passages(model, several[0], tokens, context_size)
     if passages.shape[1] < 4:
         raise WriteSAEError(f"passages of {passages.shape[1]} tokens have no halves: give 4 tokens or more")
-    check_model(model, passages[0])
     run = Run("splice", model, several, passages, locals())
 
     def splice(n: int) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
 from writesae_lens.experiments.options import Count, Natural, Positive, Seed
 from writesae_lens.experiments.passages import check_horizon, find_passages
-from writesae_lens.experiments.passes import cache_of, check_finite, check_model
+from writesae_lens.experiments.passes import cache_of, check_finite
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.subjects import find_site
@@ -87,7 +87,6 @@ def reader_trace(
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     cell, length = site.cell, passages.shape[1]
-    check_model(model, passages[0])
     check_horizon(passages, max_horizon)
     found = [activity(model, sae, site, p) for p in passages]
     chosen = draw_atoms(found, passages, n_atoms, torch.Generator().manual_seed(seed))

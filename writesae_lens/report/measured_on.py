@@ -12,19 +12,20 @@ from writesae_lens.experiments.passages import Passages
 from writesae_lens.experiments.result import ExperimentResult
 
 
-def check_weights(result: ExperimentResult, model: HookedRecurrent) -> None:
-    """Refuse a result of a model of the same name and number format, but with other weights.
+def check_weights(results: Sequence[ExperimentResult], model: HookedRecurrent) -> None:
+    """Refuse results of a model of the same name and number format, but with other weights.
 
     Raises:
         WriteSAEError: the weights differ.
     """
-    summary, dtype = result.summary, dtype_of(model)
-    known = summary.get("model_fingerprint")
-    if known and summary.get("dtype") == dtype and known != fingerprint_model(model):
-        raise WriteSAEError(
-            f"the {result.name} result is of another model called {summary.get('model')}: its weights are "
-            "not those of this one; run the experiment again on this model"
-        )
+    own, dtype = fingerprint_model(model), dtype_of(model)
+    for result in results:
+        summary = result.summary
+        if summary.get("dtype") == dtype and summary.get("model_fingerprint", own) != own:
+            raise WriteSAEError(
+                f"the {result.name} result is of another model called {summary.get('model')}: its weights "
+                "are not those of this one; run the experiment again on this model"
+            )
 
 
 def differences(results: Sequence[ExperimentResult], model: HookedRecurrent, passages: Passages) -> list[str]:

@@ -82,6 +82,7 @@ def make_report(
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     for result in results:
         _check_fits(result, model, sae)
+    check_weights(results, model)
     for line in differences(results, model, passages):
         warnings.warn(line, ResultWarning, stacklevel=2)
     by_name = {find_experiment(result.name).name: result for result in reversed(results)}
@@ -149,7 +150,6 @@ def _check_fits(result: ExperimentResult, model: HookedRecurrent, sae: SAE[Any])
     wrong_size = int(largest) >= n_atoms or (result.name == "partition" and len(result.records) != n_atoms)
     if wrong_size or (fingerprints and fingerprint_sae(sae) not in fingerprints):
         raise WriteSAEError(f"the {result.name} result is of another SAE on {hook} than this one")
-    check_weights(result, model)
 
 
 def _render(

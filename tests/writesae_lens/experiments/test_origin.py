@@ -27,7 +27,7 @@ def test_slices_of_passages_know_which_tokens_they_hold(gdn):
         assert type(part) is Passages
         first, last = part.token_range
         assert part[:, 1:].flatten().tolist() == ids[first:last].tolist()
-        assert (part.text, part.whole_text, part.available) == ("mine", passages.whole_text, len(passages))
+        assert (part.text, part.whole_text) == ("mine", passages.whole_text)
     for plain in (passages[0], passages[:, 1:], passages + 0, passages[::2], passages.flip(0)):
         assert type(plain) is torch.Tensor
     again = as_passages(gdn, passages[4:])
