@@ -124,6 +124,9 @@ def _switch(beside: Path, folder: Path, last: Sequence[str], stale: Iterable[Pat
     for parent in {(folder / path).parent for path in new}:
         parent.mkdir(parents=True, exist_ok=True)
     old = {folder / path for path in new} | set(stale)
+    for path in old:
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     near: dict[Path, Path] = {}
     try:
         for path in new:

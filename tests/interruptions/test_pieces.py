@@ -341,6 +341,17 @@ def test_a_subfolder_may_be_a_link_to_another_disk(tmp_path: Path, elsewhere: Pa
     assert {path.name for path in out.iterdir()} == {"page", "sae"}
 
 
+def test_a_folder_in_the_place_of_a_file_leaves_the_old_result(tmp_path: Path) -> None:
+    result(0.9, 4).save(tmp_path)
+    (tmp_path / "picture.png").mkdir()
+    old = contents(tmp_path)
+    refused = pytest.raises(IsADirectoryError, match="picture")
+    with refused, replacing(tmp_path, ("summary.json",)) as beside:
+        for name in ("picture.png", "records.csv", "summary.json"):
+            (beside / name).write_text("new")
+    assert contents(tmp_path) == old
+
+
 def checkpoint(folder: Path) -> Path:
     sae(0).save_model(folder)
     torch.save({"optimizer": torch.zeros(9)}, folder / "trainer_state.pt")
