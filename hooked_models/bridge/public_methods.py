@@ -62,9 +62,7 @@ class CheckedMethods(SAETransformerBridge):
         if given.get("loss_per_token") and wanted not in ("loss", "both"):
             raise idle("forward", "loss_per_token", "return_type is neither 'loss' nor 'both'")
         if isinstance(given.get("input"), Tensor):
-            for name in ("prepend_bos", "padding_side"):
-                if given.get(name):
-                    raise idle("forward", name, "tokens are taken as they are; a mask is attention_mask")
+            self._refuse_as_they_are("forward", given, "; a mask is attention_mask")
         for name in ("start_at_layer", "pixel_values", "input_values"):
             if given.get(name) is not None:
                 raise HookedModelError(f"forward: {name} is not supported by this model: leave it out")
@@ -182,9 +180,7 @@ class CheckedMethods(SAETransformerBridge):
         self._check_tokenizer("to_str_tokens")
         if not isinstance(given["input"], (str, list)):
             self._check_ids("to_str_tokens", given["input"])
-            for name in ("prepend_bos", "padding_side"):
-                if given.get(name):
-                    raise idle("to_str_tokens", name, "tokens are taken as they are")
+            self._refuse_as_they_are("to_str_tokens", given)
         with refusals("to_str_tokens"):
             return super().to_str_tokens(**given)
 
@@ -267,6 +263,13 @@ class CheckedMethods(SAETransformerBridge):
                 f"{taker}: attention_mask has shape {list(mask.shape)}, the prompt is {shape}"
             )
         return given
+
+    def _refuse_as_they_are(self, taker: str, given: dict[str, Any], instead: str = "") -> None:
+        """Refuse arguments that concern texts, beside tokens that they do not hold of already."""
+        for name in ("prepend_bos", "padding_side"):
+            holds = name == "prepend_bos" and sampling.begins_with_bos(given["input"], self)
+            if given.get(name) and not holds:
+                raise idle(taker, name, f"tokens are taken as they are{instead}")
 
     def _as_tokens(self, texts: list[str], prepend_bos: bool | None = None) -> dict[str, Tensor]:
         """Texts as ``input`` and ``attention_mask``, padded on the left."""

@@ -46,8 +46,14 @@ def check(taker: str, given: dict[str, Any], model: Any) -> None:
         raise idle(taker, "padding_side", "texts are padded on the left, so that they end together")
     if not is_text and side is not None and not reads_padding:
         raise idle(taker, "padding_side", "tokens are taken as they are; generate reads padding off them")
-    if not is_text and given.get("prepend_bos") and side is None:
+    if not is_text and given.get("prepend_bos") and side is None and not begins_with_bos(prompt, model):
         raise idle(taker, "prepend_bos", "tokens are taken as they are; give text, or put the token there")
+
+
+def begins_with_bos(tokens: Any, model: Any) -> bool:
+    """Whether every row of tokens begins with the BOS token, so that ``prepend_bos=True`` holds already."""
+    bos = getattr(model.tokenizer, "bos_token_id", None)
+    return isinstance(tokens, Tensor) and bos is not None and bool((tokens[..., :1] == bos).all())
 
 
 def check_prompt(taker: str, prompt: Any) -> None:

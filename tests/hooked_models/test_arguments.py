@@ -79,9 +79,7 @@ def test_every_public_method_refuses_a_misspelt_keyword(gdn, name):
     assert not gdn.busy_hooks
 
 
-@pytest.mark.parametrize(
-    ("argument", "other"), [("fwd_hooks", "run_with_hooks"), ("saes", "run_with_saes")]
-)
+@pytest.mark.parametrize(("argument", "other"), [("fwd_hooks", "run_with_hooks"), ("saes", "run_with_saes")])
 def test_an_argument_of_another_method_is_refused_with_the_name_of_that_method(gdn, argument, other):
     with refused(f"run_with_cache takes no argument '{argument}', which {other} has"):
         gdn.run_with_cache(gdn.to_tokens(TEXT), **{argument: []})
@@ -223,6 +221,8 @@ def test_run_with_cache_refuses_what_it_would_ignore(gdn):
     refuses_each("run_with_cache", gdn.run_with_cache, tokens, **cases)
     with refused("remove_batch_dim"):
         gdn.run_with_cache(tokens.repeat(2, 1), remove_batch_dim=True, return_cache_object=False)
+    with_bos = gdn.to_tokens(TEXT, prepend_bos=True)  # of which prepend_bos=True holds already
+    assert torch.equal(gdn.run_with_cache(with_bos, names_filter=name, prepend_bos=True)[0], gdn(with_bos))
     with refused("stop_at_layer", "unembed"):
         gdn.run_with_cache(tokens, names_filter="unembed.hook_out", stop_at_layer=2)
     with refused("device"):

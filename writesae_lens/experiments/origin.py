@@ -36,8 +36,8 @@ ORIGIN = (
 )
 """Entries of every result's summary that say what it was measured on and how, beside model, hook and SAEs."""
 HALF_PRECISION = ("bfloat16", "float16")
-# What is read is compared with the training text in pieces of 40 characters, one every 100.
-_PIECE, _STRIDE = 40, 100
+# What is read is compared with the training text in pieces of 40 characters, one every 100, or 400 in all.
+_PIECE, _STRIDE, _MOST_PIECES = 40, 100, 400
 # A larger file (in bytes) of training text is not compared.
 _LARGEST_TEXT = 2**26
 
@@ -162,7 +162,8 @@ def share_trained_on(model: HookedRecurrent, sae: SAE[Any], passages: Passages) 
 def _share_in(path: str, text: str) -> float:
     """The share of a text that stands in a training text; cached, for a search in 60 MB takes seconds."""
     training = _training_text(path)
-    pieces = [text[i : i + _PIECE] for i in range(0, len(text) - _PIECE + 1, _STRIDE)]
+    stride = max(_STRIDE, len(text) // _MOST_PIECES)
+    pieces = [text[i : i + _PIECE] for i in range(0, len(text) - _PIECE + 1, stride)]
     return sum(piece in training for piece in pieces) / max(1, len(pieces))
 
 

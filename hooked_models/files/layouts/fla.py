@@ -40,6 +40,7 @@ def from_fla(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
     """
     not_fields = ("auto_map", "architectures", "model_type")
     raw = {name: value for name, value in raw.items() if name not in not_fields}
+    raw |= _ranks(raw, tensors)
     _check_types(source, raw)
     if raw.get("hidden_act") != "sqrelu":  # flash-linear-attention's name for transformers' relu2
         check_activation(source, raw.get("hidden_act"))
@@ -59,6 +60,16 @@ def from_fla(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
             ours[name] = tensor
     check_tensors(source, ours, shapes, "model.embeddings.weight" if config.tie_word_embeddings else None)
     return Checkpoint(RWKV7ForCausalLM, config, ours)
+
+
+def _ranks(raw: dict[str, Any], tensors: Tensors) -> dict[str, int]:
+    """The ranks that a configuration leaves open, from the tensors: each version of fla has its own rule."""
+    ranks = {}
+    for field, part in (("decay", "0.attn.w"), ("gate", "0.attn.g"), ("a", "0.attn.a"), ("v", "1.attn.v")):
+        factor = tensors.get(f"model.layers.{part}_lora.lora.0.weight")  # layer 0 mixes in no other values
+        if raw.get(f"{field}_low_rank_dim") is None and factor is not None and factor.ndim == 2:
+            ranks[f"{field}_low_rank_dim"] = len(factor)
+    return ranks
 
 
 def _check_types(source: str, raw: dict[str, Any]) -> None:

@@ -421,6 +421,13 @@ def test_fla_model_type_of_an_early_revision(fla_folder, tokenizer):
     assert model.original_model.config.model_type == "rwkv7"
 
 
+@torch.no_grad()
+def test_fla_ranks_that_the_configuration_leaves_open(fla_folder, rwkv_reference, tokenizer):
+    """As null, which the library allows; each of its versions computes them by another rule."""
+    reconfigure(fla_folder, **{f"{name}_low_rank_dim": None for name in ("decay", "gate", "a", "v")})
+    gives(fla_folder, rwkv_reference, 1, 40, tokenizer=tokenizer)
+
+
 def test_fla_tied_embeddings(randomised, tmp_path, tokenizer):
     reference = randomised(rwkv7(tie_word_embeddings=True, fuse_norm=True), 15)
     folder = write_fla(tmp_path, reference)
@@ -461,7 +468,7 @@ WRONG_CONFIGURATIONS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("fla", {"norm_eps": None}, ("norm_eps = None: expected float",)),
     ("fla", {"norm_eps": "small"}, ("norm_eps = 'small'",)),
     ("fla", {"value_dim": ["wide"]}, ("value_dim = ['wide']: expected int | list[int] | None",)),
-    ("fla", {"a_low_rank_dim": None}, ("a_low_rank_dim = None: expected int",)),
+    ("fla", {"a_low_rank_dim": "64"}, ("a_low_rank_dim = '64': expected int",)),
     ("fla", {"num_hidden_layers": 4, "value_dim": 128}, ("model.layers.3",)),
     ("fla", {"vocab_size": 300}, ("lm_head.weight [200, 128] instead of [300, 128]",)),
     ("hf", {"num_heads": 7}, ("num_heads",)),

@@ -70,7 +70,7 @@ def test_other_layouts(tmp_path, content, listed):
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         (" " * (5 << 20), "more than the 4,194,304"),
-        ('{"a": "%s", "a": "%s"}' % (HASH, OTHER), "'a' stands twice"),
+        (f'{{"a": "{HASH}", "a": "{OTHER}"}}', "'a' stands twice"),
     ],
 )
 def test_refusals(tmp_path, content, part):
