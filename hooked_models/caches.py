@@ -187,15 +187,16 @@ class Past:
             real: False where they are padding (None: nowhere).
             last_position: position id of each row's last token (None: none was given).
         """
-        columns = None if self.columns is None else self.columns + shape[1]
+        earlier = self.columns
+        columns = None if earlier is None else earlier + shape[1]
         if last_position is None and self.last_position is not None:
             last_position = self.last_position + shape[1]
-        if (self.mask is None and real is None) or columns is None:
+        if earlier is None or (self.mask is None and real is None):
             return Past(columns, None, last_position)
         parts = [
             torch.ones(rows_and_length, dtype=torch.bool, device=device) if part is None else part
             for part, rows_and_length, device in (
-                (self.mask, (shape[0], self.columns), None if real is None else real.device),
+                (self.mask, (shape[0], earlier), None if real is None else real.device),
                 (real, shape, None if self.mask is None else self.mask.device),
             )
         ]

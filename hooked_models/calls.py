@@ -293,6 +293,7 @@ def _read_mask(call: Call, mask: Any, into_cache: bool, has_attention: bool) -> 
                 "[batch, past + new]"
             )
         mask = torch.cat([past.mask, past.mask.new_ones(batch, length)], 1).long()
+        assert past.columns is not None, "a mask is remembered with its columns"
         first = past.columns if past.last_position is None else past.last_position + 1
         ids = (first + torch.arange(length, device=call.device)).expand(batch, -1)
         return {"attention_mask": mask, "position_ids": ids}
