@@ -65,9 +65,9 @@ def replacing(folder: Path, last: Sequence[str] = (), stale: Iterable[Path] = ()
 
     Args:
         folder: is created if it does not exist.
-        last: names of the files without which a reader takes the others for nothing, in the order in which
-            they appear.
-        stale: files of earlier contents that go, if the new ones have none of that name.
+        last: names of the files that a reader looks for first (a result's summary, an SAE's cfg.json), in the
+            order in which they are put into place, after all others.
+        stale: files of the earlier contents, to be removed where no new file has the name.
 
     Yields:
         the temporary folder.

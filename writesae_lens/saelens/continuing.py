@@ -114,7 +114,7 @@ def with_options_of_the_run(sae: TrainingSAE[Any], cfg: Any) -> TrainingSAE[Any]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; of a file that is not there, an empty one (what reads it next says so)."""
+    """The JSON object in a file; an empty one if there is no such file, which SAELens refuses by itself."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
