@@ -322,7 +322,12 @@ RUNNER = [
     Case("sides swapped", lambda g: train(g, config(d_k=48, d_v=32)), ("48 x 32", *SET)),
     Case("states' d_k", lambda g: train(g, config(d_k=16), hook_name=STATE), ("16 x 48", *SET)),
     Case("states transposed", lambda g: train(g, config(d_k=48, d_v=32), hook_name=STATE), ("48 x 32", *SET)),
-    Case("no text column", lambda g: train(g, rows=[{"body": "a"}] * 9), ("must have", "'text'"), ValueError),
+    Case(
+        "no text column",
+        lambda g: train(g, rows=[{"body": "a"}] * 9),
+        ("has columns body", "needs one of text"),
+        ValueError,
+    ),
     Case("short text", lambda g: train(g, rows=[{"text": "a"}]), ("too small",), ValueError),
     Case("long context", lambda g: train(g, context_size=10**5), ("too small",), ValueError),
     Case(

@@ -149,7 +149,7 @@ DECLARED: dict[str, dict[str, list[Any]]] = {
         "hidden_size": [10**7, -8, 0, None, True, 10**18],
         "vocab_size": [10**9, -1, False],
         "intermediate_size": [10**12, -1],
-        "decay_low_rank_dim": [10**9, None, -1],
+        "decay_low_rank_dim": [10**9, "2", -1],
         "norm_eps": [float("nan"), float("inf"), -1.0, "x"],
         "hidden_ratio": [float("inf")],
     },

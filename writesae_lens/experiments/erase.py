@@ -72,7 +72,7 @@ def erase_atom(
     it would lose even if the atom meant nothing (a single firing both chooses and is tested).
 
     Where the KL of an erasure is not above what rounding alone gives (`swaps.divergences`), nothing moved:
-    such positions are counted, and left out of the medians, intervals, shares and p.
+    such positions are counted, and left out where only the sign matters, the share of falls and p.
 
     Args:
         model: the model that the SAE was trained on.
@@ -155,7 +155,8 @@ def _headline(summary: dict[str, Any], atom: int, watched: int) -> str:
         summary[name]
         for name in ("preferred_token_text", "median_delta_logp_firing", "median_delta_logp_random")
     )
-    note = f"{summary['n_firing']} firings{swaps.floor_note(summary['n_at_floor_firing'])}"
+    at_floor = summary["n_at_floor_firing"]
+    note = f"{summary['n_firing']} firings" + (f", {at_floor} at the floor of rounding" if at_floor else "")
     if own is None:
         return f"atom {atom} erased: nothing moves, {note}"
     interval = statistics.between(summary["delta_logp_ci_firing"], "+.4f")
@@ -257,21 +258,22 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"dose": float(dose)}
     for condition in CONDITIONS:
         part = records.loc[records["condition"] == condition]
-        summary[f"n_{condition}"] = int((part["dose"] == dose).sum())
-        part = part.loc[swaps.above_floor(part, "kl")]
         at = part.loc[part["dose"] == dose]
-        summary[f"n_at_floor_{condition}"] = summary[f"n_{condition}"] - len(at)
-        by_dose = part.groupby("dose")["delta_logp"].median()
+        moved = at.loc[swaps.above_floor(at, "kl")]
+        summary |= {f"n_{condition}": len(at), f"n_at_floor_{condition}": len(at) - len(moved)}
+        by_dose = part.groupby("dose")["delta_logp"].median() if len(moved) else pd.Series(dtype=float)
         found: dict[str, Any] = dict.fromkeys(
             ("median_delta_logp", "delta_logp_ci", "share_of_falls", "median_kl", "fall_p")
         )
-        if len(at):
+        # Medians are of all positions: to leave out those that did not move would choose by the outcome. Of
+        # these only the sign is rounding's.
+        if len(moved):
             found = {
                 "median_delta_logp": float(at["delta_logp"].median()),
                 "delta_logp_ci": statistics.median_interval(at["delta_logp"], at["passage"], seed),
-                "share_of_falls": float((at["delta_logp"] < 0).mean()),
+                "share_of_falls": float((moved["delta_logp"] < 0).mean()),
                 "median_kl": float(at["kl"].median()),
-                "fall_p": statistics.paired_wilcoxon(-at["delta_logp"], np.zeros(len(at))),
+                "fall_p": statistics.paired_wilcoxon(-moved["delta_logp"], np.zeros(len(moved))),
             }
         found["median_delta_logp_by_dose"] = {f"{d:g}": float(x) for d, x in by_dose.items()}
         summary |= {f"{name}_{condition}": value for name, value in found.items()}
@@ -284,7 +286,6 @@ def plot_erase(result: ExperimentResult) -> Figure:
     records, summary = result.records, result.summary
     figure, (spread, doses) = new_figure(10.0, 4.0, 2)
     colors = {"firing": ATOM, "elsewhere": DELETE, "random": RANDOM}
-    records = records.loc[swaps.above_floor(records, "kl")]
     at = records[records.dose == summary["dose"]]
     names = [name for name in colors if (at.condition == name).any()]
     groups = [at.loc[at.condition == name, "delta_logp"] for name in names]

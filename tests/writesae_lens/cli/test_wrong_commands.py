@@ -160,7 +160,7 @@ CASES = [
     ((*TRAIN, "--dataset_path", "no/where"), "no/where"),
     ((*TRAIN, "--dataset_path", "FEW_ROWS"), "Dataset may be too small"),
     (("train", "--cells", "1:*"), "no model to train on: give --model_name"),
-    ((*TRAIN, "--train_batch_size_tokens", "100000"), "less than one batch of train_batch_size_tokens=100000"),
+    ((*TRAIN, "--train_batch_size_tokens", "100000"), "less than train_batch_size_tokens=100000: raise n_batches"),
     ((*TRAIN, "--resume_from_checkpoint", "no/where"), "no/where is no checkpoint: give the folder"),
 ]  # fmt: skip
 

@@ -48,9 +48,11 @@ def check_summary(summary, records, dose):
         assert summary[f"n_{condition}"] == len(at) > 0
         moved = at.delta_logp.to_numpy()
         assert summary[f"median_delta_logp_{condition}"] == pytest.approx(np.median(moved), abs=1e-12)
-        assert summary[f"share_of_falls_{condition}"] == pytest.approx(np.mean(moved < 0))
+        above = moved[at.kl > at.kl_floor]
+        assert summary[f"n_at_floor_{condition}"] == len(at) - len(above)
+        assert summary[f"share_of_falls_{condition}"] == pytest.approx(np.mean(above < 0))
         assert summary[f"median_kl_{condition}"] == pytest.approx(np.median(at.kl))
-        p = stats.wilcoxon(moved, alternative="less").pvalue
+        p = stats.wilcoxon(above, alternative="less").pvalue
         assert summary[f"fall_p_{condition}"] == pytest.approx(p)
         by_dose = {f"{d:g}": np.median(part.delta_logp[part.dose == d]) for d in part.dose.unique()}
         assert summary[f"median_delta_logp_by_dose_{condition}"] == pytest.approx(by_dose)
