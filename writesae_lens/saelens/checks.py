@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from sae_lens.util import str_to_dtype
 
-from hooked_models import HookedRecurrent, zoo
+from hooked_models import HookedModelError, HookedRecurrent, zoo
+from hooked_models.bridge import arguments
 from hooked_models.errors import one_line
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
@@ -101,20 +102,15 @@ def _dtype(dtype: Any) -> torch.dtype:
 
 
 def check_device(name: str, device: Any) -> None:
-    """Refuse a device that torch does not know or this machine does not have.
+    """As the model's own check of a device, for a setting of a training run.
 
     Raises:
-        WriteSAEError: with the name of the setting.
+        WriteSAEError: it cannot be used; the message names the setting.
     """
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = one_line(error)
-        reason = reason if len(reason) < 120 else f"{reason[:120]}..."
-        raise WriteSAEError(
-            f"{name}={str(device)!r:.60} is no device of this machine ({reason}): give cpu, cuda, cuda:1 "
-            "or the like"
-        ) from error
+        arguments.check_device(device)
+    except HookedModelError as error:
+        raise WriteSAEError(f"{name}: {error}") from error
 
 
 def _check_counts(cfg: Any) -> None:

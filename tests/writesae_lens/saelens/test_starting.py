@@ -65,8 +65,8 @@ REFUSED = [
     ({"n_checkpoints": -1}, "n_checkpoints must be"),
     ({"dtype": "bfloat16"}, "dtype='bfloat16' of the runner does not change the SAE, which is in float32"),
     ({"dtype": "flaot32"}, "Invalid dtype"),
-    ({"device": "gpu"}, "device='gpu' is no device of this machine"),
-    ({"act_store_device": "no"}, "act_store_device='no' is no device"),
+    ({"device": "gpu"}, "device: device 'gpu' cannot be used"),
+    ({"act_store_device": "no"}, "act_store_device: device 'no' cannot be used"),
     ({"resume_from_checkpoint": "no/where"}, "no/where is no checkpoint"),
 ]
 OF_ONE = [
@@ -219,7 +219,7 @@ def test_an_sae_that_does_not_fit_its_hook_is_refused_by_both_runners(model, row
         (STATE, {"d_in": 1500}, "set d_in=1536"),
         (HOOK, {"buffer_size_gb": 1e-4}, "buffer_size_gb=0.0001 is less than one batch"),
         (HOOK, {"prompts": 0}, "model_batch_size must be a whole number of at least 1"),
-        (HOOK, {"device": "gpu"}, "device='gpu' is no device"),
+        (HOOK, {"device": "gpu"}, "device: device 'gpu' cannot be used"),
     ],
 )
 def test_a_cache_that_cannot_be_written_is_refused(rows, tmp_path, hook, options, message):
