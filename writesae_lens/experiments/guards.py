@@ -1,0 +1,102 @@
+"""Guards: what a dictionary spends on its stand-ins, and whether it only repeats the writes of its training.
+
+A stand-in can be near to every write and mean nothing: a copy of the write is. These figures stand beside
+what is recovered, so that a dictionary cannot buy it by many bits a write, by free numbers, by features that
+are used once, or by writes that it has seen.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor
+
+from writesae_lens.experiments.subjects import feature_sides
+from writesae_lens.saes.rank1 import Factors, overlaps
+
+SEEN_OFTEN = 5
+"""A feature with fewer uses than this in a text is rare there."""
+# Cosines of writes to training writes that are computed at once: bounds memory.
+_COSINES = 2**26
+
+
+class Guards:
+    """Counts, over firings, of the features that stand-ins are made of.
+
+    A firing *uses* the features of its stand-in: the dominant atom, or every active code. A position without
+    an active atom, or without active codes on both sides, is no firing.
+    """
+
+    def __init__(self) -> None:
+        self._uses: dict[str, Tensor] = {}
+        self._used: list[Int[Tensor, "firing used"]] = []
+        self._active = torch.zeros(0, dtype=torch.bool)
+        self._free = 0
+        self._native: list[Factors] = []
+
+    @torch.no_grad()
+    def add(self, sae: SAE[Any], acts: Float[Tensor, "pos d_sae"], native: Factors) -> None:
+        """Count the firings among some positions.
+
+        Args:
+            sae: the SAE, the same in every call.
+            acts: coefficients of all features.
+            native: the writes there, of rank 1.
+        """
+        sides = {name: slice(side.start, side.stop) for name, side in feature_sides(sae).items()}
+        active = acts > 0
+        fires = torch.stack([active[:, side].any(-1) for side in sides.values()]).all(0)
+        acts, active = acts[fires], active[fires]
+        self._native.append(Factors(*(x[fires] for x in native)))
+        if "atom" in sides:
+            used = torch.zeros_like(active).scatter(1, acts.argmax(-1, keepdim=True), True)
+            self._free += len(acts)
+        else:
+            used = active
+            self._free += int((active.sum(-1) - 1).sum())
+        for name, side in sides.items():
+            self._uses[name] = self._uses.get(name, 0) + used[:, side].sum(0).cpu()
+        any_active = active.any(0).cpu()
+        self._active = self._active | any_active if len(self._active) else any_active
+
+    def summary(self, train: Factors | None = None) -> dict[str, Any]:
+        """The guards' figures; those of which there is nothing are None.
+
+        Args:
+            train: writes that the SAE was trained on, or others of that text, of rank 1.
+
+        Returns:
+            bits: mean over firings of the sum over used features of log2(1 / share), where share is the
+            feature's share of all uses on its side: how many bits naming the features takes, without their
+            coefficients. free_dimensions: how many numbers of a write x -> stand_in(x) follows while the
+            active features stay the same (1 for an atom, n + m - 1 for n key codes and m value codes), mean.
+            seen_share: share of uses, mean over sides, of features that the text uses at least 5 times.
+            nearest_train_cosine: median over firings of the write's cosine to the nearest of ``train``.
+            n_features_active: features that are active at one firing at least.
+        """
+        counts = {name: uses.double() for name, uses in self._uses.items() if bool(uses.any())}
+        n_firings = sum(len(native.key) for native in self._native)
+        summary: dict[str, Any] = dict.fromkeys(("bits", "free_dimensions", "seen_share"))
+        if n_firings:
+            # A sum over firings of their features' bits is one over features of their uses' bits.
+            bits = sum(float(-torch.xlogy(uses, uses / uses.sum()).sum()) for uses in counts.values())
+            seen = [float(uses[uses >= SEEN_OFTEN].sum() / uses.sum()) for uses in counts.values()]
+            summary["bits"] = bits / math.log(2) / n_firings
+            summary["free_dimensions"] = self._free / n_firings
+            summary["seen_share"] = sum(seen) / len(seen)
+        nearest = None
+        if train is not None and n_firings:
+            native = Factors(*(torch.cat(x) for x in zip(*self._native, strict=True)))
+            nearest = float(nearest_cosines(native, train).quantile(0.5))
+        return summary | {"nearest_train_cosine": nearest, "n_features_active": int(self._active.sum())}
+
+
+def nearest_cosines(writes: Factors, others: Factors) -> Float[Tensor, " write"]:
+    """The largest cosine, as matrices, of each write to any of the others; all are of rank 1."""
+    unit, units = writes.normalized(), others.normalized()
+    blocks = torch.arange(len(unit.key), device=unit.key.device).split(max(1, _COSINES // len(units.key)))
+    return torch.cat([overlaps(unit[rows], units).amax(-1) for rows in blocks])
