@@ -1,17 +1,18 @@
-"""Firings: which atoms of an SAE are active at which positions of a passage, and the native writes there."""
+"""Firings: which features of an SAE are active at which positions of a passage, and what they write there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
-from hooked_models.hooked_recurrent import Site
+from hooked_models.hooked_recurrent import Cell, Site, sides_of
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.options import is_whole
 from writesae_lens.experiments.passes import check_finite, native_factors
@@ -20,35 +21,88 @@ from writesae_lens.saes.sae import MatrixSAE
 
 
 class Firings(NamedTuple):
-    """Some firings of one passage: position, atom, coefficient and the native write there."""
+    """Some firings of one passage: what is active, the native write there, and what stands in for it.
+
+    A firing of atoms is a position where one is active; the dominant one is its atom. A firing of codes is a
+    position where codes of both sides are active; its dominant value code is its ``atom``, its dominant key
+    code its ``key_code`` (both as numbers of features), and its coefficient the norm of the stand-in.
+
+    What concerns the stand-in is None where somebody asks for native writes alone.
+    """
 
     position: Int[Tensor, " firing"]
     atom: Int[Tensor, " firing"]
     coefficient: Float[Tensor, " firing"]
     write_key: Float[Tensor, "firing d_k"]
     write_value: Float[Tensor, "firing d_v"]
+    key_code: Int[Tensor, " firing"] | None = None
+    """-1 at the firings of atoms."""
+    stand_key: Float[Tensor, "firing rank d_k"] | None = None
+    stand_value: Float[Tensor, "firing rank d_v"] | None = None
+    features: Int[Tensor, "firing active"] | None = None
+    """The features that the stand-in is made of: the dominant atom, or all active codes."""
+    activations: Float[Tensor, "firing active"] | None = None
+    """Their coefficients; 0 where a firing has fewer active codes than another."""
 
     def subset(self, index: Tensor) -> Firings:
         """The firings of some indices, or of a mask."""
-        return Firings(*(x[index] for x in self))
+        return Firings(*(x if x is None else x[index] for x in self))
 
 
-def native_of(firings: Firings) -> Factors:
-    """The native writes of firings, as factors of rank 1."""
+def native_of(firings: Firings | Activity) -> Factors:
+    """The native writes of firings, or of all positions, as factors of rank 1."""
     return Factors(firings.write_key[:, None].float(), firings.write_value[:, None].float())
 
 
-class Activity(NamedTuple):
-    """Coefficients of all atoms at every position of one passage, and the native writes."""
+def stand_in(firings: Firings) -> Factors:
+    """What takes the place of each firing's native write, at the size that the SAE gives it.
+
+    Atoms: the dominant one times its coefficient, whole, also where it is not of rank 1. Codes: the product
+    of what the active key codes and the active value codes sum to (`MatrixSAE.stand_in_of`), of rank 1.
+    """
+    assert firings.stand_key is not None
+    assert firings.stand_value is not None
+    return Factors(firings.stand_key, firings.stand_value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Activity:
+    """Coefficients of all features at every position of one passage, and the native writes.
+
+    It unpacks as ``acts, write_key, write_value``.
+    """
 
     acts: Float[Tensor, "pos d_sae"]
     write_key: Float[Tensor, "pos d_k"]
     write_value: Float[Tensor, "pos d_v"]
+    n_key: int = 0
+    """How many of the features, the first ones, are key codes; 0 for atoms."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.acts, self.write_key, self.write_value))
 
     @property
     def dominant(self) -> Int[Tensor, " pos"]:
-        """The atom with the largest coefficient at every position; -1 where no atom is active."""
-        return torch.where(self.acts.amax(dim=-1) > 0, self.acts.argmax(dim=-1), -1)
+        """The atom (of codes: the value code) with the largest coefficient; -1 where nothing fires."""
+        own = self.acts[:, self.n_key :]
+        return torch.where(self._fires, own.argmax(dim=-1) + self.n_key, -1)
+
+    @property
+    def dominant_key(self) -> Int[Tensor, " pos"]:
+        """The key code with the largest coefficient; -1 where nothing fires, and with atoms."""
+        if not self.n_key:
+            return torch.full_like(self.acts[:, 0], -1, dtype=torch.long)
+        return torch.where(self._fires, self.acts[:, : self.n_key].argmax(dim=-1), -1)
+
+    @property
+    def _fires(self) -> Bool[Tensor, " pos"]:
+        sides = self.acts[:, : self.n_key], self.acts[:, self.n_key :]
+        return torch.stack([side.amax(dim=-1) > 0 for side in sides if side.shape[1]]).all(dim=0)
+
+
+def is_codes(sae: SAE[Any]) -> bool:
+    """Whether an SAE's features are key codes and value codes rather than atoms."""
+    return isinstance(sae, MatrixSAE) and sae.cfg.decoder == "codes"
 
 
 @torch.no_grad()
@@ -68,16 +122,67 @@ def activity(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tens
         acts = sae.encode_factors(key, value)
     else:
         acts = sae.encode((key[:, :, None] * value[:, None, :]).flatten(1))
-    check_finite("coefficients of the SAE's atoms", acts)
-    return Activity(acts, key, value)
+    check_finite("coefficients of the SAE's features", acts)
+    return Activity(acts, key, value, sae.cfg.n_key if is_codes(sae) else 0)
 
 
 def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tensor, " pos"]) -> Firings:
-    """The firings of one passage: the dominant atom at each position where any atom is active."""
-    acts, key, value = activity(model, sae, site, tokens)
-    coefficient, atom = acts.max(dim=-1)
-    fires = (coefficient > 0).nonzero().squeeze(-1)
-    return Firings(fires, atom[fires], coefficient[fires].float(), key[fires], value[fires])
+    """The firings of one passage; see `Firings`."""
+    return firings_of(sae, site.cell, activity(model, sae, site, tokens))
+
+
+@torch.no_grad()
+def firings_of(sae: SAE[Any], cell: Cell, active: Activity) -> Firings:
+    """The firings among the positions of one passage."""
+    at = (active.dominant >= 0).nonzero().squeeze(-1)
+    atom, acts = active.dominant[at], active.acts[at]
+    if is_codes(sae):
+        assert isinstance(sae, MatrixSAE)
+        stand = Factors(*(f.float() for f in sae.stand_in_of(acts)))
+        coefficient = stand.norm()
+        count = int((acts != 0).sum(dim=-1).max()) if len(at) else 1
+        activations, features = acts.float().topk(count, dim=-1)
+    else:
+        coefficient = acts.gather(-1, atom[:, None]).squeeze(-1).float()
+        atoms = atom_factors(sae, atom, cell.d_k, cell.d_v)
+        stand = Factors(atoms.key * coefficient[:, None, None], atoms.value)
+        features, activations = atom[:, None], coefficient[:, None]
+    keys, values = active.write_key[at], active.write_value[at]
+    key_code = active.dominant_key[at]
+    return Firings(at, atom, coefficient, keys, values, key_code, *stand, features, activations)
+
+
+@torch.no_grad()
+def contribution(
+    sae: SAE[Any], acts: Float[Tensor, "pos d_sae"], feature: int, cell: Cell | None = None
+) -> Factors:
+    """The matrix with which one feature takes part in the stand-in at each position; zero where inactive.
+
+    An atom: itself times its coefficient. A value code j: key^ (b_j w_j)^T, with key^ the sum of the active
+    key codes. A key code i: (a_i u_i) value^^T, with value^ the sum of the active value codes.
+
+    Args:
+        sae: the SAE.
+        acts: coefficients of all its features.
+        feature: number of the feature.
+        cell: the SAE's cell, for a flat SAE that does not say what sides its atoms have.
+
+    Raises:
+        WriteSAEError: a flat SAE says no sides, and no cell is given.
+    """
+    check_atom(sae, feature)
+    if is_codes(sae):
+        assert isinstance(sae, MatrixSAE)
+        side = sae.key_codes if feature in sae.key_codes else sae.value_codes
+        alone = acts.clone()
+        alone[:, side.start : side.stop] = 0
+        alone[:, feature] = acts[:, feature]
+        return Factors(*(f.float() for f in sae.stand_in_of(alone)))
+    sides = (cell.d_k, cell.d_v) if cell is not None else sides_of(sae)
+    if sides is None:
+        raise WriteSAEError("this flat SAE does not say which sides its atoms have: give its cell too")
+    atom = atom_factors(sae, torch.tensor([feature], device=acts.device), *sides)
+    return Factors(atom.key * acts[:, feature, None, None].float(), atom.value.expand(len(acts), -1, -1))
 
 
 def check_any_fires(n_firings: int, n_tested: int, passages: Int[Tensor, "passage pos"]) -> None:
@@ -96,7 +201,7 @@ def check_any_fires(n_firings: int, n_tested: int, passages: Int[Tensor, "passag
 
 
 def _dominant(activities: Sequence[Activity], passages: Int[Tensor, "passage pos"]) -> Int[Tensor, " firing"]:
-    """The atom of every firing.
+    """The atom (of codes: the value code) of every firing.
 
     Raises:
         WriteSAEError: no atom fires.
@@ -115,10 +220,13 @@ def draw_atoms(
 ) -> Int[Tensor, " atom"]:
     """A random choice of ``n_atoms`` atoms that fire (all, where there are fewer), sorted, on the CPU.
 
+    Of codes: among those that dominate either side at some firing.
+
     Raises:
         WriteSAEError: no atom fires.
     """
-    alive = _dominant(activities, passages).unique().cpu()
+    keys = torch.cat([x.dominant_key for x in activities])
+    alive = torch.cat([_dominant(activities, passages), keys[keys >= 0]]).unique().cpu()
     return alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
 
 
@@ -135,7 +243,7 @@ def check_atom(sae: SAE[Any], atom: int | None) -> None:
 def choose_atom(
     atom: int | None, activities: Sequence[Activity], passages: Int[Tensor, "passage pos"]
 ) -> int:
-    """The given atom, or the one that fires most often.
+    """The given atom, or the one that fires most often (of codes: the most frequent value code).
 
     Raises:
         WriteSAEError: the atom is active nowhere, or no atom fires.
@@ -157,10 +265,12 @@ def median_write_norm(activities: Sequence[Activity]) -> float:
 def atom_factors(sae: SAE[Any], atoms: Int[Tensor, " atom"], d_k: int, d_v: int) -> Factors:
     """Chosen decoder atoms as factors; the atoms of a flat SAE get rank d_v (column by column).
 
+    A code counts as the matrix that it has with the other side at the cell's mean (`MatrixSAE.W_dec`).
+
     Raises:
         WriteSAEError: an atom is not finite.
     """
-    if isinstance(sae, MatrixSAE) and sae.cfg.decoder == "factored":
+    if isinstance(sae, MatrixSAE) and sae.cfg.decoder != "dense":
         factors = Factors(*(f[atoms].float() for f in sae.decoder_factors()))
         check_finite("SAE's atoms", *factors)
         return factors

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.unembedding import rounding_kl
-from writesae_lens.experiments.firings import Firings, atom_factors
+from writesae_lens.experiments.firings import Firings, atom_factors, is_codes
 from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite, wide
 from writesae_lens.saes.rank1 import Factors
+from writesae_lens.saes.sae import MatrixSAE
 
 Random = Literal["gaussian", "atom", "orthogonal", "native_marginals"]
 RANDOM: tuple[Random, ...] = get_args(Random)
@@ -64,15 +65,18 @@ def random_like(
     """One random matrix a firing, of any norm.
 
     Args:
-        kind: gaussian: rank 1, standard normal factors; atom: another atom of the dictionary; orthogonal:
-            rank 1, key and value orthogonal to those of the native write; native_marginals: rank 1, each
-            coordinate of key and value drawn from that coordinate's values at the other firings of the
-            passage (a control that has the scale of every channel).
+        kind: gaussian: rank 1, standard normal factors; atom: another atom of the dictionary, or as many
+            other codes of the same sides at the same coefficients; orthogonal: rank 1, key and value
+            orthogonal to those of the native write; native_marginals: rank 1, each coordinate of key and
+            value drawn from that coordinate's values at the other firings of the passage (a control that has
+            the scale of every channel).
         every: all firings of the passage.
         kept: indices of the firings that the matrices are for.
     """
     firings = every.subset(kept)
     count, device = len(firings.atom), firings.atom.device
+    if kind == "atom" and is_codes(sae):
+        return _other_codes(sae, firings, rng)
     if kind == "atom":
         shift = torch.randint(1, max(2, sae.cfg.d_sae), (count,), generator=rng).to(device)
         return atom_factors(sae, (firings.atom + shift) % sae.cfg.d_sae, cell.d_k, cell.d_v)
@@ -89,6 +93,20 @@ def random_like(
             x = x - (x * unit).sum(-1, keepdim=True) * unit
         factors.append(x)
     return Factors(factors[0][:, None], factors[1][:, None])
+
+
+def _other_codes(sae: SAE[Any], firings: Firings, rng: torch.Generator) -> Factors:
+    """Stand-ins in which all codes of a side are moved on by one random number, around its end."""
+    assert isinstance(sae, MatrixSAE)
+    assert firings.features is not None
+    assert firings.activations is not None
+    features, acts = firings.features, firings.activations.new_zeros(len(firings.atom), sae.cfg.d_sae)
+    for side in (sae.key_codes, sae.value_codes):
+        further = torch.randint(1, max(2, len(side)), (len(features), 1), generator=rng).to(features.device)
+        other = (features - side.start + further) % len(side) + side.start
+        of_side = (features >= side.start) & (features < side.stop)
+        acts.scatter_add_(1, other, firings.activations.masked_fill(~of_side, 0))
+    return Factors(*(f.float() for f in sae.stand_in_of(acts)))
 
 
 def swapped_logits(
