@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from hooked_models import calls, edits
+from hooked_models import calls, edits, recordings
 from hooked_models.caches import cached, pop_cache, refuse_unknown
 from hooked_models.errors import HookedModelError
 from hooked_models.head_hooks import HeadHooks, fire, fire_copy
@@ -236,6 +236,7 @@ class HookedMixer(GeneralizedComponent):
             outputs = swapped.outputs(self, recurrence)
         else:
             recurrence = self._fire_factors(recurrence).idle_at(None if real is None else ~real)
+            recordings.record(self, recurrence)
             outputs = self._recur(recurrence, cache, real)
         if added is not None and not added.linear:
             outputs = added.added_to(outputs, recurrence, real)
