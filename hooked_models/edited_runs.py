@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from hooked_models.caches import repeated
 from hooked_models.edits import AddedWrites, SwappedWrites
 from hooked_models.errors import HookedModelError
-from hooked_models.unembedding import run_to_logits
+from hooked_models.unembedding import run_to_logits, run_to_residual
 
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import Cell, HookedRecurrent
@@ -66,7 +67,51 @@ def run_with_added_writes(
     past_key_values: Any,
 ) -> Tensor:
     """See `HookedRecurrent.run_with_added_writes`."""
-    positions = _checked(tokens, cell, positions, keys, values, ())
+    rows, options = _rows_with_added_writes(
+        model, tokens, cell, positions, keys, values, linear, past_key_values
+    )
+    with _dual_level() if linear else contextlib.nullcontext():
+        logits = run_to_logits(model, rows, **options)
+        if not linear:
+            return logits
+        change = forward_ad.unpack_dual(logits).tangent
+        return torch.zeros_like(logits) if change is None else change
+
+
+@torch.no_grad()
+def residual_with_added_writes(
+    model: HookedRecurrent,
+    tokens: Int[Tensor, " pos"],
+    cell: Cell,
+    positions: Int[Tensor, " row"],
+    keys: Float[Tensor, "row *rank d_k"],
+    values: Float[Tensor, "row *rank d_v"],
+    past_key_values: Any = None,
+) -> Float[Tensor, "row pos d_model"]:
+    """The residual stream after the last layer in a run with added writes; nothing is unembedded.
+
+    `hooked_models.unembedding.logits_of` gives the logits of the positions that are wanted. The arguments are
+    those of `HookedRecurrent.run_with_added_writes`.
+    """
+    rows, options = _rows_with_added_writes(
+        model, tokens, cell, positions, keys, values, False, past_key_values
+    )
+    return run_to_residual(model, rows, **options)
+
+
+def _rows_with_added_writes(
+    model: HookedRecurrent,
+    tokens: Tensor,
+    cell: Cell,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    linear: bool,
+    past_key_values: Any,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The tokens of all rows, and the options of a forward pass of them with the edit."""
+    rank = tuple(keys.shape[1:2]) if keys.ndim == 3 else ()
+    positions = _checked(tokens, cell, positions, keys, values, rank)
     mixer = model.mixers[cell.layer]
     past: dict[str, Any] = {"use_cache": False}
     if past_key_values is not None:
@@ -77,12 +122,7 @@ def run_with_added_writes(
             )
         past = {"use_cache": True, "past_key_values": repeated(past_key_values, len(positions))}
     edit = AddedWrites(mixer, cell.head, positions, keys, values, linear)
-    with _dual_level() if linear else contextlib.nullcontext():
-        logits = run_to_logits(model, tokens.expand(len(positions), -1), edit=edit, **past)
-        if not linear:
-            return logits
-        change = forward_ad.unpack_dual(logits).tangent
-        return torch.zeros_like(logits) if change is None else change
+    return tokens.expand(len(positions), -1), past | {"edit": edit}
 
 
 def _checked(

@@ -87,12 +87,12 @@ class SwappedWrites:
 
 @dataclasses.dataclass(frozen=True)
 class AddedWrites:
-    """One write key value^T a row of a batch, added at one position to a cell's native writes.
+    """One write a row of a batch, added at one position to a cell's native writes.
 
     Args:
         mixer, head: the cell.
         positions: of each row's added write.
-        keys, values: its factors.
+        keys, values: its factors: key value^T, or the sum of it over rank.
         linear: whether the rest of the model sees the change of the layer's output as a tangent of
             forward-mode differentiation instead of as a change.
     """
@@ -100,8 +100,8 @@ class AddedWrites:
     mixer: nn.Module
     head: int
     positions: Int[Tensor, " row"]
-    keys: Float[Tensor, "row d_k"]
-    values: Float[Tensor, "row d_v"]
+    keys: Float[Tensor, "row *rank d_k"]
+    values: Float[Tensor, "row *rank d_v"]
     linear: bool
 
     def added_to(
@@ -114,15 +114,16 @@ class AddedWrites:
 
         Nothing is added at padding, where ``real`` is False (None: nowhere).
         """
-        rec = recurrence.heads(self.head).with_erase_vector()
+        # The state is linear in the writes, so the added ones contribute what each would write alone: a head
+        # for each of them, with the cell's transitions and reads.
+        keys, values = (x if x.ndim == 3 else x[:, None] for x in (self.keys, self.values))
+        rec = recurrence.with_erase_vector().heads(*[self.head] * keys.shape[1])
         here = torch.arange(outputs.shape[1], device=outputs.device) == self.positions[:, None]
         here = here if real is None else here & real
-        # The state is linear in the writes, so the added one contributes what it would write alone.
-        keys = here[:, :, None, None] * self.keys[:, None, None].to(rec.k)
-        values = self.values[:, None, None].to(rec.v).expand_as(rec.v)
-        change, _ = scan(dataclasses.replace(rec, k=keys, v=values))
+        keys = here[:, :, None, None] * keys[:, None].to(rec.k)
+        change, _ = scan(dataclasses.replace(rec, k=keys, v=values[:, None].to(rec.v).expand_as(rec.v)))
         changed = outputs.clone()
-        changed[:, :, self.head] += change[:, :, 0]
+        changed[:, :, self.head] += change.sum(dim=2)
         return changed
 
 

@@ -42,11 +42,18 @@ def run_to_logits(model: HookedRecurrent, tokens: Any, **options: Any) -> Float[
     """
     if not in_half_precision(model) or any(is_listened_to(point) for point in _last_hooks(model)):
         return model.forward(tokens, **options)
-    return logits_of(model, _last_residual(model, tokens, **options))
+    return logits_of(model, run_to_residual(model, tokens, **options))
 
 
-def _last_residual(model: HookedRecurrent, tokens: Any, **options: Any) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream after the last layer, from a pass that unembeds nothing."""
+def run_to_residual(
+    model: HookedRecurrent, tokens: Any, **options: Any
+) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream after the last layer, from a pass that unembeds nothing.
+
+    Args:
+        model: the model.
+        tokens, **options: as for `run_to_logits`.
+    """
     own, seen = threading.get_ident(), []
 
     def see(norm: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -113,7 +120,7 @@ def rounding_kl(
     """
     if not in_half_precision(model):
         return torch.zeros(len(positions), device=positions.device)
-    residual = _last_residual(model, tokens[None], use_cache=False)[0, positions]
+    residual = run_to_residual(model, tokens[None], use_cache=False)[0, positions]
     eps = torch.finfo(_unembedding(model).weight.dtype).eps
     in_half = torch.finfo(residual.dtype).bits < 32
     n_roundings = len(model.blocks) - layer if in_half else 1
@@ -129,8 +136,9 @@ def rounding_kl(
 
 
 def _normed(model: HookedRecurrent, residual: Float[Tensor, "*batch d_model"]) -> Tensor:
-    """The last norm, in float32."""
-    return copy.deepcopy(model.ln_final.original_component).float()(residual.float())
+    """The last norm, in float32 at least."""
+    wide = torch.promote_types(_unembedding(model).weight.dtype, torch.float32)
+    return copy.deepcopy(model.ln_final.original_component).to(wide)(residual.to(wide))
 
 
 def _unembedding(model: HookedRecurrent) -> Any:
@@ -148,7 +156,7 @@ def _cuts(model: HookedRecurrent) -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 def _unembedded(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nn.functional.linear(hidden, weight.float(), None if bias is None else bias.float())
+    return nn.functional.linear(hidden, weight.to(hidden), None if bias is None else bias.to(hidden))
 
 
 def _last_hooks(model: HookedRecurrent) -> list[nn.Module]:

@@ -174,11 +174,16 @@ def divergence(
     """KL in nats. It is second order in the shift of the logits, so small KLs need float64 sums."""
     values = []
     for p, b in zip(patched.split(64), base.split(64), strict=True):
-        log_p, log_b = log_probabilities(p), log_probabilities(b)
-        if kl == "base_patched":
-            log_p, log_b = log_b, log_p
-        values.append((log_p.exp() * (log_p - log_b)).sum(-1).clamp(min=0))
+        values.append(divergence_of(log_probabilities(p), log_probabilities(b), kl))
     return torch.cat(values)
+
+
+def divergence_of(
+    log_patched: Float[Tensor, "firing d_vocab"], log_base: Float[Tensor, "firing d_vocab"], kl: str
+) -> Float[Tensor, " firing"]:
+    """`divergence` of log-probabilities."""
+    log_p, log_b = (log_base, log_patched) if kl == "base_patched" else (log_patched, log_base)
+    return (log_p.exp() * (log_p - log_b)).sum(-1).clamp(min=0)
 
 
 def logits_floor(base: Float[Tensor, "firing d_vocab"]) -> Float[Tensor, " firing"]:
