@@ -53,7 +53,8 @@ def _run(experiment: Experiment, given: dict[str, Any]) -> None:
     subject: Any = loaded.saes[0] if loaded.saes else loaded.cell
     if _subject_of(experiment).name == "saes":
         subject = loaded.saes
-        if get_origin(_subject_of(experiment).annotation) is Mapping:
+        annotation = _subject_of(experiment).annotation
+        if Mapping in map(get_origin, (annotation, *get_args(annotation))):
             subject = dict(zip(references, loaded.saes, strict=True))
     out: Path = given.pop("out")
     progress = out / "progress"

@@ -2,7 +2,7 @@
 
 One module an experiment, named like its command; each declares itself in `catalogue.EXPERIMENTS`, and is
 imported here whatever its name. Where a module and its function have one name (``amplify``, ``compare``,
-``selectivity``), the name in this package is the function.
+``selectivity``, ``stability``), the name in this package is the function.
 """
 
 from importlib import import_module
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the lines above are the real imports; these are for type ch
     from writesae_lens.experiments.selectivity import selectivity as selectivity
     from writesae_lens.experiments.sign import sign_test as sign_test
     from writesae_lens.experiments.splice import splice_test as splice_test
+    from writesae_lens.experiments.stability import stability as stability
     from writesae_lens.experiments.trace import reader_trace as reader_trace
 
 __all__ = ["EXPERIMENTS", "Experiment", "ExperimentResult", "as_passages"]
