@@ -16,6 +16,7 @@ from hooked_models import HookedModelError, HookedRecurrent
 from hooked_models.errors import one_line
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.saelens import checks, continuing, texts
+from writesae_lens.saelens.store import keep_reads
 from writesae_lens.saes.config import WriteSAETrainingConfig
 
 # SAELens asks for batches of prompts until one has a token to train on. After 20 batches in a row of 20,000
@@ -56,6 +57,11 @@ def init_runner(original: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
         checks.check_sites(runner.model, saes | {name: sae.cfg for name, sae in made.items()}, hooks, cfg)
         if not several and given_saes is None and cfg.from_pretrained_path is not None:
             runner.sae = continuing.with_options_of_the_run(runner.sae, cfg)
+        trained = runner.saes if several else {"": runner.sae}
+        configs: dict[str, list[Any]] = {hook: [] for hook in hooks.values()}
+        for name, sae in trained.items():
+            configs[hooks[name]].append(sae.cfg)
+        keep_reads(runner.activations_store, configs)
 
 
 def init_cache_runner(original: Any, runner: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,6 +73,8 @@ def init_cache_runner(original: Any, runner: Any, cfg: Any, *args: Any, **kwargs
     if isinstance(runner.model, HookedRecurrent):
         runner.model.check_hook_names([cfg.hook_name])
         checks.check_site(runner.model, cfg.hook_name, cfg)
+        # The SAE that will train on the cache is not known here: what SAEs train on unless told otherwise.
+        keep_reads(runner.activations_store, {cfg.hook_name: [WriteSAETrainingConfig]})
 
 
 def init_store(original: Any, store: Any, *args: Any, **kwargs: Any) -> None:

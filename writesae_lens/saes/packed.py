@@ -1,13 +1,13 @@
-"""Flattened writes stored as their factors: 1.5 KiB with the read vector, instead of 64 KiB (128 x 128).
+"""Flattened writes stored as their factors: 1 KiB, and 0.5 KiB a read, instead of 64 KiB (128 x 128).
 
 SAELens's activation store copies, shuffles and slices rows of d_k * d_v numbers. `PackedWrites` has that
-shape but stores key, value and read vector. The operations that the store uses act on these; any other
-operation builds the matrices first.
+shape but stores key, value and the vectors with which tokens read the write. The operations that the store
+uses act on these; any other operation builds the matrices first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +23,18 @@ _IN_PLACE = "packed writes are products of factors and cannot be changed in plac
 
 
 class Write(NamedTuple):
-    """One head's writes, and the vectors with which their own tokens read the state, where known."""
+    """One head's writes, and how they are read, where that is known.
+
+    ``reads[..., 0, :]`` is the vector q_t with which the write's own token reads the state. The others are
+    reads of later tokens, pulled back to the write (`hooked_models.recurrence.later_reads`), so that X^T r is
+    what the write X contributes to that read; zero where the passage has ended. ``distances`` says how many
+    tokens after the write each of these later ones is.
+    """
 
     key: Float[Tensor, "*batch 1 d_k"]
     value: Float[Tensor, "*batch 1 d_v"]
-    read: Float[Tensor, "*batch 1 d_k"] | None = None
+    reads: Float[Tensor, "*batch n_reads d_k"] | None = None
+    distances: tuple[int, ...] | None = None
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -36,6 +43,20 @@ class Write(NamedTuple):
     @property
     def factors(self) -> Factors:
         return Factors(self.key, self.value)
+
+    @property
+    def read(self) -> Tensor | None:
+        return None if self.reads is None else self.reads[..., :1, :]
+
+    def reads_at(self, distances: Sequence[int]) -> Float[Tensor, "*batch n_reads d_k"] | None:
+        """The own token's read and those of later tokens at these distances, as far as they are here.
+
+        Where ``distances`` of the writes is None, ``reads`` are taken as they are.
+        """
+        if self.reads is None or self.distances is None or self.distances == tuple(distances):
+            return self.reads
+        places = [0, *(1 + self.distances.index(h) for h in distances if h in self.distances)]
+        return self.reads[..., places, :]
 
 
 class PackedWrites(torch.Tensor):
@@ -94,11 +115,11 @@ class PackedWrites(torch.Tensor):
 
 
 def _map(x: PackedWrites, function: Callable[[Tensor], Tensor]) -> PackedWrites:
-    """Apply a function that leaves the last two axes alone to every part ``[*batch, 1, d]``."""
+    """Apply a function that leaves the last two axes alone to every part ``[*batch, n, d]``."""
 
     def mapped(write: Write) -> Write:
-        read = None if write.read is None else function(write.read)
-        return Write(function(write.key), function(write.value), read)
+        reads = None if write.reads is None else function(write.reads)
+        return Write(function(write.key), function(write.value), reads, write.distances)
 
     return PackedWrites(*map(mapped, x.blocks))
 
@@ -148,12 +169,21 @@ def _cat(tensors: list[Any], dim: int = 0) -> PackedWrites | None:
     if len({tuple((b.key.shape[-1], b.value.shape[-1]) for b in x.blocks) for x in tensors}) > 1:
         return None
 
-    def joined(parts: list[Tensor | None]) -> Any:
-        present = [p for p in parts if p is not None]
-        return torch.cat(present, dim) if len(present) == len(parts) else None
+    return PackedWrites(*(_joined(writes, dim) for writes in zip(*(x.blocks for x in tensors))))
 
-    heads = zip(*(x.blocks for x in tensors))
-    return PackedWrites(*(Write(*map(joined, map(list, zip(*writes)))) for writes in heads))
+
+def _joined(writes: Sequence[Write], dim: int) -> Write:
+    """One head's writes along a batch axis. Reads that not all have, later ones too, are left out."""
+    first = writes[0]
+    kinds = {(w.distances, 0 if w.reads is None else w.reads.shape[-2]) for w in writes}
+    alike = len(kinds) == 1
+    reads: list[Tensor] = [w.reads if alike else w.reads[..., :1, :] for w in writes if w.reads is not None]
+    return Write(
+        torch.cat([w.key for w in writes], dim),
+        torch.cat([w.value for w in writes], dim),
+        torch.cat(reads, dim) if len(reads) == len(writes) else None,
+        first.distances if alike else (),
+    )
 
 
 def _to(x: PackedWrites, **options: Any) -> PackedWrites | None:
