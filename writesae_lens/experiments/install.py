@@ -108,7 +108,7 @@ def install_tokens(
         (at the first step, from 1), rank_shift (how many ranks it rose), lift (of the first step's
         log-probability, nats), in_continuation, native_in_continuation, control_in_continuation,
         control_lift, continuation and native_continuation (token ids, as JSON). ``summary`` has
-        target_in_continuation with a 95% interval, native_target_in_continuation,
+        target_in_continuation with a 95% interval (bootstrap over prompts), native_target_in_continuation,
         control_target_in_continuation, median_rank_shift, mean_lift, mean_control_lift, n_already_first (the
         edits whose target comes first natively, and so has nothing to gain there), first_token (how often the
         target comes first, of the other edits; None where there are none), and all of these by_stratum and
@@ -147,7 +147,7 @@ def install_tokens(
         return frame.assign(prompt=np.arange(len(passages))[groups[n]][frame.prompt])
 
     records = run.records(range(len(groups)), install, "Installing", unit="batch")
-    summary: dict[str, Any] = {**_summarize(records), "n_prompts": len(passages)}
+    summary: dict[str, Any] = {**_summarize(records, seed), "n_prompts": len(passages)}
     interval = statistics.between(summary["target_in_continuation_ci"], ".1%")
     headline = (
         f"target in continuation {summary['target_in_continuation']:.1%}{interval}, natively "
@@ -312,9 +312,10 @@ def _of_norm(
     return (unit[0] * sizes[..., None])[..., None] * unit[1][..., None, :]
 
 
-def _summarize(records: pd.DataFrame) -> dict[str, Any]:
+def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     summary = _rates(records)
-    summary["target_in_continuation_ci"] = statistics.wilson_interval(records.in_continuation)
+    said = statistics.cluster_bootstrap(records.in_continuation, records.prompt, seed)
+    summary["target_in_continuation_ci"] = said
     summary["n_installs"] = len(records)
     for column in ("stratum", "magnitude"):
         found = records.groupby(column, sort=False)
@@ -354,7 +355,7 @@ def plot_install(result: ExperimentResult) -> Figure:
         axis.set_title(f"By {column}", fontsize=11, loc="left")
     axes[0].set_ylabel(f"target in the next {summary['n_tokens']} tokens")
     axes[1].legend(frameon=False, fontsize=9)
-    low, high = summary["target_in_continuation_ci"]
+    interval = statistics.between(summary["target_in_continuation_ci"], ".1%")
     said = f"Target said in {summary['target_in_continuation']:.1%} of {summary['n_installs']:,} installs"
-    figure.suptitle(f"{said} ({low:.1%} to {high:.1%})", fontsize=11, x=0.02, ha="left")
+    figure.suptitle(said + interval, fontsize=11, x=0.02, ha="left")
     return figure

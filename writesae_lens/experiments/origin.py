@@ -35,6 +35,11 @@ ORIGIN = (
     "date",
 )
 """Entries of every result's summary that say what it was measured on and how, beside model, hook and SAEs."""
+N_GRAM_TABLE = (
+    "layer 0: its writes are functions of the token (and its neighbours in the convolution) alone, an n-gram "
+    "table"
+)
+"""The warning for cells of the first layer, where a dictionary need only know which tokens stand there."""
 HALF_PRECISION = ("bfloat16", "float16")
 # What is read is compared with the training text in pieces of 40 characters, one every 100, or 400 in all.
 _PIECE, _STRIDE, _MOST_PIECES = 40, 100, 400
@@ -67,7 +72,7 @@ def origin_of(
     Raises:
         WriteSAEError: the SAEs are of different models.
     """
-    found = _warnings(model, saes, passages)
+    found = _warnings(model, saes, hooks, passages)
     for warning in found:
         warnings.warn(warning, ResultWarning, stacklevel=5)
     return {
@@ -119,9 +124,13 @@ def dtype_of(model: HookedRecurrent) -> str:
     return str(next(weights).dtype).removeprefix("torch.")
 
 
-def _warnings(model: HookedRecurrent, saes: Sequence[SAE[Any]], passages: Passages) -> list[str]:
+def _warnings(
+    model: HookedRecurrent, saes: Sequence[SAE[Any]], hooks: Sequence[str], passages: Passages
+) -> list[str]:
     """What speaks against a result's figures, a line each."""
     found, dtype = [], dtype_of(model)
+    if any(model.site(hook).cell.layer == 0 for hook in hooks):
+        found.append(N_GRAM_TABLE)
     if dtype in HALF_PRECISION:
         found.append(f"the model is in {dtype}, so small effects may be rounding: repeat it in float32")
     named = {_plain_name(name): name for sae in saes if (name := sae.cfg.metadata.model_name)}

@@ -14,18 +14,31 @@ from scipy import stats
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.firings import atom_factors, check_any_fires, find_firings, native_cosines
+from writesae_lens.experiments.firings import (
+    Firings,
+    atom_factors,
+    check_any_fires,
+    find_firings,
+    native_cosines,
+    native_of,
+)
 from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
+from writesae_lens.experiments.sides import is_codes, side_cosines, sides_of
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, new_figure
+from writesae_lens.saes.sae import MatrixSAE
 
+EVIDENCE = -10.0
+"""Largest delta BIC that is taken for evidence of two classes ("very strong" in Kass and Raftery, 1995)."""
 CLASS_COLORS = {"register": ATOM, "bundle": DELETE}
+_PLURALS = {"atom": "atoms", "key": "key codes", "value": "value codes"}
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -54,11 +67,16 @@ def partition_atoms(
     """Divide the atoms into registers, bundles and dead atoms by their alignment with native writes.
 
     An atom's alignment is the median, over its firings, of the signed cosine between its matrix and the
-    native write. A two-component Gaussian mixture on these medians divides the
-    atoms that fire: *registers* are those at or above the cosine where the posterior of the component with
-    the larger mean rises through 1/2, *bundles* those below. *Dead* atoms fire at no position of these
-    passages; they may fire in other text. The mixture divides any atoms in two: ``delta_bic`` measures
-    whether there are two kinds at all.
+    native write (of a code: with its own side of the write, over the positions where it is the dominant code
+    of that side). A two-component Gaussian mixture on these medians divides the atoms that fire: *registers*
+    are those at or above the cosine where the posterior of the component with the larger mean rises through
+    1/2, *bundles* those below; key codes and value codes are divided each by themselves. *Dead* atoms fire at
+    no position of these passages; they may fire in other text.
+
+    The classes are names for more and less aligned, by cosine alone. A mixture divides any atoms in two:
+    whether there are two kinds at all is said by ``delta_bic``, and only at -10 or less is there evidence
+    (``two_classes``). Atoms that start as training writes (``init_from_writes``, the default of this package)
+    are aligned with writes by construction: their cosines are no finding.
 
     Args:
         model: the model that the SAE was trained on.
@@ -78,12 +96,13 @@ def partition_atoms(
     Returns:
         a result. ``records`` has one row per atom of the dictionary: atom, n_firings, median_cosine
         (in [-1, 1]; NaN if dead), class ("register", "bundle", "rare" or "dead"), posterior (of the
-        register component, as the mixture has it; NaN where it has none). ``summary`` has the counts
-        n_register, n_bundle, n_rare and n_dead, delta_bic (of two components against one, negative where
-        two are better), bic_by_order, register_median_cosine, threshold (a cosine), n_register_by_threshold,
-        stability (mean adjusted Rand index between seeds) and the mixture (weights, means, deviations,
-        lower component first). With fewer than 4 atoms, or equal cosines, there is no mixture: these
-        figures are None and all atoms registers.
+        register component, as the mixture has it; NaN where it has none), side ("atom"; of codes "key" or
+        "value"). ``summary`` has the counts n_register, n_bundle, n_rare and n_dead, delta_bic (of two
+        components against one, negative where two are better), two_classes (whether it is -10 or less),
+        bic_by_order, register_median_cosine, threshold (a cosine), n_register_by_threshold, stability (mean
+        adjusted Rand index between seeds) and the mixture (weights, means, deviations, lower component
+        first). With fewer than 4 atoms, or equal cosines, there is no mixture: these figures are None and all
+        atoms registers. Of codes the figures are those of the value codes, and by_side has both sides'.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, no atom fires, or none
@@ -93,35 +112,68 @@ def partition_atoms(
     run = Run("partition", model, sae, passages, locals(), parts_depend_on_options=False)
 
     def align(n: int) -> pd.DataFrame:
-        firings = find_firings(model, sae, site, passages[n])
-        cosine = native_cosines(firings, atom_factors(sae, firings.atom, site.cell.d_k, site.cell.d_v))
-        columns = {"position": firings.position, "atom": firings.atom, "cosine": cosine.cpu().double()}
-        return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+        return _alignments(sae, site.cell, find_firings(model, sae, site, passages[n]))
 
-    firings = run.records(range(len(passages)), align, "Firings")
-    kept = firings.loc[firings.position >= skip_positions]
-    check_any_fires(len(firings), len(kept), passages)
+    rows = run.records(range(len(passages)), align, "Firings")
+    kept = rows.loc[rows.position >= skip_positions]
+    check_any_fires(len(rows), len(kept), passages)
+    sides = sides_of(sae)
+    parts, by_side = [], {}
+    for side, features in sides.items():
+        own, split = _divide(kept, features, min_firings, seed)
+        cosines = own.loc[own["class"].isin(["register", "bundle"]), "median_cosine"].to_numpy()
+        if not cosines.size:
+            raise WriteSAEError(
+                f"{(own['n_firings'] > 0).sum()} {_PLURALS[side]} fire, but none min_firings={min_firings} "
+                f"times in {own['n_firings'].sum()} firings: give more text or a smaller min_firings"
+            )
+        parts.append(own.assign(side=side))
+        by_side[side] = _summarize(own, cosines, split, thresholds, orders, n_seeds, seed)
+    summary = {"n_firings": len(kept) // len(sides), "n_passages": len(passages), **by_side[[*sides][-1]]}
+    if len(sides) > 1:
+        summary["by_side"] = by_side
+    said = [_headline(side, found) for side, found in by_side.items()]
+    if getattr(sae.cfg, "init_from_writes", True) and isinstance(sae, MatrixSAE):
+        said.append("atoms that start as training writes are registers by construction")
+    return run.result(pd.concat(parts, ignore_index=True), summary, "; ".join(said))
 
-    records, split = _divide(kept, sae.cfg.d_sae, min_firings, seed)
-    cosines = records.loc[records["class"].isin(["register", "bundle"]), "median_cosine"].to_numpy()
-    if not cosines.size:
-        raise WriteSAEError(
-            f"{kept.atom.nunique()} atoms fire, but none min_firings={min_firings} times in {len(kept)} "
-            "firings: give more text or a smaller min_firings"
-        )
-    summary = {
-        "n_firings": len(kept),
-        "n_passages": len(passages),
-        **_summarize(records, cosines, split, thresholds, orders, n_seeds, seed),
-    }
-    delta = summary["delta_bic"]
-    divided = f"{summary['n_register']} registers, {summary['n_bundle']} bundles, {summary['n_dead']} dead"
-    headline = (
-        f"{cosines.size} atoms not divided: too few, or of one cosine; {summary['n_dead']} dead"
-        if split is None
-        else f"{divided}, delta BIC {'none' if delta is None else f'{delta:.1f}'}"
+
+def _headline(side: str, found: dict[str, Any]) -> str:
+    """The classes of one side, and whether there is evidence for them."""
+    n_register, n_bundle, n_dead, delta = (
+        found[name] for name in ("n_register", "n_bundle", "n_dead", "delta_bic")
     )
-    return run.result(records, summary, headline)
+    what = _PLURALS[side]
+    if found["mixture"] is None:
+        return f"{n_register} {what} not divided: too few, or of one cosine; {n_dead} dead"
+    of = "" if side == "atom" else f" among the {what}"
+    if found["two_classes"]:
+        return f"{n_register} registers, {n_bundle} bundles, {n_dead} dead{of}, delta BIC {delta:.1f}"
+    evidence = "none" if delta is None else f"{delta:.1f}, above {EVIDENCE:g}"
+    return (
+        f"no evidence for two classes of {what} (delta BIC {evidence}); cut by cosine {n_register} "
+        f"registers, {n_bundle} bundles, {n_dead} dead"
+    )
+
+
+def _alignments(sae: SAE[Any], cell: Cell, firings: Firings) -> pd.DataFrame:
+    """Position, feature and cosine of every firing; of codes a row for each side."""
+    if is_codes(sae):
+        native = native_of(firings)
+        found = {"key": firings.key_code, "value": firings.atom}
+        chosen = [(codes, side_cosines(sae, side, codes, native)) for side, codes in found.items()]
+    else:
+        atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
+        chosen = [(firings.atom, native_cosines(firings, atoms))]
+    frames = [
+        {
+            "position": firings.position.cpu().numpy(),
+            "atom": atom.cpu().numpy(),
+            "cosine": cosine.double().cpu().numpy(),
+        }
+        for atom, cosine in chosen
+    ]
+    return pd.concat([pd.DataFrame(frame) for frame in frames], ignore_index=True)
 
 
 def class_names(split: statistics.Split) -> NDArray[Any]:
@@ -130,22 +182,24 @@ def class_names(split: statistics.Split) -> NDArray[Any]:
 
 
 def _divide(
-    firings: pd.DataFrame, d_sae: int, min_firings: int, seed: int
+    firings: pd.DataFrame, features: range, min_firings: int, seed: int
 ) -> tuple[pd.DataFrame, statistics.Split | None]:
-    """The records, one row per atom, and the split of the atoms with ``min_firings`` firings or more."""
-    count = np.bincount(firings["atom"].to_numpy(dtype=int), minlength=d_sae)
-    median = np.full(d_sae, np.nan)
+    """The records of one side, one row a feature, and the split of those with ``min_firings`` firings."""
+    count = np.bincount(firings["atom"].to_numpy(dtype=int), minlength=features.stop)
+    median = np.full(features.stop, np.nan)
     for atom, cosines in firings.groupby("atom")["cosine"]:
-        median[int(str(atom))] = np.median(cosines)
+        if int(str(atom)) in features:
+            median[int(str(atom))] = np.median(cosines)
+    count, median = (x[features.start : features.stop] for x in (count, median))
     alive = count >= min_firings
     classes = np.where(count > 0, "rare", "dead").astype(object)
-    posterior = np.full(d_sae, np.nan)
+    posterior = np.full(len(features), np.nan)
     split = statistics.split_in_two(median[alive], seed)
     if split is None:
         classes[alive] = "register"
     else:
         classes[alive], posterior[alive] = class_names(split), split.posterior
-    columns = {"atom": range(d_sae), "n_firings": count, "median_cosine": median, "class": classes}
+    columns = {"atom": features, "n_firings": count, "median_cosine": median, "class": classes}
     return pd.DataFrame(columns | {"posterior": posterior}), split
 
 
@@ -164,6 +218,7 @@ def _summarize(
     }
     bic = {order: statistics.mixture_bic(cosines, order, seed) for order in sorted({1, 2, *orders})}
     summary["delta_bic"] = None if bic[1] is None or bic[2] is None else bic[2] - bic[1]
+    summary["two_classes"] = summary["delta_bic"] is not None and summary["delta_bic"] <= EVIDENCE
     summary["bic_by_order"] = {str(order): bic[order] for order in orders if bic[order] is not None}
     registers = records.loc[records["class"] == "register", "median_cosine"].to_numpy()
     summary["register_median_cosine"] = float(np.median(registers)) if registers.size else None
@@ -181,6 +236,8 @@ def plot_partition(result: ExperimentResult) -> Figure:
     """Median cosines by class under the mixture's densities; registers by threshold; BIC by order."""
     records, summary = result.records, result.summary
     figure, (histogram, sweep, orders) = new_figure(13.0, 4.0, 3)
+    if "by_side" in summary:  # the mixture is of the value codes
+        records = records[records.side == "value"]
     alive = records[records["class"].isin(list(CLASS_COLORS))]
     low, high = alive.median_cosine.min(), alive.median_cosine.max()
     margin = 0.05 * (high - low) + 0.01
@@ -224,5 +281,7 @@ def plot_partition(result: ExperimentResult) -> Figure:
     orders.set_ylabel("BIC (lower is better)")
     delta = summary["delta_bic"]
     said = "no mixture could be fitted" if delta is None else f"two against one {delta:+,.1f}"
+    if delta is not None and delta > EVIDENCE:
+        said += ", no evidence"
     orders.set_title(f"BIC by order: {said}", fontsize=11, loc="left")
     return figure

@@ -37,13 +37,13 @@ from writesae_lens.saes.rank1 import Factors
     paper=6,
     question="Does a token's logit move as predicted when a direction for it is written?",
     row="a trial: one position and token",
-    table=("agreement", "pearson"),
+    table=("agreement", "agreement_linear", "majority_sign", "pearson"),
 )
 def sign_test(
     model: HookedRecurrent,
     sae_or_cell: SAE[Any] | Cell | tuple[int, int],
     tokens: Int[Tensor, "passage pos"] | str,
-    direction: Literal["jacobian", "unembedding"] = "jacobian",
+    direction: Literal["unembedding", "jacobian"] = "unembedding",
     magnitude: Positive = 1.0,
     n_trials: Count = 2000,
     context_size: Count | None = None,
@@ -57,12 +57,16 @@ def sign_test(
     is written beside it:
 
     - ``unembedding`` (the paper's): key side that of the native write, value side W_O[head] W_U[T]; the
-      prediction is <unit key, q_t> |W_O[head] W_U[T]| times the norm: its sign is that of <key, q_t>.
+      prediction is <unit key, q_t> |W_O[head] W_U[T]| times the norm: its sign is that of <key, q_t>. This
+      is the test to compare with the paper. ``linear`` is the true derivative along the same writes, the
+      most that any prediction to first order can do.
     - ``jacobian``: key side the read q_t, value side the derivative of T's logit by the head's output at the
-      native passage; the prediction is the derivative along it, which is never negative.
+      native passage; the prediction is the derivative along it, which is never negative. It asks whether a
+      step of this size up the gradient leads up, and is a check of the derivative, not of the paper's claim.
 
     A trial in which the logit does not move at all, or for which no movement is predicted (0), has no sign:
-    it is counted as still, and left out of the rate.
+    it is counted as still, and left out of the rate. Beside the rate stands what a guess reaches that looks
+    at nothing: always the commoner sign of the measured shifts.
 
     Args:
         model: the model.
@@ -82,8 +86,9 @@ def sign_test(
         a result. ``records`` has one row per trial: passage, position, token (T), rank (of T natively,
         from 1), predicted, linear (the true derivative along what is written), measured (logits).
         ``summary`` has agreement (share of trials in which measured and predicted have one sign, of those
-        where neither is 0) with a 95% interval, n_still (the trials that are left out of it),
-        agreement_linear and n_still_linear, and Pearson's correlation of both with the measured shift.
+        where neither is 0) with a 95% interval (bootstrap over passages), n_still (the trials that are left
+        out of it), agreement_linear and n_still_linear likewise, majority_sign (the share of the commoner
+        sign among the shifts that are not 0), and Pearson's correlation of both with the measured shift.
         Where every trial is still there is no rate: None.
 
     Raises:
@@ -103,15 +108,33 @@ def sign_test(
         return frame
 
     records = run.records(np.flatnonzero(counts).tolist(), trials, "Writing")
-    summary = _summarize(records)
+    summary = _summarize(records, seed)
+    return run.result(records, summary, _headline(summary, direction))
+
+
+def _headline(summary: dict[str, Any], direction: str) -> str:
+    """The rate like for like with the paper and the derivative's, or what the steps up the gradient are."""
     n_still = summary["n_still"]
     if summary["agreement"] is None:
-        headline = f"no rate: in none of {n_still} trials does a logit move as a sign is predicted for"
-    else:
-        interval = statistics.between(summary["agreement_ci"], ".1%")
-        headline = f"signs agree in {summary['agreement']:.1%}{interval} of {len(records) - n_still} trials"
-        headline += f"; {n_still} more without a sign" if n_still else ""
-    return run.result(records, summary, headline)
+        return f"no rate: in none of {n_still} trials does a logit move as a sign is predicted for"
+    own, linear = (
+        f"{summary[name]:.1%}{statistics.between(summary[f'{name}_ci'], '.1%')}"
+        if summary[name] is not None
+        else "none"
+        for name in ("agreement", "agreement_linear")
+    )
+    count = f"{summary['n_trials_done'] - n_still} trials" + (
+        f", {n_still} more without a sign" if n_still else ""
+    )
+    if direction == "jacobian":
+        return (
+            f"steps up the derivative raise the logit in {own} of {count} (a check of the derivative: the "
+            "paper's test is direction='unembedding')"
+        )
+    return (
+        f"signs agree in {own} as the paper predicts, in {linear} by the derivative along the same writes; "
+        f"always the commoner sign {summary['majority_sign']:.1%}; {count}"
+    )
 
 
 def _trials(
@@ -196,15 +219,18 @@ def output_gradient(
     return torch.cat(slopes)
 
 
-def _summarize(records: pd.DataFrame) -> dict[str, Any]:
+def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"n_trials_done": len(records)}
     for name, column in (("agreement", "predicted"), ("agreement_linear", "linear")):
         signs = _signs(records, column)
-        agrees, suffix = signs[signs != 0] > 0, name.removeprefix("agreement")
+        counted, suffix = signs != 0, name.removeprefix("agreement")
+        agrees = signs[counted] > 0
         summary[name] = statistics.rate(agrees)
-        summary[f"{name}_ci"] = statistics.wilson_interval(agrees)
+        summary[f"{name}_ci"] = statistics.cluster_bootstrap(agrees, records.passage[counted], seed)
         summary[f"n_still{suffix}"] = int((signs == 0).sum())
         summary[f"pearson{suffix}"] = statistics.correlation(records[column], records.measured, "pearson")[0]
+    rises = statistics.rate(records.measured[records.measured != 0] > 0)
+    summary["majority_sign"] = None if rises is None else max(rises, 1 - rises)
     summary["median_abs_shift"] = float(records.measured.abs().median())
     summary["mean_shift"] = float(records.measured.mean())
     return summary
@@ -219,9 +245,9 @@ def _signs(records: pd.DataFrame, column: str) -> pd.Series:
 def plot_sign(result: ExperimentResult) -> Figure:
     """Measured against predicted shifts, for the prediction of the direction and for the true derivative."""
     records, summary = result.records, result.summary
-    panels = [("linear", "agreement_linear", "derivative")]
+    panels = [("linear", "agreement_linear", "the derivative")]
     if summary["direction"] != "jacobian":  # whose predictions are the derivative's
-        panels.insert(0, ("predicted", "agreement", summary["direction"]))
+        panels.insert(0, ("predicted", "agreement", "the paper's prediction"))
     figure, axes = new_figure(4.5 * len(panels), 4.2, len(panels))
     limit = max(float(records.measured.abs().quantile(0.5)), 1e-12)
     for axis, (column, rate, title) in zip(axes, panels, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hooked_models import HookedRecurrent, zoo
-from tests.writesae_lens.experiments.truth import make_sae
+from tests.writesae_lens.experiments.truth import make_sae, writes
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import as_passages, compare, splice_test, top_contexts
 from writesae_lens.experiments.origin import (
@@ -98,6 +98,23 @@ def test_saes_of_several_models_are_refused_and_of_another_one_told(gdn, passage
         top_contexts(gdn, other, passages, verbose=False)
     other.cfg.metadata.model_name = "/a/local/copy/of/Tiny_GDN"  # the same model by another path
     compare(gdn, {"one": one, "other": other}, passages, verbose=False)
+
+
+@pytest.mark.parametrize("name", zoo.SHIPPED)
+def test_cells_of_layer_0_are_marked_and_their_writes_are_n_grams(name):
+    model = HookedRecurrent.boot_transformers(name, device="cpu")
+    tokens = torch.randint(300, 400, (1, 20), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(ResultWarning, match="layer 0: its writes are functions of the token"):
+        result = top_contexts(model, make_sae(model, layer=0, head=0), tokens, verbose=False)
+    assert result.headline.endswith("alone, an n-gram table]")
+    assert top_contexts(model, make_sae(model), tokens, verbose=False).summary["warnings"] == []
+    # What stands more than three tokens before has no part in a write of layer 0, and has one in layer 1's.
+    other = tokens.clone()
+    other[0, :14] = other[0, :14].flip(0)
+    one, two = (writes(model, x, layer=0, head=0)[0, 17:] for x in (tokens, other))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+    one, two = (writes(model, x)[0, 17:] for x in (tokens, other))
+    assert float((one - two).norm() / one.norm()) > 1e-3
 
 
 def test_a_sentence_says_it_all_and_of_earlier_results_what_is_known(gdn):

@@ -125,8 +125,23 @@ def test_known_clusters_are_found(partition_of):
         for w, m, d in zip(mixture["weights"], mixture["means"], mixture["deviations"], strict=True)
     )
     assert low == pytest.approx(high, rel=1e-6)
+    assert result.summary["two_classes"]
+    assert result.headline.startswith("60 registers, 120 bundles, 20 dead, delta BIC -")
     # One cluster: two components are not worth their parameters.
-    assert partition_of(rng.normal(0.4, 0.1, 300), 300).summary["delta_bic"] > 0
+    one = partition_of(rng.normal(0.4, 0.1, 300), 300)
+    assert one.summary["delta_bic"] > 0
+    assert not one.summary["two_classes"]
+    assert one.headline.startswith("no evidence for two classes of atoms (delta BIC ")
+
+
+def test_a_small_delta_bic_is_no_evidence_for_two_classes(partition_of, monkeypatch):
+    bic = {1: 100.0, 2: 91.0, 3: 120.0, 4: 140.0}  # two components are better by 9
+    monkeypatch.setattr(statistics, "mixture_bic", lambda values, order, seed: bic[order])
+    result = partition_of(np.linspace(0.1, 0.9, 50), 60)
+    assert (result.summary["delta_bic"], result.summary["two_classes"]) == (-9.0, False)
+    assert "no evidence for two classes of atoms (delta BIC -9.0, above -10)" in result.headline
+    bic[2] = 90.0
+    assert partition_of(np.linspace(0.1, 0.9, 50), 60).summary["two_classes"]
 
 
 def test_a_wide_upper_component_does_not_take_the_smallest_cosines():
@@ -165,6 +180,7 @@ def test_too_few_atoms_or_equal_cosines_are_all_registers(partition_of, cosines,
     assert result.summary["n_register"] == len(cosines)
     for name in ("delta_bic", "threshold", "stability", "mixture"):
         assert result.summary[name] is None
+    assert not result.summary["two_classes"]
     assert list(result.summary["bic_by_order"]) == ["1"]
     assert result.summary["register_median_cosine"] == np.median(cosines)
     result.save(tmp_path)  # the figure too

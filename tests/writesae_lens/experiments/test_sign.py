@@ -9,12 +9,12 @@ from hooked_models import HookedModelError
 from tests.writesae_lens.experiments.truth import (
     HEAD,
     LAYER,
+    bootstrap_interval,
     cached,
     column,
     make_sae,
     output_weights,
     read_passages,
-    wilson,
     writes,
 )
 from writesae_lens.experiments import sign_test
@@ -122,16 +122,20 @@ def check_summary(summary, records):
     for suffix, name in (("", "predicted"), ("_linear", "linear")):
         agree = np.sign(records[name]) == np.sign(records.measured)
         assert summary[f"agreement{suffix}"] == pytest.approx(agree.mean())
-        assert summary[f"agreement{suffix}_ci"] == pytest.approx(wilson(agree), abs=1e-9)
+        groups = [agree[records.passage == n] for n in records.passage.unique()]
+        interval = bootstrap_interval(groups, np.mean)
+        assert summary[f"agreement{suffix}_ci"] == pytest.approx(interval, abs=1e-9)
         pearson = np.corrcoef(records[name], records.measured)[0, 1]
         assert summary[f"pearson{suffix}"] == pytest.approx(pearson, abs=1e-9)
+    rises = np.mean(records.measured > 0)
+    assert summary["majority_sign"] == pytest.approx(max(rises, 1 - rises))
     assert summary["median_abs_shift"] == pytest.approx(np.median(np.abs(records.measured)))
     assert summary["mean_shift"] == pytest.approx(np.mean(records.measured))
 
 
 def test_small_writes_move_logits_as_the_derivative_says(model):
     tokens = read_passages(model, 3)
-    records = sign_test(model, CELL, tokens, magnitude=0.02, n_trials=30, verbose=False).records
+    records = sign_test(model, CELL, tokens, "jacobian", magnitude=0.02, n_trials=30, verbose=False).records
     # Rounding of float32 logits is all that may be in the way.
     clear = records[records.linear > 5e-5]
     assert len(clear) > 20
@@ -174,3 +178,26 @@ def test_another_seed_draws_other_positions_and_tokens(gdn, passages):
     one, other = (sign_test(gdn, CELL, passages, seed=s, **HOW).records for s in (1, 2))
     assert one.position.tolist() != other.position.tolist()
     assert one.token.tolist() != other.token.tolist()
+
+
+def test_no_movement_is_no_agreement():
+    """Two zeros have no sign in common, and a guess that always says "up" is measured by its own share."""
+    from writesae_lens.experiments.sign import _summarize
+
+    predicted, measured = [1.0, 0.0, -1.0, 2.0, 0.0], [3.0, 0.0, 1.0, 1.0, -2.0]
+    records = pd.DataFrame({"predicted": predicted, "linear": measured, "measured": measured, "passage": 0})
+    summary = _summarize(records, 0)
+    assert (summary["agreement"], summary["n_still"]) == (pytest.approx(2 / 3), 2)
+    assert (summary["agreement_linear"], summary["n_still_linear"]) == (1.0, 1)
+    assert summary["majority_sign"] == pytest.approx(3 / 4)
+
+
+def test_the_headline_names_the_papers_prediction_and_the_derivative_apart(gdn, passages):
+    found = {d: sign_test(gdn, CELL, passages, d, **HOW) for d in ("unembedding", "jacobian")}
+    assert sign_test(gdn, CELL, passages, **HOW).headline == found["unembedding"].headline
+    summary = found["unembedding"].summary
+    shares = (f"{summary[name]:.1%}" for name in ("agreement", "agreement_linear", "majority_sign"))
+    places = [found["unembedding"].headline.index(share) for share in shares]
+    assert places == sorted(places)
+    assert "as the paper predicts" in found["unembedding"].headline
+    assert "a check of the derivative" in found["jacobian"].headline
