@@ -103,6 +103,46 @@ def test_rows_travel_as_factors(operation, heads):
     check(x, dense)  # and leave what they came from alone
 
 
+@pytest.mark.parametrize("operation", KEPT.values(), ids=KEPT)
+def test_reads_stay_with_their_writes(operation):
+    """All entries of a row's value are its number n, those of its three reads n, n + 100 and n + 200."""
+    number, later = torch.arange(6.0).view(2, 3, 1, 1), torch.tensor([[0.0], [100.0], [200.0]])
+    x = PackedWrites(
+        Write(torch.ones(2, 3, 1, 4), number.expand(2, 3, 1, 5), (number + later).expand(2, 3, 3, 4), (1, 4)),
+        Write(torch.ones(2, 3, 1, 2), torch.ones(2, 3, 1, 2)),
+    )
+    with_reads, without = operation(x).blocks[:2]
+    assert (with_reads.distances, without.reads) == ((1, 4), None)
+    wanted = with_reads.value[..., :1] + later.to(with_reads.value)
+    torch.testing.assert_close(with_reads.reads, wanted.expand(with_reads.reads.shape))
+    assert with_reads.reads.shape == (*with_reads.value.shape[:-2], 3, 4)
+
+
+def test_rows_that_are_read_at_other_distances_keep_the_own_read_in_common():
+    def rows(n_reads, distances):
+        return PackedWrites(
+            Write(torch.ones(2, 1, 3), torch.ones(2, 1, 4), torch.randn(2, n_reads, 3), distances)
+        )
+
+    first, other, bare = rows(3, (1, 2)), rows(3, (1, 4)), PackedWrites(*pair((2,), [(3, 4)])[0].blocks)
+    both = torch.cat([first, other]).blocks[0]
+    assert both.distances == ()
+    assert torch.equal(both.reads, torch.cat([x.blocks[0].reads[:, :1] for x in (first, other)]))
+    assert torch.cat([first, bare]).blocks[0].reads is None
+    same = torch.cat([first, first]).blocks[0]
+    assert same.distances == (1, 2)
+    assert torch.equal(same.reads, first.blocks[0].reads.repeat(2, 1, 1))
+
+
+def test_reads_are_picked_by_their_distance():
+    write = Write(torch.ones(2, 1, 3), torch.ones(2, 1, 4), torch.randn(2, 4, 3), (1, 4, 16))
+    assert torch.equal(write.reads_at((16, 1)), write.reads[:, [0, 3, 1]])
+    assert torch.equal(write.reads_at((2, 4)), write.reads[:, [0, 2]])
+    assert torch.equal(write.reads_at(()), write.reads[:, :1])
+    assert torch.equal(write._replace(distances=None).reads_at((2,)), write.reads)
+    assert Write(write.key, write.value).reads_at((1,)) is None
+
+
 # Anything else builds the matrices, and gets them right.
 BUILT = {
     "matmul": lambda x: x @ x.mT,
