@@ -9,6 +9,7 @@ optimiser means the same for writes of norm 0.01 as for writes of norm 10.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -264,25 +265,81 @@ class Gated(Activation):
         self.magnitude_bias /= scale
 
 
+class PerSide(Activation):
+    """An activation function for key codes and one for value codes, on scores without unit."""
+
+    def __init__(self, key: Activation, value: Activation, n_key: int) -> None:
+        super().__init__()
+        self.key, self.value, self.n_key = key, value, n_key
+        self.coefficients = key.coefficients
+
+    @property
+    def sides(self) -> tuple[Activation, Activation]:
+        return self.key, self.value
+
+    def of_sides(
+        self, key: Float[Tensor, "*batch n_key"], value: Float[Tensor, "*batch n_value"]
+    ) -> tuple[Tensor, Tensor]:
+        """Coefficients of each side's scores."""
+        return self.key(key), self.value(value)
+
+    def follow_sides(
+        self, key: Float[Tensor, "*batch n_key"], value: Float[Tensor, "*batch n_value"]
+    ) -> None:
+        """`follow`, of each side's coefficients."""
+        self.key.follow(key)
+        self.value.follow(value)
+
+    def forward(self, scores: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        return torch.cat(self.of_sides(scores[..., : self.n_key], scores[..., self.n_key :]), dim=-1)
+
+    def begin(self, unit: Float[Tensor, ""]) -> None:
+        """Both sides are of norm 1, whatever the inputs' unit."""
+        for side in self.sides:
+            side.begin(torch.ones_like(unit))
+
+    def losses(
+        self, scores: Float[Tensor, "row d_sae"], unit: Float[Tensor, ""], coefficients: dict[str, float]
+    ) -> dict[str, Tensor]:
+        key = self.key.losses(scores[:, : self.n_key], unit, coefficients)
+        value = self.value.losses(scores[:, self.n_key :], unit, coefficients)
+        return {name: loss + value[name] for name, loss in key.items()}
+
+
 def for_inference(cfg: Any, shape: Tensor) -> Activation:
     """The activation of a trained SAE; ``shape`` is a tensor [d_sae] of the SAE's dtype and device."""
-    if cfg.activation == "topk":
-        return TopK(cfg.k)
-    if cfg.activation == BATCHWISE:
-        return TopKOfBatch(cfg.k)
-    if cfg.activation == "gated":
-        return Gated(shape, temperature=cfg.gate_temperature)
-    return JumpReLU(shape, cfg.k)
+    return _of_each_side(_for_inference, cfg, shape)
 
 
 def for_training(cfg: Any, shape: Tensor) -> Activation:
     """The activation of an SAE in training, with its losses."""
+    return _of_each_side(_for_training, cfg, shape)
+
+
+def _of_each_side(make: Callable[[Any, Tensor, int], Activation], cfg: Any, shape: Tensor) -> Activation:
+    if cfg.decoder != "codes":
+        return make(cfg, shape, cfg.k)
+    key, value = make(cfg, shape[: cfg.n_key], cfg.k_key), make(cfg, shape[cfg.n_key :], cfg.k_value)
+    return PerSide(key, value, cfg.n_key)
+
+
+def _for_inference(cfg: Any, shape: Tensor, k: int) -> Activation:
+    if cfg.activation == "topk":
+        return TopK(k)
+    if cfg.activation == BATCHWISE:
+        return TopKOfBatch(k)
+    if cfg.activation == "gated":
+        return Gated(shape, temperature=cfg.gate_temperature)
+    return JumpReLU(shape, k)
+
+
+def _for_training(cfg: Any, shape: Tensor, k: int) -> Activation:
     if cfg.activation == "batchtopk":
-        return BatchTopK(shape, cfg.k)
+        return BatchTopK(shape, k)
     if cfg.activation == "jumprelu":
         return JumpReLU(
             shape,
-            cfg.k,
+            k,
             cfg.jumprelu_bandwidth,
             cfg.jumprelu_init_threshold,
             cfg.l0_coefficient,
@@ -290,4 +347,4 @@ def for_training(cfg: Any, shape: Tensor) -> Activation:
         )
     if cfg.activation == "gated":
         return Gated(shape, cfg.l1_coefficient, cfg.l1_warm_up_steps)
-    return TopK(cfg.k)
+    return TopK(k)

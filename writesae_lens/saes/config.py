@@ -13,6 +13,7 @@ from writesae_lens.saes.activations import ACTIVATIONS, BATCHWISE
 ARCHITECTURE = "writesae"
 # Settings of normalize_activations under which an SAE receives the matrices as they are.
 PLAIN_INPUTS = ("none", "expected_average_only_in")
+_OF_CODES = ("n_key", "n_value", "k_key", "k_value")
 
 
 # SAELens fills configs from dictionaries and sets their metadata last, which run-time type checks refuse.
@@ -30,7 +31,14 @@ class MatrixSAEConfig:
             coefficient is the gain times the input's projection on its atom. dense: any linear map of the
             flattened matrix.
         decoder: factored: atoms of the given rank. dense: any matrix of norm 1, which can no longer stand in
-            for one write.
+            for one write. codes: two dictionaries, of keys and of values; a write's stand-in is a sum of key
+            codes times a sum of value codes, of rank 1 always (`writesae_lens.saes.codes`). Encoders of
+            codes are bilinear (an untied linear encoder a side) or tied, and their rank is 1.
+        n_key, n_value: of codes: how many there are a side. Given neither, each side has half of d_sae.
+        k_key, k_value: of codes: how many are active a side, as k. Given neither, each side has half of k, 1
+            at least.
+        d_sae: how many features there are: atoms, or n_key + n_value codes. Of codes, any value given beside
+            n_key and n_value is overwritten, and so is k.
         d_in: Always d_k * d_v. Any value given is overwritten.
         apply_b_dec_to_input: Always False: a WriteSAE adds its decoder bias at decode and does not subtract
             it before encoding.
@@ -41,15 +49,21 @@ class MatrixSAEConfig:
     k: int = 4
     rank: int = 1
     encoder: Literal["bilinear", "tied", "dense"] = "bilinear"
-    decoder: Literal["factored", "dense"] = "factored"
+    decoder: Literal["factored", "dense", "codes"] = "factored"
+    n_key: int = 0
+    n_value: int = 0
+    k_key: int = 0
+    k_value: int = 0
+    d_sae: int = 0
     d_in: int = 0
     apply_b_dec_to_input: bool = False
 
     def _check_family(self: Any, activations: tuple[str, ...]) -> None:
         """Derive d_in; refuse sizes, members of the family and SAELens options that cannot be."""
-        for name in ("d_k", "d_v", "d_sae", "rank", "k"):
+        for name in ("d_k", "d_v", "d_sae", "rank", "k", *_OF_CODES):
             if type(getattr(self, name)) is not int:
                 raise WriteSAEError(f"{name} must be a whole number, got {getattr(self, name)!r:.40}")
+        self._share_out()
         d_sae = self.d_sae
         if self.d_k < 1 or self.d_v < 1 or self.rank < 1 or d_sae < 1:
             raise WriteSAEError(
@@ -68,12 +82,14 @@ class MatrixSAEConfig:
             )
         for name, allowed in (
             ("encoder", ("bilinear", "tied", "dense")),
-            ("decoder", ("factored", "dense")),
+            ("decoder", ("factored", "dense", "codes")),
             ("activation", activations),
         ):
             value = getattr(self, name)
             if value not in allowed:
                 raise WriteSAEError(f"{name}={str(value)[:40]!r} is unknown: choose {', '.join(allowed)}")
+        if self.decoder == "codes":
+            self._check_codes()
         if self.normalize_activations == "covariance_whitening":
             raise WriteSAEError(
                 "covariance_whitening would mix matrix entries, and whitened writes are no longer rank 1: "
@@ -88,6 +104,57 @@ class MatrixSAEConfig:
                 "a WriteSAE adds its decoder bias at decode and does not subtract it before encoding: "
                 "leave apply_b_dec_to_input False"
             )
+
+    def _share_out(self: Any) -> None:
+        """Derive the sizes of codes: a side's from the whole's where they are not given, or the reverse."""
+        if self.decoder != "codes":
+            given = [f"{name}={getattr(self, name)}" for name in _OF_CODES if getattr(self, name)]
+            if given:
+                raise WriteSAEError(
+                    f"{' and '.join(given)} are sizes of codes, and decoder={str(self.decoder)[:40]!r} has "
+                    "atoms: give d_sae and k, or decoder='codes'"
+                )
+            return
+        for whole, key, value in (("d_sae", "n_key", "n_value"), ("k", "k_key", "k_value")):
+            sides = [getattr(self, key), getattr(self, value)]
+            if not any(sides):
+                half = getattr(self, whole) // 2
+                sides = [max(1, half), max(1, getattr(self, whole) - half)]
+            if min(sides) < 1:
+                raise WriteSAEError(
+                    f"codes have two sides, got {key}={sides[0]} and {value}={sides[1]}: give both, of 1 at "
+                    f"least, or neither, and {whole}"
+                )
+            setattr(self, key, sides[0])
+            setattr(self, value, sides[1])
+            setattr(self, whole, sum(sides))
+
+    def _check_codes(self: Any) -> None:
+        """Refuse what a dictionary of codes cannot be."""
+        for side in ("key", "value"):
+            k, n = getattr(self, f"k_{side}"), getattr(self, f"n_{side}")
+            if k > n:
+                raise WriteSAEError(f"k_{side}={k} codes cannot be active out of n_{side}={n}")
+        cannot = {
+            "encoder='dense'": (self.encoder == "dense", "choose bilinear or tied"),
+            f"rank={self.rank}": (self.rank != 1, "a stand-in of codes is of rank 1: leave rank 1"),
+            "activation='gated'": (self.activation == "gated", "choose topk, batchtopk or jumprelu"),
+            "normalize_activations='layer_norm'": (
+                self.normalize_activations == "layer_norm",
+                "a write less its mean is no longer of rank 1: use 'none' or 'constant_norm_rescale'",
+            ),
+            "rescale_acts_by_decoder_norm=False": (
+                not self.rescale_acts_by_decoder_norm,
+                "the norm of a code is the unit of its coefficient: leave it True",
+            ),
+            "decoder_bias=True": (
+                getattr(self, "decoder_bias", False),
+                "a sum with a bias is no longer of rank 1: leave it False",
+            ),
+        }
+        for what, (found, advice) in cannot.items():
+            if found:
+                raise WriteSAEError(f"decoder='codes' has no {what}: {advice}")
 
 
 @no_type_check
@@ -151,15 +218,18 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
             reconstruct what the live ones miss.
         k_aux: dead atoms in that loss per input: those with the largest scores, out of the 4 * k_aux dead
             atoms that the batch excites most.
-        write_alignment_coefficient: weight, in units of the batch's mean |X|^2, of 1 - cos(X, A), where A is
-            the input's dominant atom.
-        read_alignment_coefficient: weight, in the same units, of the dominant atom's error where the write's
-            own token reads it: r / (1 + r) with r = |c A^T q / s - X^T q|^2 / |X^T q|^2, c its coefficient
-            and s the dominant_share. The activation store brings the read vectors q along with writes of a
-            `HookedRecurrent`; other inputs train without this term.
-        dominant_share: the share s of a write that its dominant atom should take; the other atoms complete
-            the reconstruction. At 0.5 an atom in the write's place beats deletion more often, at 1 it comes
-            nearer to the native output. With a tied encoder the share is always 1.
+        write_alignment_coefficient: of atoms: weight, in units of the batch's mean |X|^2, of 1 - cos(X, A),
+            where A is the input's dominant atom.
+        read_alignment_coefficient: weight, in the same units, of the stand-in's error as tokens read it:
+            e / (1 + e) with e = sum_r |Y^T r - X^T r|^2 / sum_r |X^T r|^2, where Y is the stand-in X^ of
+            codes, or c A / s of atoms, c the coefficient of the dominant one and s the dominant_share. The
+            reads r are the own token's and those of `later_reads`. The activation store brings them along
+            with writes of a `HookedRecurrent`; other inputs train without this term.
+        later_reads: how many tokens after a write the later reads are that the store keeps, pulled back to
+            the write, and that term adds up; () for the own token's alone.
+        dominant_share: of atoms: the share s of a write that its dominant atom should take; the others
+            complete the reconstruction. At 0.5 an atom in the write's place beats deletion more often, at 1
+            it comes nearer to the native output. With a tied encoder the share is always 1.
         renormalize_every: steps between resets of the atoms' raw factors to norm 1 (0: never). No loss
             depends on these norms, but the relative size of an optimiser's step does.
         resample_every: steps after which dead atoms start anew as the leading singular pairs of badly
@@ -191,6 +261,7 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
     k_aux: int = 256
     write_alignment_coefficient: float = 2.0
     read_alignment_coefficient: float = 6.0
+    later_reads: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     dominant_share: float = 0.5
     renormalize_every: int = 100
     resample_every: int = 250
@@ -302,6 +373,16 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
         for name in ("init_from_writes", "encoder_bias", "decoder_bias"):
             if type(getattr(self, name)) is not bool:
                 raise WriteSAEError(f"{name} must be True or False, got {getattr(self, name)!r:.40}")
+        try:
+            self.later_reads = tuple(self.later_reads)  # a list, from JSON
+        except TypeError:
+            self.later_reads = (self.later_reads,)
+        wrong = [h for h in self.later_reads if type(h) is not int or h < 1]
+        if wrong or len(set(self.later_reads)) < len(self.later_reads):
+            raise WriteSAEError(
+                f"later_reads={str(self.later_reads)[:60]} must be different whole numbers of tokens, each 1 "
+                "or more: give () for the own token's read alone"
+            )
         least = dict.fromkeys(sizes, 1e-9) | dict.fromkeys((*counts, *weights), 0)
         too_low = [name for name, value in least.items() if not getattr(self, name) >= value]  # NaN too
         if too_low:

@@ -50,7 +50,8 @@ class Step:
         acts: the coefficients a_ni.
         bias: the decoder bias B, None if there is none.
         dead: which atoms are dead, None if unknown.
-        read: the vector q_n with which each write's own token reads the state, None if unknown.
+        reads: the vectors r_nh with which tokens read each write, the own token's first, those of later
+            tokens pulled back to the write, zero where the passage has ended; None if unknown.
         coefficients: present weights of the sparsity losses, by SAELens's names.
     """
 
@@ -62,7 +63,7 @@ class Step:
     acts: Float[Tensor, "row d_sae"]
     bias: Float[Tensor, "d_k d_v"] | None = None
     dead: Bool[Tensor, " d_sae"] | None = None
-    read: Float[Tensor, "row d_k"] | None = None
+    reads: Float[Tensor, "row n_reads d_k"] | None = None
     coefficients: dict[str, float] | None = None
 
     @cached_property
@@ -86,6 +87,12 @@ class Step:
             values, indices = self.activation.chosen(self.acts)
             error = squared_errors(self.rows, self.atoms, indices, values)
         return error + _bias_terms(self.rows, self.atoms, self.acts, self.bias)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Every loss that applies, weighted, by name; the training loss is their sum."""
+        values = {name: loss(self) for name, loss in LOSSES.items()}
+        applied = {name: value for name, value in values.items() if value is not None}
+        return applied | self.activation.losses(self.scores, self.unit, self.coefficients or {})
 
 
 def mse(step: Step) -> Tensor:
@@ -141,23 +148,24 @@ def write_alignment(step: Step) -> Tensor | None:
 
 
 def read_alignment(step: Step) -> Tensor | None:
-    """r / (1 + r) with r = |c A^T q / s - X^T q|^2 / |X^T q|^2: the error as the write's own token reads it.
+    """r / (1 + r) with r = sum_h |c A^T r_h / s - X^T r_h|^2 / sum_h |X^T r_h|^2: the error as it is read.
 
-    The ratio saturates, so that every write counts, not only the large ones. It is a mean over the strongest
-    atoms, weighted by a softmax of their coefficients c, so that the encoder learns which atom to prefer. s
-    is the share of the write that its dominant atom should take (`dominant_share`; of a tied encoder 1).
+    The sums are over the write's own read and the later ones that are known. The ratio saturates, so that
+    every write counts, not only the large ones. It is a mean over the strongest atoms, weighted by a softmax
+    of their coefficients c, so that the encoder learns which atom to prefer. s is the share of the write that
+    its dominant atom should take (`dominant_share`; of a tied encoder 1).
     """
     cfg = step.cfg
-    if not cfg.read_alignment_coefficient or step.read is None:
+    if not cfg.read_alignment_coefficient or step.reads is None:
         return None
     indices = step.scores.topk(min(_CANDIDATES, step.scores.shape[-1]), dim=-1).indices
     share = 1.0 if cfg.encoder == "tied" else cfg.dominant_share
     values = step.activation.coefficients_of(step.scores).gather(-1, indices) / share
     weights = (values / (_TEMPERATURE * step.squared.sqrt().clamp(min=1e-30)[:, None])).softmax(-1)
-    native = _read_out(step.rows[:, None], step.read)[:, 0]
-    by_atoms = _read_out(step.atoms[indices], step.read) * values[..., None]
-    power = native.square().sum(-1).clamp(min=1e-30)[:, None]
-    ratio = (by_atoms - native[:, None]).square().sum(-1) / power
+    native = _read_out(step.rows[:, None], step.reads)
+    by_atoms = _read_out(step.atoms[indices], step.reads) * values[..., None, None]
+    power = native.square().sum((-1, -2)).clamp(min=1e-30)
+    ratio = (by_atoms - native).square().sum((-1, -2)) / power
     misread = (weights * ratio / (1 + ratio)).sum(-1)
     return cfg.read_alignment_coefficient * step.unit.square() * misread.mean()
 
@@ -172,13 +180,6 @@ LOSSES: dict[str, Callable[[Step], Tensor | None]] = {
 }
 
 
-def all_losses(step: Step) -> dict[str, Tensor]:
-    """Every loss that applies, weighted, by name; the training loss is their sum."""
-    values = {name: loss(step) for name, loss in LOSSES.items()}
-    applied = {name: value for name, value in values.items() if value is not None}
-    return applied | step.activation.losses(step.scores, step.unit, step.coefficients or {})
-
-
 def _bias_terms(
     rows: Matrices,
     atoms: Matrices,
@@ -191,8 +192,10 @@ def _bias_terms(
     return 2 * ((codes * inner(atoms, bias)).sum(-1) - inner(rows, bias)) + bias.square().sum()
 
 
-def _read_out(matrices: Matrices, read: Float[Tensor, "row d_k"]) -> Float[Tensor, "row atom d_v"]:
-    """X^T q for matrices ``[row, atom]`` and one read vector a row."""
+def _read_out(
+    matrices: Matrices, reads: Float[Tensor, "row n_reads d_k"]
+) -> Float[Tensor, "row atom n_reads d_v"]:
+    """X^T r for matrices ``[row, atom]`` and some read vectors a row."""
     if isinstance(matrices, Factors):
-        return ((matrices.key @ read[:, None, :, None]).mT @ matrices.value).squeeze(-2)
-    return (read[:, None, None] @ matrices).squeeze(-2)
+        return (reads[:, None] @ matrices.key.mT) @ matrices.value
+    return reads[:, None] @ matrices

@@ -30,18 +30,15 @@ from torch import Tensor, nn
 
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.saes import activations
+from writesae_lens.saes.atoms import Atoms
+from writesae_lens.saes.codes import Codes
 from writesae_lens.saes.config import PLAIN_INPUTS, WriteSAEConfig
 from writesae_lens.saes.packed import PackedWrites
 from writesae_lens.saes.rank1 import (
     Factors,
     Matrices,
     built,
-    combine,
     factor_rank1,
-    normalized,
-    overlaps,
-    squared_norms,
-    tensors,
 )
 from writesae_lens.saes.run_time_norm import RunTimeNorm
 from writesae_lens.saes.views import LOST, read_only
@@ -101,25 +98,31 @@ class MatrixSAE(SAE[Any]):
             "a WriteSAE takes flattened matrices as they are: hook_z reshaping is for SAEs on attention heads"
         )
 
+    @property
+    def is_codes(self) -> bool:
+        """Whether the features are codes, of keys and of values, rather than atoms."""
+        return self.cfg.decoder == "codes"
+
+    @property
+    def key_codes(self) -> range:
+        """The features that are key codes, none where the features are atoms."""
+        return range(self.cfg.n_key)
+
+    @property
+    def value_codes(self) -> range:
+        """The features that are value codes, none where the features are atoms."""
+        return range(self.cfg.n_key, self.cfg.n_key + self.cfg.n_value)
+
+    @property
+    def dictionary(self) -> Atoms | Codes:
+        """What depends on the features being atoms or codes."""
+        return Codes(self) if self.is_codes else Atoms(self)
+
     def initialize_weights(self) -> None:
-        cfg = self.cfg
-
-        def unit(*shape: int) -> Tensor:
-            x = torch.randn(shape, dtype=self.dtype, device=self.device)
-            return x / x.norm(dim=-1, keepdim=True)
-
-        start = Factors(unit(cfg.d_sae, cfg.rank, cfg.d_k), unit(cfg.d_sae, cfg.rank, cfg.d_v))
-        for side, kind in (("dec", cfg.decoder), ("enc", cfg.encoder)):
-            if kind == "dense":
-                setattr(self, f"{side}_matrix", nn.Parameter(start.normalized().matrix()))
-            elif kind == "tied":
-                self.register_buffer("enc_gain", torch.ones(1, dtype=self.dtype, device=self.device))
-            else:
-                setattr(self, f"{side}_key", nn.Parameter(start.key.clone()))
-                setattr(self, f"{side}_value", nn.Parameter(start.value.clone()))
-        zeros = torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device)
+        self.dictionary.initialize()
+        zeros = torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device)
         self.b_enc = nn.Parameter(zeros)
-        self.b_dec = nn.Parameter(zeros.new_zeros(cfg.d_in))
+        self.b_dec = nn.Parameter(zeros.new_zeros(self.cfg.d_in))
 
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
         return activations.for_inference(
@@ -131,6 +134,8 @@ class MatrixSAE(SAE[Any]):
     ) -> tuple[Float[Tensor, "d_sae rank d_k"], Float[Tensor, "d_sae rank d_v"]]:
         """Key and value factors of the atoms sum_r key_r value_r^T; after training atoms have norm 1.
 
+        Of codes: each code with the other side at the cell's mean, as in `W_dec`.
+
         Raises:
             WriteSAEError: the decoder is dense.
         """
@@ -140,48 +145,28 @@ class MatrixSAE(SAE[Any]):
         return atoms.key, atoms.value
 
     def atoms(self) -> Matrices:
-        """The decoder atoms, as `decode` adds them up."""
-        return self._side("dec", self.cfg.decoder)
-
-    def _side(self, side: str, kind: str) -> Matrices:
-        if kind == "dense":
-            return getattr(self, f"{side}_matrix")
-        return Factors(getattr(self, f"{side}_key"), getattr(self, f"{side}_value"))
-
-    # The norm of an atom is the unit of its coefficient: scores are those of atoms of norm 1, coefficients
-    # are scores divided by the norms, and neither selection nor reconstruction depends on the norms. In SAEs
-    # with rescale_acts_by_decoder_norm=False the scores are the coefficients themselves.
-
-    @property
-    def _encoder(self) -> Matrices:
-        """The matrices E_i whose inner products with an input are its scores."""
-        if self.cfg.encoder != "tied":
-            return self._side("enc", self.cfg.encoder)
-        atoms = normalized(self.atoms()) if self.cfg.rescale_acts_by_decoder_norm else self.atoms()
-        if isinstance(atoms, Factors):
-            return Factors(atoms.key * self.enc_gain, atoms.value)
-        return atoms * self.enc_gain
-
-    def _units(self) -> Tensor:
-        """The numbers that scores are divided by to give coefficients."""
-        if self.cfg.rescale_acts_by_decoder_norm:
-            return self.get_W_dec_norm()
-        return self.b_enc.new_ones(self.cfg.d_sae)
+        """The decoder atoms, as `decode` adds them up; of codes what `W_dec` is."""
+        return self.dictionary.matrices()
 
     @torch.no_grad()
     def get_W_dec_norm(self) -> Float[Tensor, " d_sae"]:
         """Norms of the atoms, at least 1e-8."""
-        return squared_norms(self.atoms()).sqrt().clamp(min=1e-8)
+        return self.dictionary.norms()
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:  # type: ignore[override]
-        """The atoms as flat rows. Built anew at each access: d_sae * d_k * d_v numbers, for reading only."""
+        """The atoms as flat rows. Built anew at each access: d_sae * d_k * d_v numbers, for reading only.
+
+        A code is one side of a write: its row is the write of it with the other side at the cell's mean,
+        u_i mean_value^T or mean_key w_j^T.
+        """
         return read_only(built(self.atoms()).flatten(-2))
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # type: ignore[override]
         """The encoder as a flat matrix. Built anew at each access, for reading only."""
-        return read_only(built(self._encoder).flatten(-2).T / self._units())
+        dictionary = self.dictionary
+        return read_only(built(dictionary.encoder()).flatten(-2).T / dictionary.units())
 
     @property
     def bias_matrix(self) -> Float[Tensor, "d_k d_v"]:
@@ -209,10 +194,16 @@ class MatrixSAE(SAE[Any]):
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients and pre-activations of processed inputs."""
-        rows, norms = self._rows(x.reshape(-1, x.shape[-1])), self._units()
-        hidden = overlaps(rows, self._encoder).view(*x.shape[:-1], self.cfg.d_sae) / norms + self.b_enc
-        hidden = self.hook_sae_acts_pre(hidden)
-        return self.hook_sae_acts_post(self.activation_fn(hidden * norms) / norms), hidden
+        rows = self._rows(x.reshape(-1, x.shape[-1]))
+        shape = (*x.shape[:-1], self.cfg.d_sae)
+
+        def hook(hidden: Tensor) -> Tensor:
+            shaped = hidden.view(shape)
+            seen = self.hook_sae_acts_pre(shaped)
+            return hidden if seen is shaped else seen.view(hidden.shape)
+
+        acts, hidden = (a.view(shape) for a in self.dictionary.encode(rows, hook))
+        return self.hook_sae_acts_post(acts), hidden
 
     def encode_factors(
         self, key: Float[Tensor, "row d_k"], value: Float[Tensor, "row d_v"]
@@ -223,10 +214,7 @@ class MatrixSAE(SAE[Any]):
             WriteSAEError: sides other than the SAE's; or it normalises its inputs at run time, which needs
                 the matrices.
         """
-        if self.cfg.normalize_activations not in PLAIN_INPUTS:
-            raise WriteSAEError(
-                f"normalize_activations={self.cfg.normalize_activations!r} needs whole matrices: use encode"
-            )
+        self._check_plain("encode")
         found, expected = (key.shape, value.shape), ((len(key), self.cfg.d_k), (len(key), self.cfg.d_v))
         if found != expected:
             raise WriteSAEError(
@@ -234,8 +222,7 @@ class MatrixSAE(SAE[Any]):
                 f"of the other, got shapes {tuple(key.shape)} and {tuple(value.shape)}"
             )
         rows = Factors(key[:, None].to(self.dtype), value[:, None].to(self.dtype))
-        norms = self._units()
-        return self.activation_fn(overlaps(rows, self._encoder) + norms * self.b_enc) / norms
+        return self.dictionary.encode(rows, lambda hidden: hidden)[0]
 
     def _check_width(self, x: Tensor) -> None:
         width = self.cfg.d_k * self.cfg.d_v
@@ -283,17 +270,43 @@ class MatrixSAE(SAE[Any]):
             )
         feature_acts = feature_acts.to(self.dtype)
         flat = feature_acts.reshape(-1, feature_acts.shape[-1])
-        active = max(1, int((flat != 0).sum(-1).max())) if len(flat) else 1
-        if (torch.is_grad_enabled() and feature_acts.requires_grad) or active > self.cfg.d_sae // 8:
-            # A sparse product would drop the gradients of inactive atoms; and with many active atoms it is
-            # no cheaper than the flat product.
-            out = flat @ built(self.atoms()).flatten(-2)
-        else:
-            values, indices = _largest(flat, active)
-            out = combine(self.atoms(), indices, values).flatten(-2)
+        out = self.dictionary.rebuild(flat)
         out = self.hook_sae_recons((out + self.b_dec).view(*feature_acts.shape[:-1], self.cfg.d_in))
         out = self.run_time_activation_norm_fn_out(out)
         return self.reshape_fn_out(out, self.d_head)
+
+    def stand_in_of(self, acts: Float[Tensor, "*batch d_sae"]) -> Factors:
+        """The rank-1 matrix that coefficients put in a write's place: ``[..., 1, d_k]``, ``[..., 1, d_v]``.
+
+        Of codes the sum of the key codes times the sum of the value codes, which is what `decode` builds. Of
+        atoms the largest coefficient times its atom (of higher rank or dense: the atom's leading singular
+        pair). Zero where nothing is active.
+        """
+        factors = self.dictionary.stand_in(acts.reshape(-1, acts.shape[-1]).to(self.dtype))
+        key, value = (f.view(*acts.shape[:-1], *f.shape[-2:]) for f in factors)
+        return Factors(key, value)
+
+    def stand_in(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_k"], Float[Tensor, "*batch d_v"]]:
+        """Key and value of the rank-1 matrix that takes each input's place (`stand_in_of`).
+
+        Args:
+            x: flattened matrices.
+
+        Raises:
+            WriteSAEError: the SAE normalises its inputs at run time, so that coefficients have no units.
+        """
+        self._check_plain("encode, and decode")
+        key, value = self.stand_in_of(self.encode(x))
+        return key.squeeze(-2), value.squeeze(-2)
+
+    def _check_plain(self, instead: str) -> None:
+        if self.cfg.normalize_activations not in PLAIN_INPUTS:
+            raise WriteSAEError(
+                f"normalize_activations={self.cfg.normalize_activations!r} needs whole matrices: "
+                f"use {instead}"
+            )
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Refuse weights that are not those of the configuration, in one line.
@@ -350,7 +363,7 @@ class MatrixSAE(SAE[Any]):
             )
         if not 0 < float(scaling_factor) < math.inf:
             raise WriteSAEError(f"the scaling factor must be positive and finite, got {scaling_factor!r}")
-        tensors(self.atoms())[0].div_(scaling_factor)
+        self.dictionary.divide(scaling_factor)
         self.b_dec.div_(scaling_factor)
         self.activation_fn.fold(scaling_factor)
         self.cfg.normalize_activations = "none"
@@ -367,8 +380,7 @@ class MatrixSAE(SAE[Any]):
                 "with rescale_acts_by_decoder_norm=False, folding the norms may change which atoms are active"
             )
         norms = self.get_W_dec_norm()
-        for parameter, unit in zip(tensors(self.atoms()), tensors(normalized(self.atoms()))):
-            parameter.copy_(unit)
+        self.dictionary.normalize()
         self.b_enc.mul_(norms)
         return norms
 
@@ -420,12 +432,6 @@ class WriteSAE(MatrixSAE):
         """As in torch; entries that only training needs are left out."""
         weights = {name: value for name, value in state_dict.items() if name not in _OF_TRAINING}
         return super().load_state_dict(weights, *args, **kwargs)
-
-
-def _largest(acts: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values and indices of the ``count`` entries largest in magnitude of each row."""
-    indices = acts.abs().topk(count, dim=-1).indices
-    return acts.gather(-1, indices), indices
 
 
 def _named(x: Any) -> str:

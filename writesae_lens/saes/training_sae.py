@@ -8,27 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from numpy.typing import NDArray
 from sae_lens.saes.sae import TrainCoefficientConfig, TrainingSAE, TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.saes import activations
+from writesae_lens.saes.atoms import Atoms
 from writesae_lens.saes.config import PLAIN_INPUTS, WriteSAETrainingConfig
-from writesae_lens.saes.losses import Step, all_losses
-from writesae_lens.saes.optimizer import forget_moments
 from writesae_lens.saes.packed import PackedWrites
 from writesae_lens.saes.rank1 import (
-    Factors,
     Matrices,
     inner,
-    leading_pairs,
-    normalized,
-    overlaps,
-    scores,
     squared_norms,
-    tensors,
 )
 from writesae_lens.saes.sae import MatrixSAE
 from writesae_lens.saes.whole import save_whole
@@ -56,8 +49,9 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         super().initialize_weights()
         self.b_enc.requires_grad_(self.cfg.encoder_bias)
         self.b_dec.requires_grad_(self.cfg.decoder_bias)
-        # How many atoms have started from inputs, and the number of steps: a resumed run needs both.
-        self.register_buffer("progress", torch.zeros(2, device=self.device))
+        # How many features have started from inputs, and the number of steps: a resumed run needs both.
+        progress = torch.zeros(1 + len(self.dictionary.sizes), device=self.device)
+        self.register_buffer("progress", progress)
         self.n_resampled = 0
 
     def _apply(self, *args: Any, **kwargs: Any) -> WriteTrainingSAE:
@@ -70,11 +64,8 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in torch. The atoms of an SAE saved for inference do not start from inputs again."""
         # SAELens's loaders build the SAE on the meta device; the tensors of the file are on a real one.
-        trained = {
-            "progress": torch.tensor(
-                [self.cfg.d_sae, 0.0], device=next(iter(state_dict.values()), self.b_enc).device
-            )
-        }
+        device = next(iter(state_dict.values()), self.b_enc).device
+        trained = {"progress": _progress(self.dictionary.sizes, 0).to(device)}
         return super().load_state_dict({**trained, **state_dict}, *args, **kwargs)
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -148,28 +139,22 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
                 )
             dead = self._before_step(rows, dead)
 
-            # Encode: scores z_i = <X, E_i> + b_i, coefficients a = activation(z)
-            atoms = normalized(self.atoms())
-            hidden = self.hook_sae_acts_pre(self._scores(rows))
-            acts = self.hook_sae_acts_post(self.activation_fn(hidden))
-            self.activation_fn.follow(acts)
-
-            # Losses
-            read = x.blocks[0].read if isinstance(x, PackedWrites) else None
-            read = None if read is None else read.squeeze(-2).to(self.dtype)
-            losses = all_losses(self._step(rows, atoms, hidden, acts, dead, read, step_input.coefficients))
+            reads = x.blocks[0].reads_at(self.cfg.later_reads) if isinstance(x, PackedWrites) else None
+            reads = None if reads is None else reads.to(self.dtype)
+            step = self.dictionary.train(rows, dead, reads, step_input.coefficients)
+            losses = step.losses()
 
         # Reconstruction, for SAELens's logs
         with torch.no_grad():
             if step_input.is_logging_step:
-                sae_out = self.decode(acts.detach() / self.get_W_dec_norm())
+                sae_out = self.decode(step.acts.detach() / self.get_W_dec_norm())
             else:
                 sae_out = torch.full((1, 1), float("nan"), dtype=x.dtype, device=x.device).expand(x.shape)
         return TrainStepOutput(
             sae_in=x,
             sae_out=sae_out,
-            feature_acts=acts,
-            hidden_pre=hidden,
+            feature_acts=step.acts,
+            hidden_pre=step.scores,
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
         )
@@ -183,41 +168,22 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """The losses beside SAELens's squared error, where inputs are normalised at run time."""
         rows = step_input.sae_in.unflatten(-1, (self.cfg.d_k, self.cfg.d_v))
-        atoms, norms = normalized(self.atoms()), self.get_W_dec_norm()
-        hidden, acts = hidden_pre * norms, feature_acts * norms
-        self.activation_fn.follow(acts)
-        step = self._step(
-            rows, atoms, hidden, acts, step_input.dead_neuron_mask, None, step_input.coefficients
+        dictionary = self.dictionary
+        if not isinstance(dictionary, Atoms):
+            raise WriteSAEError("codes are trained on inputs as they are")  # the config refuses others
+        return dictionary.losses_at_run_time_norms(
+            rows, hidden_pre, feature_acts, step_input.dead_neuron_mask, step_input.coefficients
         )
-        return {name: value for name, value in all_losses(step).items() if name != "mse_loss"}
-
-    def _scores(self, rows: Matrices) -> Float[Tensor, "row d_sae"]:
-        hidden = scores(rows, self._encoder)
-        if self.b_enc.requires_grad or bool(self.b_enc.any()):
-            hidden = hidden + self.get_W_dec_norm() * self.b_enc
-        return hidden
-
-    def _step(
-        self,
-        rows: Matrices,
-        atoms: Matrices,
-        hidden: Tensor,
-        acts: Tensor,
-        dead: Tensor | None = None,
-        read: Tensor | None = None,
-        coefficients: dict[str, float] | None = None,
-    ) -> Step:
-        bias = self.bias_matrix if self.cfg.decoder_bias else None
-        return Step(self.cfg, self.activation_fn, rows, atoms, hidden, acts, bias, dead, read, coefficients)
 
     @torch.no_grad()
     def _with_metrics(self, output: TrainStepOutput, step_input: TrainStepInput) -> TrainStepOutput:
         """Add the metrics that SAELens logs beside its own, on logging steps."""
         if step_input.is_logging_step:
             rows = self._rows(step_input.sae_in.detach())
-            dominant = normalized(self.atoms())[output.feature_acts.argmax(-1)]
+            main_part = self.dictionary.main_part(output.feature_acts)
             fires = output.feature_acts.amax(-1) > 0
-            cosine = inner(rows, dominant) / squared_norms(rows).sqrt().clamp(min=1e-30)
+            sizes = (squared_norms(rows) * squared_norms(main_part)).sqrt()
+            cosine = inner(rows, main_part) / sizes.clamp(min=1e-30)
             dead = step_input.dead_neuron_mask
             n_dead = 0 if dead is None else int(dead.sum())
             output.metrics |= {
@@ -238,97 +204,29 @@ class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
         cfg = self.cfg
         if not self.training:
             return dead
-        started, step = (int(n) for n in self.progress)
-        if started == 0:
-            self.activation_fn.begin(squared_norms(rows).mean().sqrt())
-            started = 0 if cfg.init_from_writes else cfg.d_sae
-        if started < cfg.d_sae:
-            earlier = normalized(self.atoms())[:started]
-            starts = _distinct(leading_pairs(rows[squared_norms(rows) > 0]), earlier)[: cfg.d_sae - started]
-            slots = torch.arange(started, started + len(starts.key), device=self.b_enc.device)
-            # On the first batch all encoders are rescaled, those of atoms that have not started too.
-            self._start_atoms(slots, starts, rows, slots if started else torch.arange(cfg.d_sae))
-            started += len(slots)
+        dictionary, step = self.dictionary, int(self.progress[1])
+        started = [int(n) for n in self.progress[::2]]
+        if not any(started):
+            dictionary.begin(rows)
+            started = started if cfg.init_from_writes else dictionary.sizes
+        started = dictionary.start(rows, started)
         if step and cfg.renormalize_every and step % cfg.renormalize_every == 0:
             self.fold_W_dec_norm()
         if step and cfg.resample_every and step % cfg.resample_every == 0 and dead is not None:
-            dead = dead.index_fill(0, self._resample(rows, dead.nonzero().squeeze(-1)), False)
-        self.progress.copy_(torch.tensor([started, step + 1]))
+            resampled = dictionary.resample(rows, dead.nonzero().squeeze(-1))
+            self.n_resampled += len(resampled)
+            dead = dead.index_fill(0, resampled, False)
+        self.progress.copy_(_progress(started, step + 1))
         return dead
-
-    @torch.no_grad()
-    def _resample(self, rows: Matrices, dead: Int[Tensor, " dead"]) -> Int[Tensor, " resampled"]:
-        """Start dead atoms anew from inputs drawn by their squared error; returns which."""
-        hidden = self._scores(rows)
-        step = self._step(rows, normalized(self.atoms()), hidden, self.activation_fn(hidden))
-        error = step.errors.clamp(min=0)
-        n = min(len(dead), int((error > 0).sum()))
-        if n == 0:
-            return dead[:0]
-        starts = _distinct(leading_pairs(rows[torch.multinomial(error, n)]))
-        slots = dead[: len(starts.key)]
-        self._start_atoms(slots, starts, rows, slots)
-        self.n_resampled += len(slots)
-        return slots
-
-    @torch.no_grad()
-    def _start_atoms(self, slots: Tensor, starts: Factors, rows: Matrices, scaled: Tensor) -> None:
-        """Make atoms of rank-1 matrices, and their encoders the same matrices at the size that fits a batch.
-
-        Where k atoms are nearly parallel, encoders of norm 1 would add up to k times the write.
-
-        Args:
-            slots: the atoms that start.
-            starts: what they start as.
-            rows: the batch.
-            scaled: the atoms whose encoders, and thresholds with them, get that size.
-        """
-        cfg = self.cfg
-        for side, kind in (("dec", cfg.decoder), ("enc", cfg.encoder)):
-            if kind == "tied":
-                continue
-            raw = self._side(side, kind)
-            if not isinstance(raw, Factors):
-                raw[slots] = starts.matrix().to(raw.dtype)
-                continue
-            for parameter, factor in zip(raw, starts):
-                # Ranks 2 and above keep their direction and are scaled to norm 0.1.
-                parameter[slots] = 0.1 * torch.nn.functional.normalize(parameter[slots], dim=-1)
-                parameter[slots, :1] = factor.to(parameter.dtype)
-        self.b_enc[slots] = 0
-        forget_moments([p for p in self.parameters() if len(p) == cfg.d_sae and p is not self.b_dec], slots)
-        share = self._fitting_share(rows)
-        if cfg.encoder == "tied":
-            share = self.enc_gain.clamp_(max=share).squeeze()
-        else:
-            sides = tensors(self._side("enc", cfg.encoder))
-            for parameter in sides:
-                parameter[scaled] *= share ** (1 / len(sides))
-        self.activation_fn.reset(scaled, share * squared_norms(rows).mean().sqrt())
-
-    def _fitting_share(self, rows: Matrices) -> Float[Tensor, ""]:
-        """The share c <= 1 of the projections at which c sum_i <X, A_i> A_i fits a batch best.
-
-        The sum is over the atoms that the activation function selects by their projections: if every encoder
-        were c times its atom, the reconstruction would have least squared error.
-        """
-        atoms = normalized(self.atoms())
-        along = overlaps(rows, atoms)
-        acts = self.activation_fn(along)
-        step = Step(self.cfg, self.activation_fn, rows, atoms, along, acts)
-        explained = (acts * along).sum()
-        rebuilt = (step.errors - step.squared).sum() + 2 * explained  # the sum's |X^|^2
-        return (explained / rebuilt).clamp(1e-3, 1.0) if bool(rebuilt > 0) else rebuilt.new_ones(())
 
     @torch.no_grad()
     def log_histograms(self) -> dict[str, NDArray[Any]]:
         """Norms of the encoder's rows; the atoms' own norms are 1."""
-        return {"weights/encoder_norms": squared_norms(self._encoder).sqrt().float().cpu().numpy()}
+        return {
+            "weights/encoder_norms": squared_norms(self.dictionary.encoder()).sqrt().float().cpu().numpy()
+        }
 
 
-def _distinct(starts: Factors, earlier: Matrices | None = None) -> Factors:
-    """Those with another direction than all before them and than all earlier atoms."""
-    again = (overlaps(starts, starts).abs() > _SAME).tril(-1).any(-1)
-    if earlier is not None:
-        again |= (overlaps(starts, earlier).abs() > _SAME).any(-1)
-    return starts[~again]
+def _progress(started: list[int], step: int) -> Tensor:
+    """The step in second place, the numbers of atoms, or of key and value codes, around it."""
+    return torch.tensor([started[0], step, *started[1:]], dtype=torch.float32)
