@@ -18,8 +18,8 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.saes.config import ARCHITECTURE, WriteSAETrainingConfig
 
 # What makes an SAE's parameters what they are. k may change in training that goes on from a saved SAE.
-_FORM = ("architecture", "d_k", "d_v", "d_in", "d_sae", "rank", "encoder", "decoder", "activation")
-_FORM += ("normalize_activations",)
+_FORM = ("architecture", "d_k", "d_v", "d_in", "d_sae", "n_key", "n_value", "rank")
+_FORM += ("encoder", "decoder", "activation", "normalize_activations")
 # Settings that the state in a checkpoint overrides.
 _OF_STATE = ("lr", "lr_scheduler_name", "adam_beta1", "adam_beta2")
 _OF_SCHEDULE = ("training_tokens", "train_batch_size_tokens", "lr_end", "lr_warm_up_steps", "lr_decay_steps")
@@ -48,7 +48,7 @@ def check_resumed(cfg: Any, saes: Mapping[str, Any], hooks: Mapping[str, str]) -
         saved = _read(checkpoint / name / "cfg.json")
         found = saved | {"hook_name": (saved.get("metadata") or {}).get("hook_name")}
         now = sae.to_dict() | {"hook_name": hooks[name]}
-        differing = _differing(found, now, (*_FORM, "k", "hook_name"))
+        differing = _differing(found, now, (*_FORM, "k", "k_key", "k_value", "hook_name"))
         if differing:
             raise WriteSAEError(
                 f"{checkpoint} is of another SAE: {differing}; resume with the interrupted run's settings"
