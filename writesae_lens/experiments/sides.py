@@ -2,57 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
-from torch import Tensor
+from torch import Tensor, nn
 
+from writesae_lens.experiments import swaps
+from writesae_lens.experiments.firings import Activity, check_any_fires, is_codes
 from writesae_lens.saes.rank1 import Factors
 
-
-def is_codes(sae: SAE[Any]) -> bool:
-    """Whether an SAE codes the two sides of a write by themselves, ``decoder="codes"``."""
-    return getattr(sae, "is_codes", False)
+PLURALS = {"atom": "atoms", "key": "key codes", "value": "value codes"}
 
 
-def sides_of(sae: Any) -> dict[str, range]:
+def features_by_side(sae: SAE[Any]) -> dict[str, range]:
     """The features of each side: of "atom" alone, or of "key" and "value".
 
     Coefficients can be compared within a side only: those of key codes have no unit, those of value codes
     are in units of a write's norm.
     """
     if is_codes(sae):
-        return {"key": sae.key_codes, "value": sae.value_codes}
+        codes: Any = sae
+        return {"key": codes.key_codes, "value": codes.value_codes}
     return {"atom": range(sae.cfg.d_sae)}
 
 
 def side_of(sae: SAE[Any], feature: int) -> str:
-    """The side that a feature belongs to."""
-    return next(side for side, features in sides_of(sae).items() if feature in features)
-
-
-def dominant_by_side(
-    sae: SAE[Any], acts: Float[Tensor, "pos d_sae"]
-) -> dict[str, tuple[Int[Tensor, " pos"], Float[Tensor, " pos"]]]:
-    """The most active feature of each side at every position (-1: none is), and its coefficient."""
-    found = {}
-    for side, features in sides_of(sae).items():
-        size, place = acts[:, features.start : features.stop].max(dim=-1)
-        found[side] = torch.where(size > 0, place + features.start, -1), size.float()
-    return found
-
-
-@torch.no_grad()
-def feature_vectors(sae: SAE[Any], side: str) -> Float[Tensor, "code d"]:
-    """The vectors of a side's codes: key codes [n_key, d_k], value codes [n_value, d_v], as learned.
-
-    Args:
-        sae: an SAE of codes.
-        side: "key" or "value".
-    """
-    return getattr(sae, f"dec_{side}").float()
+    """The side that a feature belongs to: "atom", "key" or "value"."""
+    return next(side for side, features in features_by_side(sae).items() if feature in features)
 
 
 @torch.no_grad()
@@ -61,17 +40,57 @@ def side_cosines(
 ) -> Float[Tensor, " firing"]:
     """Cosines of codes with their own side of the writes that they take part in, signs as the codes see them.
 
-    A write k v^T is also (-k) (-v)^T; the codes see it with the key on the mean key's side.
+    A write k v^T is also (-k) (-v)^T; the codes see the one whose key is on the mean key's side.
 
     Args:
         sae: an SAE of codes.
         side: "key" or "value".
-        codes: feature numbers, one a write.
+        codes: numbers of features, one a write.
         writes: of rank 1.
     """
-    mean: Any = sae.mean_key
+    parameters: Any = sae
     key, value = writes.key[:, 0].float(), writes.value[:, 0].float()
-    sign = torch.where((key * mean.float()).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    mean, vectors = parameters.mean_key.float(), getattr(parameters, f"dec_{side}").float()
+    sign = torch.where((key * mean).sum(-1, keepdim=True) < 0, -1.0, 1.0)
     own = sign * (key if side == "key" else value)
-    vectors = feature_vectors(sae, side)[codes - sides_of(sae)[side].start]
-    return torch.nn.functional.cosine_similarity(own, vectors, dim=-1)
+    return nn.functional.cosine_similarity(
+        own, vectors[codes - features_by_side(sae)[side].start], dim=-1, eps=1e-30
+    )
+
+
+def draw_contents(
+    activities: Sequence[Activity],
+    passages: Int[Tensor, "passage pos"],
+    n_atoms: int,
+    rng: torch.Generator,
+) -> Int[Tensor, " atom"]:
+    """A random choice of the atoms, or of the value codes, that fire (all, where there are fewer), sorted.
+
+    Raises:
+        WriteSAEError: nothing fires.
+    """
+    found = torch.cat([x.dominant for x in activities])
+    found = found[found >= 0]
+    check_any_fires(len(found), len(found), passages)
+    alive = found.unique().cpu()
+    return alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
+
+
+def randomized(sae: SAE[Any], features: Int[Tensor, " write"], own: Factors, rng: torch.Generator) -> Factors:
+    """A random matrix for each of some features' matrices, of the same norm: what else could stand there.
+
+    For an atom a Gaussian rank-1 matrix; for a code a Gaussian vector in its place, with the other side as
+    it is (a matrix that is random on both sides would hardly be read, and be no control of the code).
+
+    Args:
+        sae: the SAE.
+        features: their numbers.
+        own: their matrices; those of codes have rank 1.
+        rng: where the numbers come from.
+    """
+    rows, device = len(features), own.key.device
+    key, value = (torch.randn(rows, 1, f.shape[-1], generator=rng).to(device) for f in own)
+    if is_codes(sae):
+        is_key = (features < features_by_side(sae)["key"].stop).to(device)[:, None, None]
+        key, value = torch.where(is_key, key, own.key), torch.where(is_key, own.value, value)
+    return swaps.with_norm(Factors(key, value), own.norm())
