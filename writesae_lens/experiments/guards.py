@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from writesae_lens.experiments.subjects import feature_sides
+from writesae_lens.experiments.sides import features_by_side
 from writesae_lens.saes.rank1 import Factors, overlaps
 
 SEEN_OFTEN = 5
@@ -47,7 +47,7 @@ class Guards:
             acts: coefficients of all features.
             native: the writes there, of rank 1.
         """
-        sides = {name: slice(side.start, side.stop) for name, side in feature_sides(sae).items()}
+        sides = {name: slice(side.start, side.stop) for name, side in features_by_side(sae).items()}
         active = acts > 0
         fires = torch.stack([active[:, side].any(-1) for side in sides.values()]).all(0)
         acts, active = acts[fires], active[fires]

@@ -1,4 +1,4 @@
-"""Population test (paper, experiment 2): the replacement test for every atom that fires."""
+"""Population test (paper, experiment 2): the replacement test for every feature that fires."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from writesae_lens.experiments.partition import CLASS_COLORS, class_names
 from writesae_lens.experiments.replace import replacement_test
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import MEASURED_ON
-from writesae_lens.figures import INK, RANDOM, new_figure
+from writesae_lens.figures import ATOM, DELETE, INK, RANDOM, new_figure
 
 
 @experiment(
     "population",
     paper=2,
-    question="How often does each atom win the replacement test, and which atoms win more often?",
-    row="an atom",
-    table=("mean_win_rate", "n_atoms"),
+    question="What does each feature's stand-in recover, and how often does it win the replacement test?",
+    row="a feature: an atom, a key code or a value code",
+    table=("mean_recovered", "mean_win_rate", "n_atoms"),
     max_passages=64,
     passes_on="replace",
 )
@@ -44,12 +44,14 @@ def population_test(
     verbose: bool = True,
     **options: Any,
 ) -> ExperimentResult:
-    """The replacement test's win rate of each atom, in whose mean frequent atoms count no more than others.
+    """What the replacement test finds for each feature; in its means frequent ones count no more than others.
 
     Runs `replacement_test` with at most ``max_firings_per_atom`` firings of each atom, drawn at random, and
     makes one row of every atom with at least ``min_firings`` of them above the floor of rounding, as
-    `replacement_test` tells them. The mean over atoms is the paper's population figure. Classes are those of
-    `partition_atoms`, from the median cosines of these atoms at these firings.
+    `replacement_test` tells them. Of codes, each firing counts for its dominant key code and for its dominant
+    value code: two rows' firings, whose stand-in is made of all that are active. The mean win rate over atoms
+    is the paper's population figure. Classes are those of `partition_atoms`, from the median cosines of these
+    atoms at these firings; codes have none.
 
     Args:
         model: the model that the SAE was trained on.
@@ -64,13 +66,17 @@ def population_test(
         options: any other argument of `replacement_test`: scale, random, kl, replaces, skip_positions, ...
 
     Returns:
-        a result. ``records`` has one row per atom: atom, n_firings, win_rate, strict_chain_rate,
-        median_cosine (signed), median_kl_atom, median_kl_delete (nats), class ("register", "bundle", or
-        None where fewer than 4 atoms or equal cosines allow no partition). ``summary`` has
-        mean_win_rate with a 95% interval (bootstrap over atoms), win rate and number of atoms by class
-        with the two-sided Mann-Whitney p between the classes, Pearson's and Spearman's correlation of
-        win rate with median cosine, mean win rate and cosine in each fifth of the atoms by cosine, and
-        n_at_floor, the firings that are left out.
+        a result. ``records`` has one row per feature: atom (its number), side ("atom", "key" or "value"),
+        n_firings, recovered (median over its firings of 1 - kl_atom / kl_delete) and, with a horizon,
+        recovered_later, win_rate, strict_chain_rate, median_cosine (signed, of the stand-in and the write),
+        median_kl_atom, median_kl_delete (nats), class ("register", "bundle", or None for codes and where
+        fewer than 4 atoms or equal cosines allow no partition). ``summary`` has mean and median over features
+        of recovered (mean_recovered, median_recovered), recovered_later and win_rate, the means with 95%
+        intervals (bootstrap over features; one feature that does harm can make a mean of recovered negative),
+        mean_strict_chain_rate, of codes also the means of each side (mean_recovered_key, ...); win rate and
+        number of atoms by class with the two-sided Mann-Whitney p between the classes, Pearson's and
+        Spearman's correlation of win rate with median cosine, mean win rate and cosine in each fifth of the
+        features by cosine, and n_at_floor, the firings that are left out.
 
     Raises:
         WriteSAEError: as `replacement_test`, or no atom has ``min_firings`` tested firings.
@@ -85,61 +91,96 @@ def population_test(
         model, sae, tokens, max_firings_per_atom=max_firings_per_atom, seed=seed,
         progress_folder=progress_folder, verbose=verbose, **options,
     )  # fmt: skip
-    firings = tested.records.assign(
-        win=lambda f: f.kl_atom < f.kl_delete, chain=lambda f: f.win & (f.kl_delete < f.kl_random)
-    )
-    moves = swaps.above_floor(firings)
-    by_atom = (
-        firings.loc[moves]
-        .groupby("atom", as_index=False)
-        .agg(
-            n_firings=("win", "size"),
-            win_rate=("win", "mean"),
-            strict_chain_rate=("chain", "mean"),
-            median_cosine=("cosine", "median"),
-            median_kl_atom=("kl_atom", "median"),
-            median_kl_delete=("kl_delete", "median"),
-        )
-    )
-    records = by_atom.loc[by_atom.n_firings >= min_firings].reset_index(drop=True)
-    n_atoms, n_at_floor = firings.atom.nunique(), int((~moves).sum())
+    every = _by_feature(tested.records)
+    records = every.loc[every.n_firings >= min_firings].reset_index(drop=True)
+    n_at_floor = int((~swaps.above_floor(tested.records)).sum())
     if not len(records):
         floor = f" ({n_at_floor} more are at the floor of rounding)" if n_at_floor else ""
         raise WriteSAEError(
-            f"{n_atoms} atoms fire, but none min_firings={min_firings} times in {moves.sum()} tested "
-            f"firings{floor}: give more text or a smaller min_firings"
+            f"{len(every)} features fire, but none min_firings={min_firings} times in "
+            f"{len(tested.records) - n_at_floor} tested firings{floor}: give more text or a smaller "
+            "min_firings"
         )
-    split = statistics.split_in_two(records.median_cosine, seed)
+    of_atoms = list(records.side.unique()) == ["atom"]
+    split = statistics.split_in_two(records.median_cosine, seed) if of_atoms else None
     records["class"] = None if split is None else class_names(split)
     summary = {
         **_summarize(records, seed),
         "n_at_floor": n_at_floor,
-        "n_atoms_too_rare": n_atoms - len(records),
+        "n_atoms_too_rare": len(every) - len(records),
         "n_atoms_never_dominant": tested.summary["n_atoms_never_dominant"],
         **{name: tested.summary[name] for name in (*MEASURED_ON, *EXPERIMENTS["replace"].own_options)},
         "experiment": "population",
         "min_firings": min_firings,
     }
-    interval = statistics.between(summary["mean_win_rate_ci"], ".1%")
+    recovered, won = (
+        f"mean {summary[f'mean_{name}']:.1%}{statistics.between(summary[f'mean_{name}_ci'], '.1%')}"
+        for name in ("recovered", "win_rate")
+    )
+    what = "atoms" if of_atoms else "codes"
     headline = (
-        f"mean win rate {summary['mean_win_rate']:.1%}{interval}, strict chain "
-        f"{summary['mean_strict_chain_rate']:.1%}, {len(records)} atoms{swaps.floor_note(n_at_floor)}"
+        f"half of {len(records)} {what} recover {summary['median_recovered']:.1%} or more ({recovered}); "
+        f"win rate {won}, strict chain {summary['mean_strict_chain_rate']:.1%}{swaps.floor_note(n_at_floor)}"
     )
     summary["call"] = call_of(model, [summary["hook_name"]], summary["text"], population_test, given)
     summary = {"headline": with_warnings(headline, summary["warnings"]), **summary}
     return ExperimentResult("population", records, summary)
 
 
+def _by_feature(firings: pd.DataFrame) -> pd.DataFrame:
+    """A row for each feature that is tested; without firings above the floor its figures are NaN.
+
+    Args:
+        firings: records of the replacement test. A firing of codes is one of its ``atom``, the dominant value
+            code, and one of its ``key_code``; that is -1 for atoms.
+    """
+    firings = firings.assign(
+        win=firings.kl_atom < firings.kl_delete,
+        chain=(firings.kl_atom < firings.kl_delete) & (firings.kl_delete < firings.kl_random),
+        recovered=1 - firings.kl_atom / firings.kl_delete,
+    )
+    if "kl_atom_later" in firings:
+        moves = firings.kl_delete_later > firings.kl_floor_later
+        firings["recovered_later"] = (1 - firings.kl_atom_later / firings.kl_delete_later).where(moves)
+    keys = firings["key_code"] if "key_code" in firings else pd.Series(-1, index=firings.index)
+    of_codes = bool((keys >= 0).any())
+    counted = [firings.assign(side="value" if of_codes else "atom")]
+    if of_codes:
+        counted.insert(0, firings.assign(atom=keys, side="key"))
+    counted = pd.concat(counted, ignore_index=True)
+    figures = {
+        "n_firings": ("win", "size"),
+        "recovered": ("recovered", "median"),
+        "recovered_later": ("recovered_later", "median"),
+        "win_rate": ("win", "mean"),
+        "strict_chain_rate": ("chain", "mean"),
+        "median_cosine": ("cosine", "median"),
+        "median_kl_atom": ("kl_atom", "median"),
+        "median_kl_delete": ("kl_delete", "median"),
+    }
+    figures = {name: how for name, how in figures.items() if how[0] in counted}
+    groups = counted.loc[swaps.above_floor(counted)].groupby(["side", "atom"]).agg(**figures)
+    every = counted.groupby(["side", "atom"], as_index=False).size()[["atom", "side"]]
+    table = every.join(groups, on=["side", "atom"])
+    return table.assign(n_firings=table.n_firings.fillna(0).astype(int)).sort_values(
+        "atom", ignore_index=True
+    )
+
+
 def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     rate, cosine = records.win_rate.to_numpy(), records.median_cosine.to_numpy()
-    summary: dict[str, Any] = {
-        "n_atoms": len(records),
-        "n_firings": int(records.n_firings.sum()),
-        "mean_win_rate": float(rate.mean()),
-        "mean_win_rate_ci": statistics.cluster_bootstrap(rate, records.atom, seed),
-        "mean_strict_chain_rate": float(records.strict_chain_rate.mean()),
-        "share_of_atoms_above_half": float((rate > 0.5).mean()),
-    }
+    summary: dict[str, Any] = {"n_atoms": len(records), "n_firings": int(records.n_firings.sum())}
+    for name in ("recovered", "recovered_later", "win_rate"):
+        if name in records:
+            known = records.loc[records[name].notna()]
+            summary[f"mean_{name}"] = statistics.rate(known[name])
+            summary[f"median_{name}"] = statistics.median_and_error(known[name])[0]
+            summary[f"mean_{name}_ci"] = statistics.cluster_bootstrap(known[name], known.atom, seed)
+    summary["mean_strict_chain_rate"] = float(records.strict_chain_rate.mean())
+    summary["share_of_atoms_above_half"] = float((rate > 0.5).mean())
+    for side, own in records.groupby("side") if records.side.nunique() > 1 else []:
+        summary |= {f"mean_{name}_{side}": float(own[name].mean()) for name in ("recovered", "win_rate")}
+        summary[f"n_{side}"] = len(own)
     groups = {name: rate[(records["class"] == name).to_numpy()] for name in ("register", "bundle")}
     for name, values in groups.items():
         summary[f"n_{name}"] = len(values)
@@ -155,26 +196,36 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
 
 @figure("population")
 def plot_population(result: ExperimentResult) -> Figure:
-    """Each atom's win rate against its median cosine, by class, with the means of fifths of the atoms."""
+    """What each feature recovers and its win rate against its median cosine, by class or side."""
     records, summary = result.records, result.summary
-    figure, (axis,) = new_figure(6.4, 4.4, 1)
-    classes = records["class"].fillna("not divided")
-    for name in sorted(classes.unique(), reverse=True):
-        part = records[classes == name]
-        axis.scatter(
-            part.median_cosine, part.win_rate, s=4 + 1.2 * part.n_firings.clip(upper=60), alpha=0.5, lw=0,
-            color=CLASS_COLORS.get(name, RANDOM), rasterized=True,
-            label=f"{name}: {len(part):,} atoms, mean {part.win_rate.mean():.1%}",
-        )  # fmt: skip
+    if "recovered" not in records:  # of an earlier version
+        records = records.assign(side="atom", recovered=1 - records.median_kl_atom / records.median_kl_delete)
+    figure, axes = new_figure(11.0, 4.4, 2)
+    of_codes = records.side.nunique() > 1
+    groups = records.side + " codes" if of_codes else records["class"].fillna("not divided")
+    colors = {"key codes": ATOM, "value codes": DELETE} if of_codes else CLASS_COLORS
+    for axis, name in zip(axes, ("recovered", "win_rate"), strict=True):
+        for group in sorted(groups.unique(), reverse=True):
+            part = records[groups == group]
+            axis.scatter(
+                part.median_cosine, part[name].clip(lower=-1), s=4 + 1.2 * part.n_firings.clip(upper=60),
+                alpha=0.5, lw=0, color=colors.get(group, RANDOM), rasterized=True,
+                label=f"{group}: {len(part):,}, mean {part[name].mean():.1%}",
+            )  # fmt: skip
+        axis.set_xlabel("median cosine of the stand-in to the native write")
+        axis.legend(frameon=False, fontsize=9, loc="lower left")
     fifths = [summary["cosine_by_quintile"], summary["win_rate_by_cosine_quintile"]]
     points = [pair for pair in zip(*fifths, strict=True) if None not in pair]
-    axis.plot(*zip(*points, strict=True), "o-", color=INK, lw=1.5, ms=4, label="fifths of the atoms")
-    axis.axhline(0.5, color=INK, lw=0.8, ls="--")
-    axis.set(ylim=(-0.03, 1.03))
-    axis.set_xlabel("median cosine of the atom to the native write")
-    axis.set_ylabel("win rate of the atom")
+    axes[1].plot(*zip(*points, strict=True), "o-", color=INK, lw=1.5, ms=4)
+    axes[1].axhline(0.5, color=INK, lw=0.8, ls="--")
+    axes[0].axhline(0, color=INK, lw=0.8, ls="--")
+    axes[0].set(ylim=(-1.05, 1.03), ylabel="median recovered (below -100%: drawn there)")
+    axes[1].set(ylim=(-0.03, 1.03), ylabel="win rate (line: fifths of the features)")
     interval = statistics.between(summary["mean_win_rate_ci"], ".1%")
-    title = f"The mean atom wins at {summary['mean_win_rate']:.1%} of its firings"
-    axis.set_title(f"{title}\n95% interval{interval or ': none, for one atom'}", fontsize=11, loc="left")
-    axis.legend(frameon=False, fontsize=9, loc="lower left")
+    title = f"The mean feature wins at {summary['mean_win_rate']:.1%} of its firings"
+    axes[1].set_title(
+        f"{title}\n95% interval{interval or ': none, for one feature'}", fontsize=11, loc="left"
+    )
+    mean = statistics.share(summary.get("mean_recovered"))
+    axes[0].set_title(f"and recovers {mean} in the median firing", fontsize=11, loc="left")
     return figure

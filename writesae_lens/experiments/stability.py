@@ -26,7 +26,7 @@ from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import native_writes
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.experiments.subjects import feature_sides as sides_of
+from writesae_lens.experiments.sides import features_by_side
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, INK, RANDOM, new_figure
 from writesae_lens.saes.rank1 import Factors, Matrices, normalized, overlaps
@@ -127,7 +127,7 @@ def stability(
     writes = [native_writes(model, cell, passage) for passage in passages]
     native = Factors(*(torch.cat(side).cpu().float()[:, None] for side in zip(*writes, strict=True)))
     frames = []
-    for side in sides_of(first):
+    for side in features_by_side(first):
         own = [_directions(name, sae, side, uses[name], cell) for name, sae in saes.items()]
         for one, other in _pairs(own, native, side, generator(seed)):
             frames.append(_match(one, other, side))
@@ -154,7 +154,9 @@ def _cell_of(model: HookedRecurrent, saes: Mapping[str, SAE[Any]]) -> Cell:
             f"{', '.join(other)} belong to another cell than layer {cell.layer} head {cell.head}: only "
             "features of one cell can be the same"
         )
-    if other := [other for other in saes if list(sides_of(saes[other])) != list(sides_of(saes[name]))]:
+    if other := [
+        other for other in saes if list(features_by_side(saes[other])) != list(features_by_side(saes[name]))
+    ]:
         raise WriteSAEError(
             f"{', '.join(other)} and {name} have features of different kinds, codes and atoms: match SAEs "
             "of one kind"
@@ -174,7 +176,7 @@ def _count(model: HookedRecurrent, saes: Mapping[str, SAE[Any]], tokens: Int[Ten
 @torch.no_grad()
 def _directions(name: str, sae: SAE[Any], side: str, uses: Int[Tensor, " d_sae"], cell: Cell) -> Directions:
     """The active features of a side."""
-    features = sides_of(sae)[side]
+    features = features_by_side(sae)[side]
     active = uses[features.start : features.stop].nonzero().squeeze(-1)
     mean_key = None
     if side != "atom":

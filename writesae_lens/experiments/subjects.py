@@ -10,7 +10,6 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell, Site
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.options import shown
-from writesae_lens.saes.sae import MatrixSAE
 
 
 def check_model(model: Any) -> None:
@@ -97,10 +96,3 @@ def find_cell(model: HookedRecurrent, sae_or_cell: SAE[Any] | Cell | tuple[int, 
     if not isinstance(sae_or_cell, (tuple, list)) or len(sae_or_cell) != 2:
         raise WriteSAEError(f"an SAE, a cell or (layer, head) is wanted, got {shown(sae_or_cell)}")
     return model.cell(*sae_or_cell)
-
-
-def feature_sides(sae: SAE[Any]) -> dict[str, range]:
-    """The features of an SAE by what they describe: a whole write ("atom"), or its "key" or its "value"."""
-    if isinstance(sae, MatrixSAE) and getattr(sae, "is_codes", False):
-        return {"key": sae.key_codes, "value": sae.value_codes}
-    return {"atom": range(sae.cfg.d_sae)}

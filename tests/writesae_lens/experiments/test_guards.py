@@ -29,7 +29,7 @@ def rank_1(n, rng):
 
 @pytest.mark.parametrize("kind", SIDES)
 def test_every_figure_is_a_loop_over_the_firings(gdn, monkeypatch, kind):
-    monkeypatch.setattr(guards, "feature_sides", lambda sae: SIDES[kind])
+    monkeypatch.setattr(guards, "features_by_side", lambda sae: SIDES[kind])
     rng, sae, counted = torch.Generator().manual_seed(0), make_sae(gdn), Guards()
     parts = [(some_acts(seed), rank_1(60, rng)) for seed in (1, 2)]
     train = rank_1(40, rng)

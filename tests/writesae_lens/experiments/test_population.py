@@ -16,8 +16,9 @@ from writesae_lens.experiments.run import MEASURED_ON
 def population_of(gdn, passages, monkeypatch):
     """The population test of firings that are given, not measured."""
 
-    def test(rows):
+    def test(rows, **columns):
         frame = pd.DataFrame(rows, columns=["atom", "cosine", "kl_atom", "kl_delete", "kl_random"])
+        frame = frame.assign(**columns)
         summary = dict.fromkeys([*MEASURED_ON, *EXPERIMENTS["replace"].own_options])
         summary |= {"text": "given", "warnings": [], "hook_name": "given"}
         tested = ExperimentResult("replace", frame, summary | {"n_atoms_never_dominant": 7})
@@ -43,19 +44,26 @@ def test_every_row_is_a_loop_over_the_replacement_tests_firings(gdn):
         wins = [row["kl_atom"] < row["kl_delete"] for row in own]
         chain = [row["kl_atom"] < row["kl_delete"] < row["kl_random"] for row in own]
         medians = [np.median([row[name] for row in own]) for name in ("cosine", "kl_atom", "kl_delete")]
-        expected.append([atom, len(own), np.mean(wins), np.mean(chain), *medians])
-    columns = ["atom", "n_firings", "win_rate", "strict_chain_rate", "median_cosine", "median_kl_atom"]
-    columns.append("median_kl_delete")
-    assert list(result.records) == [*columns, "class"]
+        recovered = np.median([1 - row["kl_atom"] / row["kl_delete"] for row in own])
+        expected.append([atom, len(own), recovered, np.mean(wins), np.mean(chain), *medians])
+    columns = ["atom", "n_firings", "recovered", "win_rate", "strict_chain_rate", "median_cosine"]
+    columns += ["median_kl_atom", "median_kl_delete"]
+    assert list(result.records) == ["atom", "side", *columns[1:], "class"]
+    assert set(result.records.side) == {"atom"}
     np.testing.assert_allclose(result.records[columns].to_numpy(float), expected)
     summary = result.summary
-    assert summary["mean_win_rate"] == pytest.approx(np.mean([row[2] for row in expected]))
+    assert summary["mean_recovered"] == pytest.approx(np.mean([row[2] for row in expected]))
+    assert summary["median_recovered"] == pytest.approx(np.median([row[2] for row in expected]))
+    assert summary["mean_win_rate"] == pytest.approx(np.mean([row[3] for row in expected]))
     assert summary["n_atoms"] == len(expected)
     assert summary["n_firings"] == sum(row[1] for row in expected)
     assert summary["n_atoms_too_rare"] == rare
     assert summary["n_atoms_never_dominant"] == 32 - len(dominant_atoms(*inputs))  # skipped positions too
     assert (how | {"min_firings": 3, "kl": "patched_base"}).items() <= summary.items()
-    assert f"{summary['mean_win_rate']:.1%}" in result.plot().axes[0].get_title(loc="left")
+    assert f"{summary['mean_win_rate']:.1%}" in result.plot().axes[1].get_title(loc="left")
+    assert f"recovers {summary['mean_recovered']:.1%}" in result.plot().axes[0].get_title(loc="left")
+    for name in ("median_recovered", "mean_recovered", "mean_win_rate"):
+        assert f"{summary[name]:.1%}" in result.headline
 
 
 def test_statistics_of_known_atoms(population_of):
@@ -101,6 +109,33 @@ def test_statistics_of_known_atoms(population_of):
     often = population_of(rows + [(0, centers[0], 3.0, 2.0, 2.5)] * 90)
     expected = rate.mean() - rate[0] / 50 + rate[0] * 10 / 100 / 50
     assert often.summary["mean_win_rate"] == pytest.approx(expected)
+
+
+def test_a_firing_of_codes_counts_for_both_of_its_dominant_codes(population_of, tmp_path):
+    rng = np.random.default_rng(0)
+    kls = rng.uniform(0.1, 3, (300, 5))
+    keys, values = rng.integers(0, 6, 300), rng.integers(6, 11, 300)
+    rows = [(value, 0.5, *kl[:3]) for value, kl in zip(values, kls, strict=True)]
+    floor = np.where(np.arange(300) % 7 == 0, 9.0, 0.0)
+    later = {"kl_atom_later": kls[:, 3], "kl_delete_later": kls[:, 4], "kl_floor_later": floor[::-1]}
+    result = population_of(rows, key_code=keys, kl_floor=floor, **later)
+    assert list(result.records.atom) == list(range(11))
+    for row in result.records.itertuples():
+        assert row.side == ("key" if row.atom < 6 else "value")
+        own = (keys if row.atom < 6 else values) == row.atom
+        own &= floor == 0
+        assert row.n_firings == own.sum()
+        assert row.win_rate == pytest.approx((kls[own, 0] < kls[own, 1]).mean())
+        assert row.recovered == pytest.approx(np.median(1 - kls[own, 0] / kls[own, 1]))
+        both = own & (floor[::-1] == 0)
+        assert row.recovered_later == pytest.approx(np.median(1 - kls[both, 3] / kls[both, 4]))
+    assert result.records["class"].isna().all()
+    for side, part in result.records.groupby("side"):
+        assert result.summary[f"mean_recovered_{side}"] == pytest.approx(part.recovered.mean())
+        assert result.summary[f"n_{side}"] == len(part)
+    assert result.summary["mean_recovered_later"] == pytest.approx(result.records.recovered_later.mean())
+    assert "of 11 codes" in result.headline
+    result.save(tmp_path)
 
 
 def test_few_or_equal_atoms_have_no_classes_and_no_correlation(population_of, tmp_path):
