@@ -298,13 +298,6 @@ class PerSide(Activation):
         for side in self.sides:
             side.begin(torch.ones_like(unit))
 
-    def losses(
-        self, scores: Float[Tensor, "row d_sae"], unit: Float[Tensor, ""], coefficients: dict[str, float]
-    ) -> dict[str, Tensor]:
-        key = self.key.losses(scores[:, : self.n_key], unit, coefficients)
-        value = self.value.losses(scores[:, self.n_key :], unit, coefficients)
-        return {name: loss + value[name] for name, loss in key.items()}
-
 
 def for_inference(cfg: Any, shape: Tensor) -> Activation:
     """The activation of a trained SAE; ``shape`` is a tensor [d_sae] of the SAE's dtype and device."""

@@ -67,9 +67,8 @@ class Side:
 
     @cached_property
     def errors(self) -> Float[Tensor, " row"]:
-        """|x_n - x^_n|^2; of zero writes 0."""
-        away = (self.target - self.coded).square().sum(-1)
-        return away * self.target.detach().any(-1)
+        """|x_n - x^_n|^2."""
+        return (self.target - self.coded).square().sum(-1)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,6 @@ class CodeStep:
 
     Args:
         cfg: weights and counts of the losses.
-        activation: the function that turned scores into coefficients, of both sides.
         norm: |X_n|.
         key, value: the two sides.
         scores, acts: of both sides as SAELens gets them: key codes, then value codes in the writes' units.
@@ -88,7 +86,6 @@ class CodeStep:
     """
 
     cfg: WriteSAETrainingConfig
-    activation: Activation
     norm: Float[Tensor, " row"]
     key: Side
     value: Side
@@ -106,16 +103,19 @@ class CodeStep:
         """Every loss that applies, weighted, by name; the training loss is their sum."""
         values = {name: loss(self) for name, loss in LOSSES.items()}
         applied = {name: value for name, value in values.items() if value is not None}
-        scores = torch.cat([self.key.scores, self.value.scores], dim=-1)
-        return applied | self.activation.losses(scores, self.unit, self.coefficients or {})
+        for side in (self.key, self.value):
+            for name, loss in side.activation.losses(side.scores, self.unit, self.coefficients or {}).items():
+                applied[name] = applied[name] + loss if name in applied else loss
+        return applied
 
 
 def mse(step: CodeStep) -> Tensor:
     """|k - k^|^2 + |v - v^|^2: the squared errors with one side in code and the other as it is, added up.
 
-    To first order this is |X - X^|^2 / |X|^2 of the stand-in itself.
+    To first order this is |X - X^|^2 / |X|^2 of the stand-in itself. Of a zero write it is 0.
     """
-    return step.unit.square() * (step.key.errors + step.value.errors).mean()
+    errors = (step.key.errors + step.value.errors) * (step.norm > 0)
+    return step.unit.square() * errors.mean()
 
 
 def dead_codes(step: CodeStep) -> Tensor:
@@ -134,8 +134,11 @@ def dead_codes(step: CodeStep) -> Tensor:
         if n_dead > _POOL_PER_K_AUX * k_aux:
             strongest = side.scores.detach()[:, pool].amax(0).topk(_POOL_PER_K_AUX * k_aux).indices
             pool = pool[strongest]
-        values, indices = side.scores[:, pool].topk(min(k_aux, len(pool)), dim=-1, sorted=False)
-        by_dead = functional.embedding_bag(indices, side.codes[pool], per_sample_weights=values, mode="sum")
+        scores = side.scores[:, pool]
+        if len(pool) > k_aux:
+            values, indices = scores.topk(k_aux, dim=-1, sorted=False)
+            scores = torch.zeros_like(scores).scatter(-1, indices, values)
+        by_dead = scores @ side.codes[pool]
         left_over = (side.target - side.coded).detach()
         total = total + min(1.0, n_dead / k_aux) * (left_over - by_dead).square().sum(-1).mean()
     return weight * step.unit.square() * total

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from writesae_lens.saes.code_losses import CodeStep, Side, Split
 from writesae_lens.saes.optimizer import forget_moments
-from writesae_lens.saes.rank1 import Factors, Matrices
+from writesae_lens.saes.rank1 import Factors, Matrices, linear_scores
 
 if TYPE_CHECKING:
     from writesae_lens.saes.sae import MatrixSAE
@@ -133,7 +133,7 @@ class Codes:
 
     def _scores(self, write: Split, hook: Hook, norms: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Pre-activations in units of the coefficients, and each side's scores at norm 1, without unit."""
-        scores = [x @ e.T for x, e in zip(write[:2], self._encoders())]
+        scores = [linear_scores(x, e) for x, e in zip(write[:2], self._encoders())]
         b_enc = self.sae.b_enc
         if b_enc.requires_grad or bool(b_enc.any()):
             scores = [z + b for z, b in zip(scores, self._sides(self.norms() * b_enc))]
@@ -174,9 +174,7 @@ class Codes:
             acts = key, value / write.norm.clamp(min=_tiny(value))[:, None]
         sae.activation_fn.follow_sides(*acts)
         key, value = self._of_batch(write, scores, acts, dead)
-        return CodeStep(
-            self.cfg, sae.activation_fn, write.norm, key, value, hidden, seen, reads, coefficients
-        )
+        return CodeStep(self.cfg, write.norm, key, value, hidden, seen, reads, coefficients)
 
     def _of_batch(
         self, write: Split, scores: Any, acts: Any, dead: Bool[Tensor, " d_sae"] | None
@@ -215,6 +213,7 @@ class Codes:
     def resample(self, rows: Matrices, dead: Int[Tensor, " dead"]) -> Int[Tensor, " resampled"]:
         """Start each side's dead codes anew from inputs drawn by that side's squared error; returns which."""
         write, resampled = self._split(rows), []
+        write = Split(*(part[write.norm > 0] for part in write))
         _, scores = self._scores(write, lambda hidden: hidden, None)
         sides = self._of_batch(write, scores, self.sae.activation_fn.of_sides(*scores), None)
         for number, side in enumerate(sides):

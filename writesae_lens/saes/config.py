@@ -1,4 +1,4 @@
-"""Configurations of the WriteSAE family, for inference and for training, and the two named recipes."""
+"""Configurations of the WriteSAE family, for inference and for training, and the named recipes."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class WriteSAEConfig(MatrixSAEConfig, SAEConfig):
 @no_type_check
 @dataclass(kw_only=True)
 class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
-    """A WriteSAE in training. `recommended` and `paper` are two recipes by name.
+    """A WriteSAE in training. `recommended`, `atoms` and `paper` are three recipes by name.
 
     Args:
         activation: topk, batchtopk, jumprelu or gated.
@@ -278,14 +278,32 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
 
     @classmethod
     def recommended(cls, **options: Any) -> WriteSAETrainingConfig:
-        """The recipe of the documentation's figures: 2,048 atoms, 4 active per input, and the defaults.
+        """The recipe of the documentation's figures: 1,024 key and 1,024 value codes, 8 of each active.
+
+        The runner's part of it: ``LanguageModelSAERunnerConfig(sae=..., **RECOMMENDED_SCHEDULE)``.
+
+        Args:
+            **options: d_k and d_v, and any other field that should differ; d_sae and k are halved between the
+                sides.
+        """
+        recipe: dict[str, Any] = {
+            "decoder": "codes",
+            "d_sae": 2048,
+            "k": 16,
+            "read_alignment_coefficient": 4.0,
+        }
+        return cls(**(recipe | options))
+
+    @classmethod
+    def atoms(cls, **options: Any) -> WriteSAETrainingConfig:
+        """2,048 atoms, 4 active per input, one of which is to stand in for the write; the own read alone.
 
         The runner's part of it: ``LanguageModelSAERunnerConfig(sae=..., **RECOMMENDED_SCHEDULE)``.
 
         Args:
             **options: d_k and d_v, and any other field that should differ.
         """
-        recipe: dict[str, Any] = {"d_sae": 2048}
+        recipe: dict[str, Any] = {"d_sae": 2048, "k": 4, "later_reads": ()}
         return cls(**(recipe | options))
 
     @classmethod

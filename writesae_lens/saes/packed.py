@@ -44,10 +44,6 @@ class Write(NamedTuple):
     def factors(self) -> Factors:
         return Factors(self.key, self.value)
 
-    @property
-    def read(self) -> Tensor | None:
-        return None if self.reads is None else self.reads[..., :1, :]
-
     def reads_at(self, distances: Sequence[int]) -> Float[Tensor, "*batch n_reads d_k"] | None:
         """The own token's read and those of later tokens at these distances, as far as they are here.
 
