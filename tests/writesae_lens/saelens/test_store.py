@@ -10,9 +10,10 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training import mixing_buffer
 
 from hooked_models import HookedModelError, HookedRecurrent
+from hooked_models.recordings import later_reads_of_head
 from tests.writesae_lens.saelens.runs import HOOK, cache_runner, dataset, sae_config
 from tests.writesae_lens.saelens.runs import writes as live
-from writesae_lens import WriteSAEError, WriteTrainingSAE
+from writesae_lens import WriteSAEError, WriteSAETrainingConfig, WriteTrainingSAE
 from writesae_lens.saes.packed import PackedWrites
 
 CONTEXT = 16
@@ -243,15 +244,19 @@ def cached(rows, tmp_path_factory):
 
 def test_cached_writes_lie_on_disk_as_their_parts(cached, model, rows):
     held = datasets.load_from_disk(str(cached / "cache")).with_format("torch")
+    later = WriteSAETrainingConfig.later_reads  # those on which SAEs train unless told otherwise
+    width = 32 + 48 + (1 + len(later)) * 32
     assert len(held) == 16
-    assert held.features[HOOK].shape == (CONTEXT, 32 + 48 + 32)
+    assert held.features[HOOK].shape == (CONTEXT, width)
     names = list(model.write_factor_hook_names(1))
     assert [name.rsplit("_", 1)[1] for name in names[:2]] == ["key", "value"]
     parts = torch.cat([live(model, name, rows[:16])[:, :, 2] for name in names], dim=-1)  # key, value, read
-    torch.testing.assert_close(held[:][HOOK], parts, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(held[:][HOOK][..., : 32 + 48 + 32], parts, rtol=1e-5, atol=1e-7)
+    reads = later_reads_of_head(model, rows[:16], 1, 2, later).flatten(-2)
+    torch.testing.assert_close(held[:][HOOK][..., 32 + 48 + 32 :], reads, rtol=1e-5, atol=1e-7)
     assert torch.equal(torch.as_tensor(held[:]["token_ids"]).long(), rows[:16].cpu())
     size = sum(f.stat().st_size for f in (cached / "cache").rglob("*.arrow"))
-    assert size < 2 * 16 * CONTEXT * (32 + 48 + 32) * 4
+    assert size < 2 * 16 * CONTEXT * width * 4
 
 
 def test_cached_writes_are_read_as_the_live_ones(cached, model, rows):
