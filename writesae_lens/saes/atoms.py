@@ -140,8 +140,9 @@ class Atoms:
             return Factors(atoms.key[atom] * fires, atoms.value[atom] * coefficient)
         used, which = atom.unique(return_inverse=True)
         chosen = atoms[used]
-        pairs = leading_pairs(built(chosen).float())
-        size = inner(pairs, built(chosen).float())[which, None, None]
+        whole = built(chosen).to(torch.promote_types(acts.dtype, torch.float32))
+        pairs = leading_pairs(whole)
+        size = inner(pairs, whole)[which, None, None]
         key, value = (x[which].to(acts.dtype) for x in pairs)
         return Factors(key * fires, value * (size.to(acts.dtype) * coefficient))
 

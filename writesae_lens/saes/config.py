@@ -139,9 +139,10 @@ class MatrixSAEConfig:
             "encoder='dense'": (self.encoder == "dense", "choose bilinear or tied"),
             f"rank={self.rank}": (self.rank != 1, "a stand-in of codes is of rank 1: leave rank 1"),
             "activation='gated'": (self.activation == "gated", "choose topk, batchtopk or jumprelu"),
-            "normalize_activations='layer_norm'": (
-                self.normalize_activations == "layer_norm",
-                "a write less its mean is no longer of rank 1: use 'none' or 'constant_norm_rescale'",
+            f"normalize_activations={str(self.normalize_activations)!r}": (
+                self.normalize_activations in ("layer_norm", "constant_norm_rescale"),
+                "codes are chosen on keys and values of norm 1 as it is: use 'none' or "
+                "'expected_average_only_in'",
             ),
             "rescale_acts_by_decoder_norm=False": (
                 not self.rescale_acts_by_decoder_norm,
@@ -323,6 +324,7 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
             "decoder_bias": True,
             "write_alignment_coefficient": 0.0,
             "read_alignment_coefficient": 0.0,
+            "later_reads": (),
             "renormalize_every": 100,
             "resample_every": 250,
         }
