@@ -372,8 +372,8 @@ class HookedRecurrent(upstream.CheckedBridge):
             tokens: one passage; every row reads it.
             layer, head: the cell.
             positions: where each row's write is added.
-            keys, values: the factors of what is added, ``[row, d_k]`` and ``[row, d_v]``; or, where a row adds
-                a sum of several, ``[row, rank, d_k]`` and ``[row, rank, d_v]``.
+            keys, values: the factors of what is added, ``[row, d_k]`` and ``[row, d_v]``; or, where it is a
+                sum over rank, ``[row, rank, d_k]`` and ``[row, rank, d_v]``.
             linear: return the *change* of the logits to first order in the layer's output. The added write is
                 carried through every later decay and erase to every later read, and through the head's
                 norm and gate, exactly; only what comes after the layer is linearised, at the native passage

@@ -15,6 +15,8 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
 N_RESAMPLES = 2000
+# Of the bootstrap of a median, how many resamples are computed at a time.
+_AT_ONCE = 100
 # A mixture is fitted from this many random starts, and the likeliest fit is taken.
 _STARTS = 10
 
@@ -55,6 +57,25 @@ def recovered(kl: ArrayLike, kl_delete: ArrayLike) -> tuple[float | None, float 
     if not moves.any():
         return None, None
     return float(1 - own.sum() / deleted.sum()), float(np.median(1 - own[moves] / deleted[moves]))
+
+
+def recovered_interval(
+    kl: ArrayLike, kl_delete: ArrayLike, clusters: ArrayLike, seed: int = 0, confidence: float = 0.95
+) -> list[float] | None:
+    """Percentile interval of 1 - sum KL / sum KL_delete, resampling whole clusters; None for a single one."""
+    frame = pd.DataFrame(
+        {"kl": np.asarray(kl, dtype=float), "deleted": np.asarray(kl_delete, dtype=float), "at": clusters}
+    )
+    sums = frame.groupby("at")[["kl", "deleted"]].sum().to_numpy()
+    if len(sums) < 2:
+        return None
+    draws = np.random.default_rng(seed).integers(0, len(sums), (N_RESAMPLES, len(sums)))
+    resampled = sums[draws].sum(axis=1)
+    resampled = resampled[resampled[:, 1] > 0]
+    if not len(resampled):
+        return None
+    tail = (1 - confidence) / 2
+    return np.quantile(1 - resampled[:, 0] / resampled[:, 1], [tail, 1 - tail]).tolist()
 
 
 def share(value: float | None) -> str:
@@ -101,14 +122,19 @@ def median_interval(
     x, cluster = x[order], cluster[order]
     if len(names) < 2:
         return None
-    medians = []
-    for draw in np.random.default_rng(seed).integers(0, len(names), (N_RESAMPLES, len(names))):
-        # The values are sorted already: running counts of the draws give the two in the middle.
-        up_to = np.bincount(draw, minlength=len(names))[cluster].cumsum()
-        middle = np.searchsorted(up_to, [(up_to[-1] - 1) // 2, up_to[-1] // 2], side="right")
-        medians.append(x[middle].mean())
+    rng, medians = np.random.default_rng(seed), []
+    # The values are sorted already: running counts of the draws give the two in the middle. A few draws at a
+    # time, for each has as many counts as there are values.
+    for start in range(0, N_RESAMPLES, _AT_ONCE):
+        draws = rng.integers(0, len(names), (min(_AT_ONCE, N_RESAMPLES - start), len(names)))
+        draws += len(names) * np.arange(len(draws))[:, None]
+        times = np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape)
+        up_to = times[:, cluster].cumsum(axis=1)
+        total = up_to[:, -1:]
+        low, high = ((up_to <= middle).sum(axis=1) for middle in ((total - 1) // 2, total // 2))
+        medians.append((x[low] + x[high]) / 2)
     tail = (1 - confidence) / 2
-    return np.quantile(medians, [tail, 1 - tail]).tolist()
+    return np.quantile(np.concatenate(medians), [tail, 1 - tail]).tolist()
 
 
 def between(interval: list[float] | None, form: str) -> str:

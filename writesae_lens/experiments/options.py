@@ -41,7 +41,7 @@ NotNegative = Annotated[float, Bound(0)]
 
 # Arguments that every experiment has and that are no options of its own.
 SHARED = ("model", "sae", "saes", "sae_or_cell", "tokens", "prompts", "context_size")
-SHARED += ("progress_folder", "verbose")
+SHARED += ("train_tokens", "progress_folder", "verbose")
 
 
 @dataclass(frozen=True)

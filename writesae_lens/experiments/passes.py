@@ -66,11 +66,11 @@ def cache_of(model: HookedRecurrent, tokens: Int[Tensor, " pos"]) -> Any:
 
 
 def run_to_cell(
-    model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, " pos"], names: list[str]
+    model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, "*passage pos"], names: list[str]
 ) -> dict[str, Tensor]:
-    """Activations at the named hooks in one passage, from a pass that stops after the cell's layer."""
+    """Activations at named hooks in a passage, or several, from a pass that stops after the cell's layer."""
     return model.run_with_cache(
-        tokens[None],
+        tokens.view(-1, tokens.shape[-1]),
         names_filter=names,
         stop_at_layer=cell.layer + 1,
         return_cache_object=False,

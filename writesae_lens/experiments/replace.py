@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,25 +16,32 @@ from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens import statistics
+from writesae_lens import measures, statistics
+from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import (
     Firings,
-    atom_factors,
+    activity,
     check_any_fires,
-    find_firings,
+    firings_of,
     native_cosines,
     native_of,
+    stand_in,
 )
+from writesae_lens.experiments.guards import Guards
+from writesae_lens.experiments.later import later_divergences
 from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.stand_ins import Untrained, untrained
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, KL_FLOOR, RANDOM, new_figure
+from writesae_lens.saes.rank1 import Factors
 
-CONDITIONS = ("atom", "delete", "random")
+# Of these later KLs say nothing new.
+_OWN_ONLY = ("native_random", "atom_matched")
 
 
 @experiment(
@@ -43,10 +50,18 @@ CONDITIONS = ("atom", "delete", "random")
     question="Can atoms take the place of native writes?",
     row="a firing",
     table=(
-        "win_rate",
-        "strict_chain_rate",
-        "recovered",
         "median_recovered",
+        "recovered",
+        "median_recovered_later",
+        "recovered_later",
+        "median_recovered_both",
+        "win_rate",
+        "win_rate_matched_norm",
+        "win_rate_both",
+        "strict_chain_rate",
+        "chain_over_ceiling",
+        "own_share",
+        "bits",
         "median_kl_atom",
         "median_kl_delete",
         "median_cosine",
@@ -58,39 +73,52 @@ def replacement_test(
     sae: SAE[Any],
     tokens: Int[Tensor, "passage pos"] | str,
     scale: Literal["coefficient", "matched_norm"] = "coefficient",
-    random: swaps.Random = "gaussian",
+    random: swaps.Random = "atom",
+    horizon: Natural = 0,
     kl: Literal["patched_base", "base_patched"] = "patched_base",
     replaces: Literal["write", "update"] = "write",
     max_firings: Count | None = None,
     max_firings_per_atom: Count | None = None,
     skip_positions: Natural = 0,
     context_size: Count | None = None,
+    train_tokens: Int[Tensor, "passage pos"] | str | None = None,
+    baselines: bool = True,
     seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
-    """At each firing, put the dominant atom, nothing, or something random in the native write's place.
+    """At each firing, put the stand-in, nothing, or something random in the native write's place.
 
     Each condition changes one write (or update, see ``replaces``) of one cell at one position; its score
-    is the KL divergence between the next-token distributions at that position with and without the
-    change. The atom *wins* when its KL is below the deletion's; the *strict chain* is atom < delete <
-    random. Every condition equals a full forward pass with hooks on ``hook_write`` and ``hook_erase``
-    (`HookedRecurrent.run_with_swapped_writes`).
+    is the KL divergence between the next-token distributions with and without the change, at that position
+    and, with ``horizon``, over the following ones. The stand-in is the dominant atom at its coefficient, or
+    what the active codes make (`writesae_lens.experiments.firings.stand_in`). What it *recovers* is
+    1 - KL / KL of the deletion, as a ratio of sums and, which shrinking cannot raise, in the median. It
+    *wins* when its KL is below the deletion's, the paper's measure, which shrinking does raise; the *strict
+    chain* is stand-in < delete < random. Every KL equals that of a full forward pass with hooks on
+    ``hook_write`` and ``hook_erase``.
+
+    The baselines are stand-ins that nobody trained, tested at the same firings: a lookup among as many
+    training writes as the SAE has features, and the native write with its key or its value at the training
+    writes' mean (`writesae_lens.experiments.stand_ins`).
 
     A firing is *at the floor* where the deletion's KL is not above what rounding alone gives there
     (`swaps.divergences`; on the shipped models about 1e-11 nats in float32, 3e-5 to 3e-4 in bfloat16):
-    nothing is measured there, so win rate, chain and what is recovered leave it out, and it is counted.
+    nothing is measured there, so rates and what is recovered leave it out, and it is counted, apart for the
+    own position, the later ones and both together.
 
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states (it then encodes the state, and still the
             write is replaced). Its cell is read from ``sae.cfg.metadata.hook_name``.
         tokens: passages ``[passage, pos]``, or a text.
-        scale: whether the atom is written at its coefficient or at the native write's Frobenius norm; the
-            random matrix gets the atom's norm.
-        random: the control: a Gaussian rank-1 matrix, another atom of the dictionary, a rank-1 matrix
-            orthogonal to the native write on both sides, or a rank-1 matrix whose coordinates are drawn from
-            the passage's other writes.
+        scale: whether the stand-in is written at its coefficient or at the native write's Frobenius norm; the
+            random matrix gets the stand-in's norm.
+        random: the control: another atom of the dictionary (of codes: other codes at the same coefficients),
+            as in the paper; a Gaussian rank-1 matrix, a rank-1 matrix orthogonal to the native write on
+            both sides, or a rank-1 matrix whose coordinates are drawn from the passage's other writes.
+        horizon: over how many following positions KLs are summed too; firings with fewer tokens after them
+            are left out, and counted.
         kl: direction of the KL divergence: KL(patched || base), as in the paper, or KL(base || patched).
         replaces: whether each condition replaces the native write k v^T alone, while the token's erase
             still happens, or the whole update, erase and write (they differ where an architecture erases;
@@ -99,51 +127,106 @@ def replacement_test(
         max_firings_per_atom: test a random choice of this many firings of each atom (None: all).
         skip_positions: leave out the first positions of every passage.
         context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
-        seed: seed of the random matrices, the thinning and the bootstrap.
+        train_tokens: passages or a text whose writes the baselines are made from (None: the training part of
+            the shipped text).
+        baselines: whether the untrained stand-ins are tested too.
+        seed: seed of the random matrices, the baselines' writes, the thinning and the bootstrap.
         progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result. ``records`` has one row per firing: passage, position, token, atom, coefficient,
-        write_norm, cosine, kl_atom, kl_delete, kl_random, kl_floor (KLs in nats). ``summary`` has win_rate
-        and strict_chain_rate with 95% intervals, recovered (1 - sum of kl_atom / sum of kl_delete) and
-        median_recovered, all over the firings above the floor (None where there are none); n_at_floor, and
-        win_rate_with_floor and strict_chain_rate_with_floor over all firings; medians of KLs, cosine and
-        write norm over all firings.
+        a result. ``records`` has one row per firing: passage, position, token, atom, key_code (-1: no codes),
+        coefficient, write_norm, cosine, kl_atom, kl_delete, kl_random, kl_native_random (the random matrix at
+        the native norm), kl_atom_matched (the stand-in at the native norm), kl_lookup, kl_mean_key,
+        kl_mean_value, kl_floor (KLs in nats); with ``horizon`` also kl_atom_later, kl_delete_later, ..., the
+        sums over the following positions. ``summary`` has, at the own position, later (``_later``) and both
+        (``_both``): recovered, median_recovered and win_rate with 95% intervals over passages (``_ci``), the
+        same of each baseline in the list ``baselines``; win_rate_matched_norm, strict_chain_rate,
+        chain_ceiling (the exact native write in place) and chain_over_ceiling, own_share (median share of the
+        own position in what a deletion does), n_at_floor, n_without_horizon; the guards bits,
+        free_dimensions, seen_share, nearest_train_cosine and n_features_active
+        (`writesae_lens.experiments.guards`); medians of KLs, cosine and write norm over all firings.
 
     Raises:
-        WriteSAEError: SAE and cell do not fit, the text is too short, or no atom fires.
+        WriteSAEError: SAE and cell do not fit, a text is too short, or nothing fires.
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    firings = [
-        find_firings(model, sae, site, passage)
-        for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)
-    ]
-    kept = thin(firings, skip_positions, max_firings, max_firings_per_atom, seed)
-    check_any_fires(sum(len(f.position) for f in firings), sum(map(len, kept)), passages)
-    run = Run("replace", model, sae, passages, locals())
+    guards, firings = Guards(), []
+    for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose):
+        active = activity(model, sae, site, passage)
+        guards.add(sae, active.acts, native_of(active))
+        firings.append(firings_of(sae, site.cell, active))
+    last = passages.shape[1] - 1 - horizon
+    kept = thin(firings, skip_positions, max_firings, max_firings_per_atom, seed, last)
+    _check_any_kept(firings, kept, passages, horizon)
+    source = untrained(model, site.cell, sae.cfg.d_sae, train_tokens, seed) if baselines else None
+    made_from = {"train_text": source.text, "train_text_hash": source.text_hash} if source else {}
+    run = Run("replace", model, sae, passages, locals(), **made_from)
+    how = _How(scale, random, kl, replaces == "write", horizon)
 
     def test(n: int) -> pd.DataFrame:
-        how = (scale, random, kl, replaces)
         some = firings[n], kept[n]
-        return _test_passage(model, sae, site.cell, passages[n], *some, n, *how, generator(seed, n))
+        return _test_passage(model, sae, site.cell, passages[n], *some, n, how, source, generator(seed, n))
 
     records = run.records([n for n, index in enumerate(kept) if len(index)], test, "Replacing")
-    n_dominant = len(torch.cat([f.atom for f in firings]).unique())
-    summary = _summarize(records, sae.cfg.d_sae - n_dominant, seed)
-    interval = statistics.between(summary["win_rate_ci"], ".1%")
-    headline = (
-        f"win rate {statistics.share(summary['win_rate'])}{interval}, recovered "
-        f"{statistics.share(summary['recovered'])} (median {statistics.share(summary['median_recovered'])}), "
-        f"{len(records)} firings{swaps.floor_note(summary['n_at_floor'])}"
-    )
-    return run.result(records, summary, headline)
+    summary = measures.summarize(records, seed) | {
+        "n_atoms_never_dominant": sae.cfg.d_sae - _n_dominant(firings),
+        "n_without_horizon": sum(int((f.position > last).sum()) for f in firings),
+        **guards.summary(source.train if source else None),
+    }
+    result = run.result(records, summary, measures.headline(summary, horizon))
+    # What the baselines reach stands in the place of the option of that name.
+    result.summary["baselines"] = summary["baselines"]
+    return result
+
+
+class _How(NamedTuple):
+    """How the conditions are written, and where their KLs are taken."""
+
+    scale: str
+    random: str
+    kl: str
+    erase: bool
+    horizon: int
+
+
+def _check_any_kept(
+    firings: list[Firings], kept: list[Tensor], passages: Int[Tensor, "passage pos"], horizon: int
+) -> None:
+    """Refuse a test of nothing.
+
+    Raises:
+        WriteSAEError: the passages are too short for the horizon, or there is no firing to test.
+    """
+    if passages.shape[1] <= horizon:
+        raise WriteSAEError(
+            f"passages of {passages.shape[1]} tokens have no position with {horizon} tokens after it: give "
+            "longer ones, or a smaller horizon"
+        )
+    n_firings, n_kept = sum(len(f.position) for f in firings), sum(map(len, kept))
+    if horizon and n_firings and not n_kept:
+        raise WriteSAEError(
+            f"features fire, but skip_positions and horizon={horizon} left none of the firings to test: give "
+            "longer passages, or a smaller horizon"
+        )
+    check_any_fires(n_firings, n_kept, passages)
+
+
+def _n_dominant(firings: list[Firings]) -> int:
+    """How many features dominate at a firing (of codes: on their side)."""
+    dominant = torch.cat([x for f in firings for x in (f.atom, f.key_code) if x is not None])
+    return len(dominant[dominant >= 0].unique())
 
 
 def thin(
-    firings: list[Firings], skip: int, total: int | None, per_atom: int | None, seed: int
+    firings: list[Firings],
+    skip: int,
+    total: int | None,
+    per_atom: int | None,
+    seed: int,
+    last: int | None = None,
 ) -> list[Tensor]:
-    """Indices of the firings to test, for each passage: a random choice after ``skip`` positions."""
+    """Indices of the firings to test, for each passage: a random choice from ``skip`` to ``last``."""
     frame = pd.DataFrame(
         {
             "passage": np.repeat(range(len(firings)), [len(f.position) for f in firings]),
@@ -152,7 +235,8 @@ def thin(
             "atom": torch.cat([f.atom for f in firings]).cpu().numpy(),
         }
     )
-    frame = frame.loc[frame.position >= skip].sample(frac=1, random_state=seed)
+    in_range = frame.position.between(skip, np.inf if last is None else last)
+    frame = frame.loc[in_range].sample(frac=1, random_state=seed)
     if per_atom is not None:
         frame = frame.groupby("atom").head(per_atom)
     if total is not None:
@@ -173,70 +257,63 @@ def _test_passage(
     every: Firings,
     kept: Int[Tensor, " firing"],
     number: int,
-    scale: str,
-    random: str,
-    kl: str,
-    replaces: str,
+    how: _How,
+    source: Untrained | None,
     rng: torch.Generator,
 ) -> pd.DataFrame:
     firings = every.subset(kept)
-    atoms, native = atom_factors(sae, firings.atom, cell.d_k, cell.d_v), native_of(firings)
-    norm = atoms.norm().clamp(min=1e-30)
-    size = firings.coefficient if scale == "coefficient" else native.norm() / norm
-    other = swaps.with_norm(swaps.random_like(random, sae, every, kept, cell, rng), size * norm)
-    conditions = [swaps.scaled(atoms, size), swaps.zeros_like(atoms), other]
+    native = native_of(firings)
+    conditions = _conditions(sae, cell, every, kept, how, source, rng)
+    position = firings.position
     kls, floor = swaps.divergences(
-        model, cell, tokens, firings.position, conditions, kl, erase=replaces == "write"
+        model, cell, tokens, position, list(conditions.values()), how.kl, erase=how.erase
     )
     columns: dict[str, Any] = {
         "passage": number,
-        "position": firings.position.cpu().numpy(),
-        "token": tokens[firings.position].cpu().numpy(),
-        "atom": firings.atom.cpu().numpy(),
-        "coefficient": firings.coefficient.cpu().numpy().astype(float),
-        "write_norm": native.norm().cpu().numpy().astype(float),
-        "cosine": native_cosines(firings, atoms).cpu().numpy().astype(float),
+        "position": position,
+        "token": tokens[position],
+        "atom": firings.atom,
+        "key_code": firings.key_code,
+        "coefficient": firings.coefficient.double(),
+        "write_norm": native.norm().double(),
+        "cosine": native_cosines(firings, stand_in(firings)).double(),
     }
-    columns |= {f"kl_{name}": kls[i].cpu().numpy() for i, name in enumerate(CONDITIONS)}
-    columns["kl_floor"] = floor.cpu().double().numpy()
-    return pd.DataFrame(columns)
+    columns |= {f"kl_{name}": values for name, values in zip(conditions, kls, strict=True)}
+    columns["kl_floor"] = floor.double()
+    if how.horizon:
+        some = [name for name in conditions if name not in _OWN_ONLY]
+        chosen = [conditions[name] for name in some]
+        kls, floor = later_divergences(
+            model, cell, tokens, position, native, chosen, how.horizon, how.kl, how.erase
+        )
+        columns |= {f"kl_{name}_later": values for name, values in zip(some, kls, strict=True)}
+        columns["kl_floor_later"] = floor.double()
+    return pd.DataFrame({n: x.cpu().numpy() if isinstance(x, Tensor) else x for n, x in columns.items()})
 
 
-def _summarize(records: pd.DataFrame, n_never_dominant: int, seed: int) -> dict[str, Any]:
-    atom, delete, other = (records[f"kl_{name}"].to_numpy() for name in CONDITIONS)
-    moves = swaps.above_floor(records)
-    wins, chain = atom < delete, (atom < delete) & (delete < other)
-    recovered, median_recovered = statistics.recovered(atom[moves], delete[moves])
-    by = records.loc[moves]
-    summary: dict[str, Any] = {
-        "n_firings": len(records),
-        "n_at_floor": int((~moves).sum()),
-        "n_atoms": int(records.atom.nunique()),
-        "n_atoms_never_dominant": n_never_dominant,
-        "n_passages": int(records.passage.nunique()),
-        "win_rate": statistics.rate(wins[moves]),
-        "win_rate_ci": statistics.wilson_interval(wins[moves]),
-        "win_rate_ci_by_atom": statistics.cluster_bootstrap(wins[moves], by.atom, seed),
-        "win_rate_ci_by_passage": statistics.cluster_bootstrap(wins[moves], by.passage, seed),
-        "win_rate_with_floor": statistics.rate(wins),
-        "win_rate_by_effect_quartile": statistics.mean_by_part(wins[moves], delete[moves], 4),
-        "strict_chain_rate": statistics.rate(chain[moves]),
-        "strict_chain_rate_ci": statistics.wilson_interval(chain[moves]),
-        "strict_chain_rate_with_floor": statistics.rate(chain),
-        "recovered": recovered,
-        "median_recovered": median_recovered,
+def _conditions(
+    sae: SAE[Any],
+    cell: Cell,
+    every: Firings,
+    kept: Int[Tensor, " firing"],
+    how: _How,
+    source: Untrained | None,
+    rng: torch.Generator,
+) -> dict[str, Factors]:
+    """What each condition puts in the place of the kept firings' native writes, by its name."""
+    firings = every.subset(kept)
+    native, stand = native_of(firings), stand_in(firings)
+    matched = swaps.with_norm(stand, native.norm())
+    atom = stand if how.scale == "coefficient" else matched
+    other = swaps.random_like(how.random, sae, every, kept, cell, rng)
+    conditions = {
+        "atom": atom,
+        "delete": swaps.zeros_like(native),
+        "random": swaps.with_norm(other, atom.norm()),
+        "native_random": swaps.with_norm(other, native.norm()),
+        "atom_matched": matched,
     }
-    for name, values in zip(CONDITIONS, (atom, delete, other), strict=True):
-        median, error = statistics.median_and_error(values)
-        summary[f"median_kl_{name}"] = median
-        summary[f"median_kl_{name}_error"] = error
-    medians = [summary[f"median_kl_{name}"] for name in CONDITIONS]
-    summary["kl_ratio_atom_delete_random"] = [statistics.ratio(median, medians[0]) for median in medians]
-    summary["cliffs_delta"] = statistics.cliffs_delta(delete[moves], atom[moves])
-    summary["wilcoxon_p"] = statistics.paired_wilcoxon(delete[moves], atom[moves])
-    summary["median_cosine"] = float(records.cosine.median())
-    summary["median_write_norm"] = float(records.write_norm.median())
-    return summary
+    return conditions | (source.of(native) if source else {})
 
 
 @figure("replace")

@@ -15,7 +15,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.experiments.contract import Subject, strict_json
 from tests.writesae_lens.experiments.truth import HEAD, LAYER, make_sae, read_passages
-from writesae_lens import WriteSAEError, statistics
+from writesae_lens import WriteSAEError, measures, statistics
 from writesae_lens.experiments import EXPERIMENTS, replacement_test, sign_test, splice_test, swaps
 
 pytestmark = pytest.mark.usefixtures("without_type_checks", "few_resamples")
@@ -166,9 +166,7 @@ def test_firings_at_the_floor_are_left_out_of_every_rate_and_counted():
     atom, delete = [1.0, 3.0, 9.0, 0.5], [2.0, 2.0, 1e-9, 1.0]
     records = pd.DataFrame({"kl_atom": atom, "kl_delete": delete, "kl_random": [3.0] * 4, "kl_floor": 1e-8})
     records = records.assign(atom=[0, 0, 1, 1], passage=[0, 0, 1, 1], cosine=0.5, write_norm=1.0)
-    from writesae_lens.experiments.replace import _summarize
-
-    summary = _summarize(records, 0, 0)
+    summary = measures.summarize(records, 0)
     assert (summary["n_at_floor"], summary["n_firings"]) == (1, 4)
     assert summary["win_rate"] == pytest.approx(2 / 3)
     assert summary["win_rate_with_floor"] == pytest.approx(2 / 4)

@@ -18,7 +18,7 @@ from tests.writesae_lens.experiments.truth import (
 )
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import replacement_test
-from writesae_lens.experiments.replace import CONDITIONS
+from writesae_lens.measures import CONDITIONS
 from writesae_lens.report.sections import section
 
 

@@ -1,0 +1,154 @@
+"""Stand-ins that nobody trained: what a dictionary must beat, made from writes of the training text.
+
+- ``lookup``: the most similar of as many training writes as the dictionary has features, at its projection;
+- ``mean_key``: the native value at the training writes' mean key, ``mean_value``: the native key at their
+  mean value; each is the native write projected onto the mean side, so that neither is worse than it must be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_models import HookedRecurrent, zoo
+from hooked_models.hooked_recurrent import Cell
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.origin import fingerprint
+from writesae_lens.experiments.passages import as_passages
+from writesae_lens.experiments.passes import check_finite, run_to_cell
+from writesae_lens.experiments.run import generator
+from writesae_lens.saes.config import WriteSAEConfig
+from writesae_lens.saes.rank1 import Factors
+from writesae_lens.saes.sae import WriteSAE
+
+UNTRAINED = ("lookup", "mean_key", "mean_value")
+"""Names of the stand-ins that `Untrained.of` makes."""
+# Training writes that are read at least, and characters that surely hold a token.
+_LEAST_WRITES, _CHARACTERS = 2048, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Untrained:
+    """Stand-ins from training writes of one cell.
+
+    Args:
+        train: the writes, of rank 1.
+        lookup: an SAE whose atoms are some of them (`lookup_of`).
+        text: name of the text that they are from.
+        text_hash: a hash of the tokens that were read.
+    """
+
+    train: Factors
+    lookup: WriteSAE
+    text: str
+    text_hash: str
+
+    def of(self, native: Factors) -> dict[str, Factors]:
+        """What each of `UNTRAINED` puts in the place of native writes of rank 1."""
+        acts = self.lookup.encode_factors(native.key[:, 0], native.value[:, 0])
+        key_side, value_side = (_mean_direction(side[:, 0]) for side in self.train)
+        return {
+            "lookup": Factors(*(f.float() for f in self.lookup.stand_in_of(acts))),
+            "mean_key": Factors(_projected(native.key, key_side), native.value),
+            "mean_value": Factors(native.key, _projected(native.value, value_side)),
+        }
+
+
+def _mean_direction(side: Float[Tensor, "write d"]) -> Float[Tensor, " d"]:
+    """Direction of the mean of unit vectors."""
+    mean = torch.nn.functional.normalize(side, dim=-1).mean(dim=0)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def _projected(x: Float[Tensor, "firing one d"], direction: Float[Tensor, " d"]) -> Tensor:
+    return (x @ direction)[..., None] * direction
+
+
+@torch.no_grad()
+def untrained(
+    model: HookedRecurrent,
+    cell: Cell,
+    n_features: int,
+    train_tokens: Int[Tensor, "passage pos"] | str | None = None,
+    seed: int = 0,
+) -> Untrained:
+    """The stand-ins for a cell, from a random choice of training writes.
+
+    Args:
+        model: the model.
+        cell: the cell.
+        n_features: size of the lookup: as many features as the dictionary beside it has.
+        train_tokens: passages ``[passage, pos]`` or a text (None: the training part of the shipped text).
+        seed: of the choice.
+
+    Raises:
+        WriteSAEError: the model has no tokenizer to read the shipped text with, or the text is too short.
+    """
+    rng, count = generator(seed, n_features), max(_LEAST_WRITES, 2 * n_features)
+    name = None
+    if train_tokens is None:
+        if model.tokenizer is None:
+            raise WriteSAEError(
+                "untrained stand-ins are made from training writes, and the model has no tokenizer to read "
+                "the shipped text with: give train_tokens, or baselines=False"
+            )
+        train_tokens, name = _some_documents(count * _CHARACTERS, rng), zoo.part_name("train")
+    passages = as_passages(model, train_tokens, name=name)
+    order = torch.randperm(len(passages), generator=rng)[: -(-count // passages.shape[1])]
+    some = torch.stack([passages[n] for n in order.tolist()])
+    parts = [_writes(model, cell, part) for part in some.split(max(1, _LEAST_WRITES // some.shape[1]))]
+    train = Factors(*(torch.cat(side) for side in zip(*parts, strict=True)))
+    lookup = lookup_of(model, cell, train, n_features, rng)
+    return Untrained(train, lookup, passages.text, fingerprint(some))
+
+
+def _writes(model: HookedRecurrent, cell: Cell, passages: Int[Tensor, "passage pos"]) -> Factors:
+    """The native writes of a few passages, of rank 1."""
+    names = model.write_factor_hook_names(cell.layer)[:2]
+    cache = run_to_cell(model, cell, passages, list(names))
+    key, value = (cache[name][:, :, cell.head].flatten(0, 1)[:, None].float() for name in names)
+    check_finite(f"writes of layer {cell.layer} head {cell.head}", key, value)
+    return Factors(key, value)
+
+
+def _some_documents(n_characters: int, rng: torch.Generator) -> str:
+    """Documents of the shipped text's training part in random order, until there are enough characters."""
+    documents, chosen, length = zoo.documents("train"), [], 0
+    for number in torch.randperm(len(documents), generator=rng).tolist():
+        if length >= n_characters:
+            break
+        chosen.append(documents[number])
+        length += len(documents[number])
+    return "\n\n".join(chosen)
+
+
+@torch.no_grad()
+def lookup_of(
+    model: HookedRecurrent, cell: Cell, writes: Factors, d_sae: int, rng: torch.Generator
+) -> WriteSAE:
+    """An untrained SAE whose atoms are ``d_sae`` of some writes (all, where there are fewer), at norm 1.
+
+    It is tied and has k=1: the write's most similar atom is active, at the write's projection onto it.
+
+    Raises:
+        WriteSAEError: the writes are all zero or not finite.
+    """
+    writes = writes[(writes.norm() > 0).nonzero().squeeze(-1)]
+    if not len(writes.key):
+        raise WriteSAEError(
+            f"the writes of layer {cell.layer} head {cell.head} are all zero: choose another cell"
+        )
+    chosen = torch.randperm(len(writes.key), generator=rng)[:d_sae].to(writes.key.device)
+    atoms = writes[chosen].normalized()
+    kind = {"encoder": "tied", "decoder": "factored", "activation": "topk", "k": 1}
+    cfg = WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, d_sae=len(chosen), **kind)
+    sae = WriteSAE(cfg).to(writes.key.device)
+    sae.load_state_dict(
+        sae.state_dict() | {"dec_key": atoms.key.contiguous(), "dec_value": atoms.value.contiguous()}
+    )
+    sae.cfg.metadata.model_name = model.cfg.model_name
+    sae.cfg.metadata.hook_name = model.write_hook_name(cell.layer, cell.head)
+    return sae
