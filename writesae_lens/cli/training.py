@@ -135,14 +135,12 @@ def _parse(arguments: Sequence[str], given: dict[str, str]) -> LanguageModelSAER
     if given.get("--architecture", ARCHITECTURE) == ARCHITECTURE:
         if {"--d_k", "--d_v"} & set(given):
             raise WriteSAEError("d_k and d_v are the cell's own: leave --d_k and --d_v out")
-        recipe = WriteSAETrainingConfig.recommended(d_k=1, d_v=1)
-        # The parser wants the sides before the model is loaded; `_sized` puts in the cell's.
-        defaults |= {"--d_k": "1", "--d_v": "1", "--d_sae": str(recipe.d_sae)}
+        defaults |= _recipe(given)
         schedule = {f"--{name}": str(value) for name, value in RECOMMENDED_SCHEDULE.items()}
         if "--lr" in given:  # the last learning rate follows the first one, by SAELens's rule
             del schedule["--lr_end"]
         defaults |= schedule
-    added = [x for flag, value in defaults.items() if flag not in given for x in (flag, value)]
+    added = [x for flag, values in defaults.items() if flag not in given for x in (flag, *values.split())]
     usage = io.StringIO()  # SAELens's parser prints its usage in full before it says what is wrong
     try:
         with contextlib.redirect_stderr(usage):
@@ -160,6 +158,24 @@ def _parse(arguments: Sequence[str], given: dict[str, str]) -> LanguageModelSAER
         raise WriteSAEError(
             f"SAELens refuses these flags ({type(error).__name__}: {one_line(error)}); {_FLAGS_ARE_LISTED}"
         ) from error
+
+
+def _recipe(given: dict[str, str]) -> dict[str, str]:
+    """The recommended recipe, or that of atoms where the flags ask for atoms, as flags."""
+    codes = given.get("--decoder", "codes") == "codes"
+    recipe = (WriteSAETrainingConfig.recommended if codes else WriteSAETrainingConfig.atoms)(d_k=1, d_v=1)
+    # The parser wants the sides before the model is loaded: 1 stands there until `_sized` puts in the cell's.
+    flags = {
+        f"--{field.name}": " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for field in dataclasses.fields(recipe)
+        if isinstance(value := getattr(recipe, field.name), (str, int, float, tuple))
+        and value != field.default
+    }
+    # Of codes each of these is the sum of the next two, which would overwrite a value given for it.
+    for whole, *sides in (("--d_sae", "--n_key", "--n_value"), ("--k", "--k_key", "--k_value")):
+        if whole in given:
+            flags = {flag: value for flag, value in flags.items() if flag not in sides}
+    return flags
 
 
 def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from sae_lens import SAE
 
 from hooked_models import HookedModelError, HookedRecurrent
 from tests.writesae_lens.cli.command_line import run
-from writesae_lens import RECOMMENDED_SCHEDULE, WriteSAEError
+from writesae_lens import RECOMMENDED_SCHEDULE, WriteSAEError, WriteSAETrainingConfig
 from writesae_lens.cli.training import parse_cells, run_training
 from writesae_lens.saelens import saving
 
@@ -16,6 +16,7 @@ def flags(folder, **options):
     options = {
         "model_name": "tiny-gdn",
         "d_sae": 64,
+        "k": 4,
         "lr": 2e-3,
         "context_size": 32,
         "training_tokens": 1024,
@@ -38,7 +39,7 @@ def model():
     ("options", "cells", "site", "hooks"),
     [
         ({}, "1:*", "write", [f"blocks.1.linear_attn.hook_write.{h}" for h in range(4)]),
-        ({"architecture": "topk", "k": 4}, "3:1", "write", ["blocks.3.linear_attn.hook_write.1"]),
+        ({"architecture": "topk"}, "3:1", "write", ["blocks.3.linear_attn.hook_write.1"]),
         ({}, "0:2", "state", ["blocks.0.linear_attn.hook_state.2"]),
         ({"hook_name": HOOK}, None, "write", [HOOK]),
     ],
@@ -62,8 +63,19 @@ def test_flags_that_are_not_given_are_the_recommended_recipe(monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     recommended, schedule = config(), RECOMMENDED_SCHEDULE
     assert {name: getattr(recommended, name) for name in schedule} == schedule
-    assert (recommended.sae.d_sae, recommended.sae.k, recommended.context_size) == (2048, 4, 256)
+    expected = WriteSAETrainingConfig.recommended(d_k=32, d_v=48).to_dict()
+    made_by_flags = recommended.sae.to_dict()
+    del expected["metadata"], made_by_flags["metadata"]
+    assert made_by_flags == expected
+    assert recommended.context_size == 256
     assert recommended.checkpoint_path.startswith("checkpoints/")
+    own = config("--d_sae", "64", "--k", "6").sae
+    assert (own.n_key, own.n_value, own.k_key, own.k_value) == (32, 32, 3, 3)
+    own = config("--n_key", "48").sae
+    assert (own.n_key, own.d_sae) == (48, 48 + recommended.sae.n_value)
+    atoms = WriteSAETrainingConfig.atoms(d_k=32, d_v=48)
+    own = config("--decoder", "factored").sae
+    assert (own.decoder, own.d_sae, own.k) == ("factored", atoms.d_sae, atoms.k)
     own = config("--lr", "0.002")
     assert (own.lr, own.lr_end, own.train_batch_size_tokens) == (0.002, 0.0002, 512)
     own = config("--train_batch_size_tokens", "1024")
