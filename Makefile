@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= writesae-demo
 MODEL ?= tiny-gdn
 
-.PHONY: demo test test-slow tutorials docs lint bench clean
+.PHONY: demo test test-slow tutorials docs lint bench cells clean
 
 demo: $(VENV)/.user  ## train a WriteSAE on a shipped model, test it, write a report
 	$(BIN)/writesae-lens demo --model $(MODEL) --out $(OUT)
@@ -29,6 +29,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev  ## both sides of each ratio in one run, on one thread
 	$(BIN)/python -m tests.benchmarks
+
+cells: $(VENV)/.dev  ## train and test every cell of a shipped model, print one table: 5 to 25 minutes
+	$(BIN)/python -m tests.benchmarks.all_cells --model $(MODEL) --out writesae-cells-$(MODEL) --workers 2
 
 # torch is asked for by its exact version first: a range would fetch the registry's newest build and its CUDA
 # packages where a CPU build of the tested version is at hand.
