@@ -19,6 +19,7 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.options import Count, Seed, check
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import native_writes
+from writesae_lens.experiments.stand_ins import untrained
 from writesae_lens.experiments.subjects import check_model, check_sae
 from writesae_lens.saes.activations import for_training
 from writesae_lens.saes.config import WriteSAEConfig, WriteSAETrainingConfig
@@ -130,23 +131,63 @@ def principal_component(
     return sae
 
 
+def lookup(
+    model: HookedRecurrent,
+    layer: int,
+    head: int,
+    d_sae: int,
+    tokens: Int[Tensor, "passage pos"] | str | None = None,
+    seed: int = 0,
+) -> WriteSAE:
+    """An untrained SAE whose atoms are ``d_sae`` writes of a text: the most similar one stands in.
+
+    It is tied and has k=1, so that a write's stand-in is its projection onto the write of the text that has
+    the largest cosine to it (`writesae_lens.experiments.stand_ins`). Every experiment takes it.
+
+    Args:
+        model: the model.
+        layer, head: the cell.
+        d_sae: number of writes; all, where the text has fewer.
+        tokens: passages or a text (None: the training part of the shipped text).
+        seed: of the choice of writes.
+
+    Raises:
+        HookedModelError: the model has no such cell, the text is shorter than a passage, or the writes are
+            all zero or not finite.
+    """
+    check_model(model)
+    check(Count, d_sae=d_sae)
+    check(Seed, seed=seed)
+    return untrained(model, model.cell(layer, head), d_sae, tokens, seed).lookup
+
+
 def matched_d_sae(cfg: WriteSAETrainingConfig, encoder: str, decoder: str) -> int:
-    """How many atoms a dictionary of another kind has with as many parameters, or just fewer.
+    """How many features a dictionary of another kind has with as many parameters, or just fewer.
 
     Args:
         cfg: config of the dictionary to match.
-        encoder, decoder: kind of the other dictionary, as in the config.
+        encoder, decoder: kind of the other dictionary, as in the config; codes count as half of each side.
 
     Raises:
-        WriteSAEError: there is no such encoder or decoder.
+        WriteSAEError: there is no such encoder or decoder, or they do not go together.
     """
     check(Literal["bilinear", "tied", "dense"], encoder=encoder)
-    check(Literal["factored", "dense"], decoder=decoder)
-    # Parameters of the activation per atom: thresholds, gates.
-    learnt = sum(p.numel() for p in for_training(cfg, torch.zeros(1)).parameters())
+    check(Literal["factored", "dense", "codes"], decoder=decoder)
+    if (encoder, decoder) == ("dense", "codes"):
+        raise WriteSAEError("codes have an encoder of their own a side: choose encoder bilinear or tied")
+    # Parameters of the activation per feature (thresholds, gates), and the bias.
+    learnt = 1 + sum(p.numel() for p in for_training(cfg, torch.zeros(1)).parameters())
+    factors = cfg.rank * (cfg.d_k + cfg.d_v)
 
     def per_atom(encoder: str, decoder: str) -> int:
-        sizes = {"bilinear": cfg.rank * (cfg.d_k + cfg.d_v), "dense": cfg.d_k * cfg.d_v, "tied": 0}
-        return sizes[encoder] + sizes["bilinear" if decoder == "factored" else "dense"] + 1 + learnt
+        sizes = {"bilinear": factors, "dense": cfg.d_k * cfg.d_v, "tied": 0}
+        return sizes[encoder] + sizes["bilinear" if decoder == "factored" else "dense"] + learnt
 
-    return max(1, cfg.d_sae * per_atom(cfg.encoder, cfg.decoder) // per_atom(encoder, decoder))
+    budget = cfg.d_sae * per_atom(cfg.encoder, cfg.decoder)
+    if cfg.decoder == "codes":
+        of_codes = cfg.n_key * cfg.d_k + cfg.n_value * cfg.d_v
+        budget = of_codes * (1 if cfg.encoder == "tied" else 2) + cfg.d_sae * learnt
+    if decoder == "codes":  # a key code and a value code at a time
+        pair = (cfg.d_k + cfg.d_v) * (1 if encoder == "tied" else 2) + 2 * learnt
+        return 2 * max(1, budget // pair)
+    return max(1, budget // per_atom(encoder, decoder))

@@ -190,21 +190,53 @@ def test_no_principal_component_of_nothing(arguments, message):
         baselines.principal_component(model, *arguments)
 
 
+def test_the_lookups_stand_in_is_the_projection_onto_the_nearest_write_of_the_text(model, tokens):
+    sae = baselines.lookup(model, 1, 2, 60, tokens, seed=3)
+    writes = writes_of(model, tokens).double()
+    atoms = sae.W_dec.detach().double()
+    unit = writes / writes.norm(dim=-1, keepdim=True)
+    assert (atoms @ unit.T).amax(-1).min() > 1 - 1e-5  # each atom is the direction of a write
+    assert sae.cfg.d_sae == len(atoms.round(decimals=6).unique(dim=0)) == 60
+    key, value = sae.stand_in(writes_of(model, tokens))
+    along, nearest = (writes @ atoms.T).max(-1)
+    expected = along[:, None] * atoms[nearest]
+    found = (key[:, :, None] * value[:, None]).flatten(1).double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(writes.norm(dim=-1).max()))
+    # A write of the text that is an atom is its own stand-in.
+    own = (atoms @ unit.T).argmax(-1)
+    torch.testing.assert_close(found[own], writes[own], rtol=1e-3, atol=1e-5)
+    assert baselines.lookup(model, 1, 2, 1000, tokens).cfg.d_sae == tokens.numel()
+    records = replacement_test(model, sae, tokens, baselines=False, verbose=False).records
+    assert records.kl_atom.median() < records.kl_delete.median()
+
+
+def test_the_lookup_reads_the_shipped_training_part_by_default():
+    model = HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
+    first, again, other = (baselines.lookup(model, 1, 2, 16, seed=s) for s in (0, 0, 1))
+    assert torch.equal(first.dec_key, again.dec_key)
+    assert not torch.equal(first.dec_key, other.dec_key)
+    with pytest.raises(WriteSAEError, match="bilinear or tied"):
+        baselines.matched_d_sae(WriteSAETrainingConfig(d_k=5, d_v=7, d_sae=60), "dense", "codes")
+
+
 def count(sae):
     """Parameters of encoder, thresholds and atoms; the matrix B is the same in all."""
     return sum(x.numel() for name, x in sae.named_parameters() if name != "b_dec")
 
 
 FAMILY = list(product(["bilinear", "tied", "dense"], ["factored", "dense"]))
+CODES = [("bilinear", "codes"), ("tied", "codes")]
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("own", FAMILY)
+@pytest.mark.parametrize("own", [*FAMILY, *CODES])
 def test_matched_dictionaries_have_as_many_parameters_at_most(own, rank):
+    if rank > 1 and own in CODES:
+        pytest.skip("codes have rank 1")
     sizes = {"d_k": 5, "d_v": 7, "k": 1, "rank": rank}
     cfg = WriteSAETrainingConfig(d_sae=60, encoder=own[0], decoder=own[1], **sizes)
     budget = count(WriteTrainingSAE(cfg))
-    for encoder, decoder in FAMILY:
+    for encoder, decoder in FAMILY if rank > 1 else [*FAMILY, *CODES]:
         d_sae = baselines.matched_d_sae(cfg, encoder, decoder)
 
         def size(d_sae, encoder=encoder, decoder=decoder):
@@ -213,7 +245,7 @@ def test_matched_dictionaries_have_as_many_parameters_at_most(own, rank):
             assert training == count(WriteSAE(WriteSAEConfig(**options)))
             return training
 
-        assert size(d_sae) <= budget < size(d_sae + 1), (encoder, decoder)
+        assert size(d_sae) <= budget < size(d_sae + (2 if decoder == "codes" else 1)), (encoder, decoder)
     assert baselines.matched_d_sae(cfg, *own) == 60
 
 
