@@ -8,6 +8,7 @@ from tests.writesae_lens.experiments.truth import (
     HEAD,
     LAYER,
     atoms_of,
+    bootstrap_interval,
     cached,
     encoded,
     is_rank_1,
@@ -15,13 +16,13 @@ from tests.writesae_lens.experiments.truth import (
     logits_with_swapped,
     make_sae,
     silenced,
-    wilson,
     writes,
 )
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import compare, replacement_test
 
-CONTROLS = ("gaussian", "atom", "orthogonal", "native_marginals")
+CONTROLS = ("atom", "gaussian", "orthogonal", "native_marginals")
+UNTRAINED = ("lookup", "mean_key", "mean_value")
 OPTIONS = [{}, {"scale": "matched_norm"}, {"kl": "base_patched"}]
 
 
@@ -48,7 +49,7 @@ def by_name(edits, names):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_record_is_a_full_edited_forward_pass(model, tokens, swapped, options):
     saes = three_saes(model)
-    names = [*saes, *CONTROLS, "delete"]
+    names = [*saes, *UNTRAINED, *CONTROLS, "delete"]
     result = compare(model, saes, tokens, max_firings=8, seed=2, verbose=False, **options)
     records = result.records
     assert len(records) == 8 * len(names) == result.summary["n_firings"] * len(names)
@@ -56,10 +57,11 @@ def test_every_record_is_a_full_edited_forward_pass(model, tokens, swapped, opti
     numbers = sorted(records.passage.unique())
     assert len(swapped) == len(numbers)
     for n, edits in zip(numbers, swapped, strict=True):
-        positions, given = by_name(edits, names)
+        positions, given = by_name(edits, [*names, "native_random"])
         native, here = writes(model, tokens)[n, positions], records[records.passage == n]
         assert here[here.name == "delete"].position.tolist() == positions.tolist()
-        expected = {name: given[name] for name in CONTROLS} | {"delete": torch.zeros_like(native)}
+        expected = {name: given[name] for name in (*UNTRAINED, *CONTROLS)}
+        expected["delete"] = torch.zeros_like(native)
         for name, sae in saes.items():
             coefficients, atoms = acts[name][n, positions].max(-1)
             matrices, mine = atoms_of(sae, model)[atoms], here[here.name == name]
@@ -75,11 +77,17 @@ def test_every_record_is_a_full_edited_forward_pass(model, tokens, swapped, opti
             patched, base = logits_with_swapped(model, tokens[n], positions, list(matrices))
             return kl_nats(base, patched) if options.get("kl") == "base_patched" else kl_nats(patched, base)
 
-        delete = kl(expected["delete"])
+        delete, control = kl(expected["delete"]), kl(expected["atom"])
+        at_native_norm = kl(given["native_random"])
+        torch.testing.assert_close(
+            given["native_random"].flatten(1).norm(dim=-1), native.flatten(1).norm(dim=-1), rtol=1e-4, atol=0
+        )
         for name in names:
             mine = here[here.name == name]
             np.testing.assert_allclose(mine.kl, kl(expected[name]), rtol=1e-4, atol=1e-9)
             np.testing.assert_allclose(mine.kl_delete, delete, rtol=1e-4, atol=1e-9)
+            np.testing.assert_allclose(mine.kl_random, control, rtol=1e-4, atol=1e-9)
+            np.testing.assert_allclose(mine.kl_native_random, at_native_norm, rtol=1e-4, atol=1e-9)
             assert mine.token.tolist() == tokens[n, positions].tolist()
             if name != "delete":
                 cosine = torch.cosine_similarity(native.flatten(1), expected[name].flatten(1))
@@ -88,7 +96,8 @@ def test_every_record_is_a_full_edited_forward_pass(model, tokens, swapped, opti
         for name in CONTROLS:
             torch.testing.assert_close(given[name].flatten(1).norm(dim=-1), norms, rtol=1e-4, atol=0)
             assert is_rank_1(given[name], 1e-5)
-    nothing = records[records.name.isin([*CONTROLS, "delete"])]
+    nothing = records[records.name.isin([*UNTRAINED, *CONTROLS, "delete"])]
+    assert set(records.key_code) == {-1}
     assert set(nothing.atom) == {-1}
     assert nothing.coefficient.isna().all()
 
@@ -97,7 +106,7 @@ def test_an_atom_of_an_sae_with_rescaling_is_written_as_the_sae_decodes_it(gdn, 
     sae = make(gdn, "flat", k=1, rescale_acts_by_decoder_norm=True)
     with torch.no_grad():
         sae.W_dec.mul_(torch.rand(32, 1) * 2 + 2)
-    compare(gdn, {"flat": sae}, passages[:1], random=(), verbose=False)
+    compare(gdn, {"flat": sae}, passages[:1], random=(), baselines=False, verbose=False)
     positions, matrices = by_name(swapped[0], ["flat", "delete"])
     with torch.no_grad():
         acts = encoded(gdn, sae, passages[:1]).float()
@@ -105,20 +114,40 @@ def test_an_atom_of_an_sae_with_rescaling_is_written_as_the_sae_decodes_it(gdn, 
     torch.testing.assert_close(matrices["flat"].flatten(1), decoded, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+def measured_figures(summary):
+    """Names of what is recovered, win rates and their intervals, at all positions."""
+    of = ("recovered", "median_recovered", "win_rate")
+    names = [f"{name}{when}{end}" for name in of for when in ("", "_later", "_both") for end in ("", "_ci")]
+    return [name for name in names if name in summary]
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "matched_norm"}, {"kl": "base_patched"}, {"of": "codes"}])
 def test_the_first_saes_numbers_are_the_replacement_tests(model, tokens, options):
-    sae = make(model)
-    how = {"skip_positions": 3, "max_firings": 11, "seed": 4, "verbose": False} | options
+    of_codes = "of" in options
+    sae = make_sae(model, decoder="codes", k=4) if of_codes else make(model)
+    options = {} if of_codes else options
+    how = {"skip_positions": 3, "max_firings": 11, "seed": 4, "horizon": 4, "verbose": False} | options
     ours = compare(model, {"a": sae}, tokens, random=("gaussian",), **how)
     alone = replacement_test(model, sae, tokens, random="gaussian", **how)
     of = {name: part.reset_index(drop=True) for name, part in ours.records.groupby("name")}
-    for name in ("passage", "position", "token", "atom", "coefficient", "cosine"):
+    assert (of["a"].key_code >= 0).all() == of_codes
+    for name in ("passage", "position", "token", "atom", "key_code", "coefficient", "cosine"):
         np.testing.assert_allclose(of["a"][name], alone.records[name], rtol=1e-4, atol=1e-6)
-    for name, kl in (("a", "kl_atom"), ("delete", "kl_delete"), ("gaussian", "kl_random")):
-        np.testing.assert_allclose(of[name].kl, alone.records[kl], rtol=1e-4, atol=1e-9)
+    names = {"a": "atom", "gaussian": "random"} | {name: name for name in ("delete", *UNTRAINED)}
+    for name, column in names.items():
+        for when in ("", "_later"):
+            expected = alone.records[f"kl_{column}{when}"]
+            np.testing.assert_allclose(of[name][f"kl{when}"], expected, rtol=1e-4, atol=1e-9)
     rows = {row["name"]: row for row in ours.summary["table"]}
-    assert rows["a"]["win_rate"] == alone.summary["win_rate"]
-    assert rows["a"]["win_rate_ci"] == alone.summary["win_rate_ci"]
+    shown = {"a": alone.summary} | {row["name"]: row for row in alone.summary["baselines"]}
+    for name, summary in shown.items():
+        if name != "random":
+            for figure in measured_figures(summary):
+                assert rows[name][figure] == pytest.approx(summary[figure], rel=1e-3), figure
+    for figure in ("strict_chain_rate", "chain_over_ceiling"):
+        assert rows["a"][figure] == pytest.approx(alone.summary[figure])
+    assert ours.summary["chain_ceiling"] == alone.summary["chain_ceiling"]
+    assert ours.summary["n_without_horizon"] == alone.summary["n_without_horizon"] == 2 * 4
 
 
 def sometimes(model, tokens, seed, share):
@@ -166,7 +195,7 @@ def test_the_table_and_the_figure_show_what_the_records_hold(gdn, passages):
     saes = three_saes(gdn)
     result = compare(gdn, saes, passages, random=("atom", "gaussian"), verbose=False)
     table = {row["name"]: row for row in result.summary["table"]}
-    assert list(table) == [*saes, "atom", "gaussian", "delete"]
+    assert list(table) == [*saes, *UNTRAINED, "atom", "gaussian", "delete"]
     kl = {name: part.kl.to_numpy() for name, part in result.records.groupby("name")}
     for name, row in table.items():
         assert row["median_kl"] == pytest.approx(np.median(kl[name]))
@@ -174,9 +203,16 @@ def test_the_table_and_the_figure_show_what_the_records_hold(gdn, passages):
         if name == "delete":
             assert row["win_rate"] is row["win_rate_ci"] is row["median_cosine"] is None
         else:
-            wins = kl[name] < kl["delete"]
+            wins, ratio = kl[name] < kl["delete"], kl[name] / kl["delete"]
             assert row["win_rate"] == pytest.approx(np.mean(wins))
-            assert row["win_rate_ci"] == pytest.approx(wilson(wins))
+            assert row["recovered"] == pytest.approx(1 - kl[name].sum() / kl["delete"].sum())
+            assert row["median_recovered"] == pytest.approx(np.median(1 - ratio))
+            passage = result.records.passage[result.records.name == name]
+            groups = [wins[passage == n] for n in passage.unique()]
+            assert row["win_rate_ci"] == pytest.approx(bootstrap_interval(groups, np.mean), abs=1e-6)
+            if name in saes:
+                chain = wins & (kl["delete"] < kl["atom"])
+                assert row["strict_chain_rate"] == pytest.approx(np.mean(chain))
             cosines = result.records.cosine[result.records.name == name]
             assert row["median_cosine"] == pytest.approx(np.median(cosines))
         if name == "ours":
@@ -184,23 +220,29 @@ def test_the_table_and_the_figure_show_what_the_records_hold(gdn, passages):
         else:
             assert row["first_is_nearer"] == pytest.approx(np.mean(kl["ours"] < kl[name]))
     assert table["delete"]["kl_over_delete"] == 1
-    for name in ("ours", "flat", "atom"):
+    for name in ("ours", "flat"):
         assert f"{name} {table[name]['win_rate']:.1%}" in result.headline
+        assert f"{name} {table[name]['median_recovered']:.1%}" in result.headline
+    assert f"lookup {table['lookup']['median_recovered']:.1%}" in result.headline
     labels = [label.get_text() for axis in result.plot().axes for label in axis.get_yticklabels()]
-    assert set(table) <= set(labels)
+    assert {name.replace("_", " ") for name in table} <= set(labels)
 
 
-@pytest.mark.parametrize("kind", CONTROLS[1:])
+@pytest.mark.parametrize("kind", ["atom", "orthogonal", "native_marginals"])
 def test_controls_are_of_their_kind_here_and_in_the_replacement_test(model, tokens, swapped, kind):
     """Norms are equal in both, and ranks 1 (see above): what is left is the direction."""
     sae = make(model)
     factors = [cached(model, tokens, name)[:, :, HEAD] for name in model.write_factor_hook_names(LAYER)[:2]]
-    compare(model, {"a": sae, "b": make(model, seed=1)}, tokens, random=(kind,), verbose=False)
-    replacement_test(model, sae, tokens, random=kind, verbose=False)
-    names = {4: ["a", "b", kind, "delete"], 3: ["a", "delete", kind]}  # of compare, of the replacement test
+    how = {"baselines": False, "verbose": False}
+    compare(model, {"a": sae, "b": make(model, seed=1)}, tokens, random=(kind,), **how)
+    replacement_test(model, sae, tokens, random=kind, **how)
+    compared, replaced = (
+        ["a", "b", kind, "delete", "native_random"],
+        ["a", "delete", kind, "native_random", "atom_matched"],
+    )
     assert len(swapped) == 4
-    for edits, conditions in zip(swapped, (4, 4, 3, 3), strict=True):
-        positions, matrices = by_name(edits, names[conditions])
+    for edits, names in zip(swapped, (compared, compared, replaced, replaced), strict=True):
+        positions, matrices = by_name(edits, names)
         own, other = matrices["a"].flatten(1), matrices[kind].flatten(1)
         torch.testing.assert_close(other.norm(dim=-1), own.norm(dim=-1), rtol=1e-4, atol=0)
         n = [passage.tolist() for passage in tokens].index(edits.passage)
@@ -235,8 +277,10 @@ def check_marginals(side, native, positions):
 
 @pytest.mark.parametrize("kind", ["orthogonal", "native_marginals"])
 def test_the_replacement_tests_random_writes_are_full_edited_forward_passes(model, tokens, swapped, kind):
-    records = replacement_test(model, make(model), tokens[:1], random=kind, verbose=False).records
-    positions, matrices = by_name(swapped[0], ["atom", "delete", "random"])
+    how = {"random": kind, "baselines": False, "verbose": False}
+    records = replacement_test(model, make(model), tokens[:1], **how).records
+    names = ["atom", "delete", "random", "native_random", "atom_matched"]
+    positions, matrices = by_name(swapped[0], names)
     patched, base = logits_with_swapped(model, tokens[0], positions, list(matrices["random"]))
     np.testing.assert_allclose(records.kl_random, kl_nats(patched, base), rtol=1e-4, atol=1e-9)
 
@@ -258,6 +302,8 @@ def test_saes_that_cannot_be_compared_are_refused(gdn, passages):
         ({"a": sae, "b": make(gdn, head=1)}, {}, "^b belong to another"),
         ({"gaussian": sae}, {}, "gaussian are reserved names"),
         ({"a": sae, "delete": make(gdn, seed=1)}, {}, "delete are reserved names"),
+        ({"lookup": sae}, {}, "lookup are reserved names"),
+        ({"a": sae}, {"horizon": 20}, "no firing that is tested has horizon=20 tokens after it"),
         ({"a": sae, "b": silenced(make(gdn, seed=1))}, {}, "no atom fires"),
         ({"a": sae}, {"skip_positions": 20}, "left none"),
     ):
@@ -282,7 +328,7 @@ def test_seeds_change_the_controls_and_nothing_else(gdn, passages, tmp_path):
     one, other = (compare(gdn, saes, passages, seed=s, **how).records for s in (1, 2))
     for name, part in one.groupby("name"):
         same = np.allclose(part.kl, other.kl[other.name == name], rtol=1e-9)
-        assert same == (name in ("a", "b", "delete")), name
+        assert same == (name in ("a", "b", "delete")), name  # the lookup and the means are drawn too
     # Names belong to the settings that finished parts depend on.
     compare(gdn, saes, passages, progress_folder=str(tmp_path), **how)
     with pytest.raises(WriteSAEError, match="other settings"):
