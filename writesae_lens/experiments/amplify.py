@@ -17,13 +17,15 @@ from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import Prefix, batches
-from writesae_lens.experiments.firings import activity, atom_factors, check_atom, choose_atom
+from writesae_lens.experiments.firings import activity, atom_factors, check_atom, choose_atom, contribution
 from writesae_lens.experiments.options import Count, NotNegative, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, seed_of
+from writesae_lens.experiments.sides import features_by_side, side_of
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, RANDOM, new_figure
 
@@ -57,14 +59,18 @@ def amplify(
 
     The added matrix is factor x (the atom's mean coefficient where it is active) x atom. The control writes
     another atom, drawn among the active ones, with the same Frobenius norm as the atom at the largest
-    factor. All texts of a prompt are drawn with the same random numbers, so the native text is theirs but
-    for the edit.
+    factor. A code is added with the other side at the cell's mean (a content at the mean address, an address
+    with the mean content), at the mean norm of what it adds to stand-ins where it is active; its control is
+    another code of the same side.
+
+    All texts of a prompt are drawn with the same random numbers, so the native text is theirs but for the
+    edit.
 
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         prompts: ``[prompt, pos]``, or a text to cut into prompts; the atoms' coefficients are those here.
-        atom: the atom (None: the one that fires most often).
+        atom: the atom or code (None: the atom, or the value code, that fires most often).
         factors: multiples of the mean coefficient.
         n_tokens: number of tokens to decode.
         temperature: 0 is greedy.
@@ -77,7 +83,8 @@ def amplify(
         a result. ``records`` has one row per text: prompt, condition ("native", "2x", ..., "random"),
         newlines_per_400 (tokens), distinct_tokens (share of different ones), repeated_4grams (share of
         4-grams that occurred before), characters_per_token, continuation (token ids, as JSON).
-        ``summary`` has atom, control_atom, mean_coefficient, and by_condition the mean of each
+        ``summary`` has atom, control_atom, mean_coefficient, mean_norm (Frobenius, of what the atom or code
+        adds to stand-ins where it is active), and by_condition the mean of each
         statistic, with Cohen's d and the two-sided Mann-Whitney p against the native texts.
 
     Raises:
@@ -96,21 +103,23 @@ def amplify(
     chosen = choose_atom(atom, found, passages)
     acts = torch.cat([x.acts.float() for x in found])
     mean = float(acts[acts[:, chosen] > 0, chosen].mean())
-    others = [int(x) for x in (acts > 0).any(0).nonzero() if int(x) != chosen]
+    mean_norm = float(contribution(sae, acts[acts[:, chosen] > 0], chosen, site.cell).norm().mean())
+    same_side = features_by_side(sae)[side_of(sae, chosen)]
+    others = [x for x in (acts > 0).any(0).nonzero().flatten().tolist() if x in same_side and x != chosen]
     rng = torch.Generator().manual_seed(seed)
     control = others[int(torch.randint(0, len(others), (), generator=rng))] if others else None
-    about = {"atom": chosen, "control_atom": control, "mean_coefficient": mean}
+    about = {"atom": chosen, "control_atom": control, "mean_coefficient": mean, "mean_norm": mean_norm}
     run = Run("amplify", model, sae, passages, locals(), **about)
     cell, device = site.cell, passages.device
 
-    def matrix(number: int) -> Tensor:
-        return atom_factors(sae, torch.tensor([number], device=device), cell.d_k, cell.d_v).matrix()[0]
+    def matrix(number: int, norm: float) -> Tensor:
+        atom = atom_factors(sae, torch.tensor([number], device=device), cell.d_k, cell.d_v)
+        return swaps.with_norm(atom, torch.tensor([norm], device=device)).matrix()[0]
 
-    own = matrix(chosen) * mean
+    own = matrix(chosen, mean_norm)
     conditions = {"native": own * 0} | {f"{factor:g}x": own * factor for factor in factors}
     if control is not None:
-        other = matrix(control)
-        conditions["random"] = other * (max(factors) * own.norm() / other.norm().clamp(min=1e-30))
+        conditions["random"] = matrix(control, max(factors) * mean_norm)
     writes = torch.stack(list(conditions.values()))
 
     groups = batches(len(passages), len(writes) * model.cfg.d_vocab)

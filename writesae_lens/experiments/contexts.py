@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
@@ -15,13 +16,25 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.firings import Firings, activity, atom_factors, check_any_fires, native_cosines
+from writesae_lens.experiments.firings import (
+    Firings,
+    activity,
+    atom_factors,
+    check_any_fires,
+    is_codes,
+    native_cosines,
+    native_of,
+)
+from writesae_lens.experiments.meets import promoted_tokens, reads_met
 from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
+from writesae_lens.experiments.sides import PLURALS, features_by_side, side_cosines, side_of
 from writesae_lens.experiments.subjects import find_site
-from writesae_lens.figures import ATOM, new_figure
+from writesae_lens.figures import ATOM, DELETE, new_figure
+
+_N_PROMOTED = 5
 
 
 @experiment(
@@ -46,6 +59,10 @@ def top_contexts(
 ) -> ExperimentResult:
     """The positions where each atom's coefficient is largest, with the text around them.
 
+    Of codes there are contexts of both sides: a key code is an address, a value code a content. With them
+    stand, for key codes, the distance to the read that meets the address most there (`meets.reads_met`), and,
+    for value codes, the tokens that the content points along (`meets.promoted_tokens`).
+
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
@@ -59,10 +76,14 @@ def top_contexts(
 
     Returns:
         a result. ``records`` has one row per atom and position, the atom's strongest first: atom, rank
-        (from 1), passage, position, coefficient, dominant (whether it is the most active atom there), cosine
-        (to the native write), token (id), text_before, text, text_after (None without a tokenizer).
+        (from 1), passage, position, coefficient, dominant (whether it is the most active atom there, or the
+        most active code of its side), cosine (to the native write, or of a code to its side of it), token
+        (id), text_before, text, text_after (None without a tokenizer), side ("atom", "key" or "value"); of
+        codes also read_at (of `meets.DISTANCES` the one whose read meets the key code most; empty for value
+        codes) and promoted (ids of the five tokens that the value code points along most, as a JSON list).
         ``summary`` has n_atoms_active, n_atoms_never_active, positions_per_atom (median), and token_purity:
-        the mean over atoms with at least two contexts of the share of their most common token.
+        the mean over atoms with at least two contexts of the share of their most common token; of codes
+        also these by_side.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the text is too short, no atom is active, or the model gives
@@ -87,16 +108,30 @@ def top_contexts(
     records = pd.concat([records, pd.DataFrame(texts, columns=names, index=records.index)], axis=1)
     per_passage = strongest.drop_duplicates(["atom", "passage"])
     positions = per_passage.groupby("atom").n_positions.sum()
+    records["side"] = [side_of(sae, int(atom)) for atom in records.atom]
     columns = ["atom", "rank", "passage", "position", "coefficient", "dominant", "cosine", "token", *names]
-    summary = _summarize(records, sae.cfg.d_sae) | {
-        "positions_per_atom": float(positions.median()),
-        "n_passages": len(passages),
-    }
-    purity = summary["token_purity"]
-    headline = f"{summary['n_atoms_active']} atoms active, {summary['n_atoms_never_active']} never" + (
-        "" if purity is None else f"; {purity:.0%} of an atom's top contexts have its most common token"
+    columns.append("side")
+    summary: dict[str, Any] = _summarize(records, sae.cfg.d_sae)
+    if is_codes(sae):
+        records["promoted"] = _promoted(model, sae, site, records)
+        columns += ["read_at", "promoted"]
+        summary["by_side"] = {
+            side: _summarize(records[records.side == side], len(features))
+            for side, features in features_by_side(sae).items()
+        }
+    summary |= {"positions_per_atom": float(positions.median()), "n_passages": len(passages)}
+    headline = "; ".join(
+        _headline(PLURALS[side], found) for side, found in summary.get("by_side", {"atom": summary}).items()
     )
     return run.result(records.reindex(columns=columns), summary, headline)
+
+
+def _headline(what: str, summary: dict[str, Any]) -> str:
+    """How many features of a side are active, and how pure their contexts are."""
+    purity = summary["token_purity"]
+    return f"{summary['n_atoms_active']} {what} active, {summary['n_atoms_never_active']} never" + (
+        "" if purity is None else f"; {purity:.0%} of their top contexts have the feature's most common token"
+    )
 
 
 @torch.no_grad()
@@ -104,26 +139,64 @@ def _strongest(
     model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tensor, " pos"], n_contexts: int
 ) -> pd.DataFrame:
     """The ``n_contexts`` strongest positions in a passage of each atom that is active in it."""
-    acts, key, value = activity(model, sae, site, tokens)
-    active = acts.amax(0) > 0
-    atoms = active.nonzero().squeeze(-1)
+    active = activity(model, sae, site, tokens)
+    acts, key, value = active
+    atoms = (acts.amax(0) > 0).nonzero().squeeze(-1)
     # topk over positions; the padding of atoms that are active less often is cut off below.
     values, at = acts[:, atoms].topk(min(n_contexts, len(acts)), dim=0)
     kept = values > 0
     at, atom = at[kept], atoms.expand(len(values), -1)[kept]
     firings = Firings(at, atom, values[kept].float(), key[at], value[at])
-    factors = atom_factors(sae, atom, site.cell.d_k, site.cell.d_v)
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "atom": atom.cpu().numpy(),
             "position": at.cpu().numpy(),
             "coefficient": firings.coefficient.cpu().numpy().astype(float),
-            "dominant": (acts.argmax(-1)[at] == atom).cpu().numpy(),
-            "cosine": native_cosines(firings, factors).cpu().numpy().astype(float),
+            "dominant": _is_largest(sae, acts[at], atom).cpu().numpy(),
+            "cosine": _cosines(sae, site, firings).cpu().numpy().astype(float),
             "token": tokens[at].cpu().numpy(),
             "n_positions": (acts > 0).sum(0)[atom].cpu().numpy(),
         }
     )
+    if not is_codes(sae):
+        return frame
+    met = reads_met(model, sae, site.cell, tokens, acts).rename(columns={"code": "atom"})
+    nearest = met.loc[met.assign(size=met.met.abs()).groupby(["atom", "position"])["size"].idxmax()]
+    nearest = nearest[["atom", "position", "distance"]].rename(columns={"distance": "read_at"})
+    return frame.merge(nearest, on=["atom", "position"], how="left")
+
+
+def _is_largest(
+    sae: SAE[Any], acts: Float[Tensor, "context d_sae"], features: Int[Tensor, " context"]
+) -> Bool[Tensor, " context"]:
+    """Whether each feature is the most active one of its side."""
+    largest = torch.zeros_like(features, dtype=torch.bool)
+    for side in features_by_side(sae).values():
+        largest |= acts[:, side.start : side.stop].argmax(-1) + side.start == features
+    return largest
+
+
+def _cosines(sae: SAE[Any], site: Site, firings: Firings) -> Float[Tensor, " context"]:
+    """Of atoms with the native writes, of codes with their side of them."""
+    if not is_codes(sae):
+        atoms = atom_factors(sae, firings.atom, site.cell.d_k, site.cell.d_v)
+        return native_cosines(firings, atoms)
+    cosines, native = torch.zeros_like(firings.coefficient), native_of(firings)
+    for side, features in features_by_side(sae).items():
+        own = (firings.atom >= features.start) & (firings.atom < features.stop)
+        cosines[own] = side_cosines(sae, side, firings.atom[own], native[own])
+    return cosines
+
+
+def _promoted(model: HookedRecurrent, sae: SAE[Any], site: Site, records: pd.DataFrame) -> list[str | None]:
+    """The tokens that each row's value code points along most, as JSON; None for key codes."""
+    first = features_by_side(sae)["value"].start
+    codes = sorted(set(records.atom[records.side == "value"]))
+    values: Any = sae
+    vectors = values.dec_value[torch.tensor(codes, dtype=torch.long, device=values.device) - first]
+    tokens, _ = promoted_tokens(model, site.cell, vectors, _N_PROMOTED)
+    of = {code: json.dumps(row) for code, row in zip(codes, tokens.tolist(), strict=True)}
+    return [of.get(atom) for atom in records.atom]
 
 
 def _text(
@@ -157,12 +230,22 @@ def plot_contexts(result: ExperimentResult) -> Figure:
     """How pure in tokens the atoms' strongest contexts are, and how strong they are."""
     records = result.records
     figure, (purity, strength) = new_figure(9.0, 3.8, 2)
-    shares = records.groupby("atom").token.agg(lambda t: t.value_counts().iloc[0] / len(t))
-    purity.hist(shares[records.groupby("atom").size() > 1], bins=list(np.linspace(0, 1, 21)), color=ATOM)
-    purity.set(xlabel="share of the most common token", ylabel="atoms", xlim=(0, 1))
-    purity.set_title("Top contexts of an atom on one token", fontsize=11, loc="left")
-    first = records[records["rank"] == 1]
-    strength.scatter(first.cosine, first.coefficient, s=6, alpha=0.4, lw=0, color=ATOM, rasterized=True)
-    strength.set(xlabel="cosine to the native write there", ylabel="largest coefficient", yscale="log")
-    strength.set_title("Each atom's strongest position", fontsize=11, loc="left")
+    sides = records.side if "side" in records else pd.Series("atom", records.index)  # of earlier versions
+    colors = {"atom": ATOM, "key": DELETE, "value": ATOM}
+    for side, part in records.groupby(sides):
+        what, style = PLURALS[str(side)], {"color": colors[str(side)], "alpha": 0.5}
+        by_atom = part.groupby("atom").token
+        shares = by_atom.agg(lambda t: t.value_counts().iloc[0] / len(t))[by_atom.size() > 1]
+        purity.hist(shares, bins=list(np.linspace(0, 1, 21)), label=what, **style)
+        first = part[part["rank"] == 1]
+        # Coefficients of key codes have no unit: only those of one kind share an axis of size.
+        size = first.coefficient / first.coefficient.median()
+        strength.scatter(first.cosine, size, s=6, lw=0, rasterized=True, label=what, **style)
+    purity.set(xlabel="share of the most common token", ylabel="features", xlim=(0, 1))
+    purity.set_title("Top contexts of a feature on one token", fontsize=11, loc="left")
+    strength.set(xlabel="cosine to the native write (codes: to their side of it)", yscale="log")
+    strength.set_ylabel("largest coefficient over its median")
+    strength.set_title("Each feature's strongest position", fontsize=11, loc="left")
+    if sides.nunique() > 1:
+        purity.legend(frameon=False, fontsize=9)
     return figure

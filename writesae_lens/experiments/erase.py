@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,22 +20,27 @@ from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import (
     Activity,
-    Firings,
     activity,
-    atom_factors,
     check_atom,
     choose_atom,
+    contribution,
     native_of,
 )
 from writesae_lens.experiments.options import Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages, token_id
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.sides import randomized, side_of
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, RANDOM, new_figure
+from writesae_lens.saes.rank1 import Factors
 
 DOSES = (0.25, 0.5, 1.0, 2.0)
 CONDITIONS = ("firing", "elsewhere", "random")
+_COLUMNS = (
+    *("position", "token", "condition", "dose"),
+    *("coefficient", "delta_logp", "kl", "kl_floor"),
+)
 
 
 @experiment(
@@ -62,10 +67,15 @@ def erase_atom(
 ) -> ExperimentResult:
     """Subtract an atom from the native writes, and measure how the token that it promotes changes.
 
-    At a firing position, dose x coefficient x atom is subtracted from the native write; the effect is the
-    change of the token's log-probability at that position, log p(erased) - log p(native). Controls: the
-    same at as many positions as it has firings, where it is not active, with its mean coefficient
-    ("elsewhere"), and a Gaussian rank-1 matrix of the erased one's norm at the firing positions ("random").
+    At a position where the atom is active, dose x coefficient x atom is subtracted from the native write; the
+    effect is the change of the token's log-probability at that position, log p(erased) - log p(native).
+    Controls: the same at as many positions as it has firings, where it is not active, with its mean
+    coefficient ("elsewhere"), and a Gaussian rank-1 matrix of the erased one's norm at the firing positions
+    ("random").
+
+    Of a code, what it adds to the stand-in is subtracted (`firings.contribution`): a value code at the
+    address that the active key codes give there, a key code with the content that the active value codes
+    give. Its random control has a Gaussian vector in the code's place, and the other side as it is.
 
     The atom's *preferred token* has the largest sum of log p(native) - log p(erased) over firings, at dose
     1. That sum runs over every other firing, and the rest are tested: on the firings that choose the token,
@@ -78,9 +88,9 @@ def erase_atom(
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         tokens: passages ``[passage, pos]``, or a text.
-        atom: the atom (None: the one that fires most often).
+        atom: the atom or code (None: the atom, or the value code, that fires most often).
         token: the token to watch, an id or the text of one token (None: the preferred one).
-        doses: multiples of coefficient x atom.
+        doses: multiples of what the atom writes.
         max_firings: take a random choice of this many of the positions where the atom is active (None: all);
             without ``token``, every other one of them chooses the token and the rest are tested.
         context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
@@ -91,10 +101,11 @@ def erase_atom(
     Returns:
         a result. ``records`` has one row per position and dose: passage, position, token (there),
         condition ("firing", "elsewhere", "random"), dose, coefficient, delta_logp (of the watched token,
-        nats), kl (patched || native), kl_floor. ``summary`` has atom, preferred_token (id) and its text; for
-        each condition its positions (n), those where nothing moved (n_at_floor), the median change at dose 1
-        (or the nearest dose), its 95% interval (bootstrap over passages), the share of falls, and the medians
-        by dose; and the one-sided Wilcoxon p of a fall (None where a condition has nothing that moves).
+        nats), kl (patched || native), kl_floor. ``summary`` has atom, side ("atom", "key" or "value"),
+        preferred_token (id) and its text; for each condition its positions (n), those where nothing moved
+        (n_at_floor), the median change at dose 1 (or the nearest dose), its 95% interval (bootstrap over
+        passages), the share of falls, and the medians by dose; and the one-sided Wilcoxon p of a fall (None
+        where a condition has nothing that moves).
 
     Raises:
         WriteSAEError: SAE and cell do not fit, the atom does not exist or is active nowhere, or ``token`` is
@@ -108,7 +119,7 @@ def erase_atom(
         for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)
     ]
     chosen = choose_atom(atom, found, passages)
-    firings, elsewhere = _positions(found, chosen, max_firings, seed)
+    firings, elsewhere = _places(sae, site.cell, found, chosen, max_firings, seed)
     every = torch.cat([torch.full_like(f.position, n) for n, f in enumerate(firings)])
     # Every other firing chooses the token, the rest are tested; the lone firing does both.
     tests = (
@@ -123,18 +134,22 @@ def erase_atom(
         for n, f in enumerate(firings):
             part = f.subset(chooses[every == n])
             if len(part.position):
-                fall = fall + _fall(model, sae, site.cell, passages[n], part)
+                fall = fall + _fall(model, site.cell, passages[n], part)
         assert isinstance(fall, Tensor)
         watched = int(fall.argmax())
     about = {"atom": chosen, "preferred_token": watched, "token_given": token is not None}
     run = Run("erase", model, sae, passages, locals(), **about)
 
     def erase(n: int) -> pd.DataFrame:
-        rng, parts = generator(seed, n), []
-        for condition, at in zip(CONDITIONS, (tested[n], elsewhere[n], tested[n]), strict=True):
-            if len(at.position):
-                parts.append(_erase(model, sae, site.cell, passages[n], at, watched, doses, condition, rng))
-        frame = pd.concat(parts, ignore_index=True)
+        features = torch.full_like(tested[n].position, chosen)
+        random = randomized(sae, features, tested[n].taken, generator(seed, n))
+        taken = (tested[n], elsewhere[n], tested[n]._replace(taken=random))
+        parts = [
+            _erase(model, site.cell, passages[n], places, watched, doses).assign(condition=condition)
+            for condition, places in zip(CONDITIONS, taken, strict=True)
+            if len(places.position)
+        ]
+        frame = pd.concat(parts, ignore_index=True)[list(_COLUMNS)]
         frame.insert(0, "passage", n)
         return frame
 
@@ -142,11 +157,25 @@ def erase_atom(
     records = run.records(numbers, erase, "Erasing")
     summary = _summarize(records, seed)
     summary |= {
+        "side": side_of(sae, chosen),
         "preferred_token_text": model.tokenizer.decode([watched]) if model.tokenizer else None,
         "n_positions_that_chose_it": 0 if token is not None else len(every) - int(tests.sum()) or 1,
         "n_passages": len(passages),
     }
     return run.result(records, summary, _headline(summary, chosen, watched))
+
+
+class _Places(NamedTuple):
+    """Positions of one passage, the native writes there, and what is subtracted from them at dose 1."""
+
+    position: Int[Tensor, " place"]
+    coefficient: Float[Tensor, " place"]
+    native: Factors
+    taken: Factors
+
+    def subset(self, index: Tensor) -> _Places:
+        """The places of some indices, or of a mask."""
+        return _Places(*(x[index] for x in self))
 
 
 def _headline(summary: dict[str, Any], atom: int, watched: int) -> str:
@@ -157,19 +186,20 @@ def _headline(summary: dict[str, Any], atom: int, watched: int) -> str:
     )
     at_floor = summary["n_at_floor_firing"]
     note = f"{summary['n_firing']} firings" + (f", {at_floor} at the floor of rounding" if at_floor else "")
+    what = {"atom": "atom", "key": "key code", "value": "value code"}[summary["side"]]
     if own is None:
-        return f"atom {atom} erased: nothing moves, {note}"
+        return f"{what} {atom} erased: nothing moves, {note}"
     interval = statistics.between(summary["delta_logp_ci_firing"], "+.4f")
     control = "nothing" if random is None else f"{random:+.4f}"
     return (
-        f"atom {atom} erased: log p of {token or watched!r} moves by {own:+.4f}{interval}, with a random "
+        f"{what} {atom} erased: log p of {token or watched!r} moves by {own:+.4f}{interval}, with a random "
         f"matrix erased by {control}, {note}"
     )
 
 
-def _positions(
-    found: list[Activity], atom: int, max_firings: int | None, seed: int
-) -> tuple[list[Firings], list[Firings]]:
+def _places(
+    sae: SAE[Any], cell: Cell, found: list[Activity], atom: int, max_firings: int | None, seed: int
+) -> tuple[list[_Places], list[_Places]]:
     """Positions where the atom is active, and in each passage as many (if there are) where it is not."""
     mean = torch.cat([x.acts[x.acts[:, atom] > 0, atom] for x in found]).float().mean()
     active = torch.cat([x.acts[:, atom] > 0 for x in found])
@@ -179,73 +209,62 @@ def _positions(
     tested[kept_rows] = True
     chosen = tested.split([len(x.acts) for x in found])
     firing, elsewhere = [], []
-    for n, (acts, key, value) in enumerate(found):
+    for n, activities in enumerate(found):
+        acts = activities.acts
         at, silent = chosen[n].nonzero().squeeze(-1), (acts[:, atom] <= 0).nonzero().squeeze(-1)
         order = torch.randperm(len(silent), generator=generator(seed, n, 1))
         other = silent[order[: len(at)].to(silent.device)].sort().values
-        for where, kept, size in ((at, firing, acts[at, atom].float()), (other, elsewhere, mean)):
-            kept.append(
-                Firings(
-                    where, torch.full_like(where, atom), size.expand(len(where)), key[where], value[where]
-                )
-            )
+        for where, kept, size in ((at, firing, acts[at, atom]), (other, elsewhere, mean)):
+            of_size = acts[where].clone()
+            of_size[:, atom] = size.to(of_size.dtype)
+            taken = contribution(sae, of_size, atom, cell)
+            kept.append(_Places(where, of_size[:, atom].float(), native_of(activities)[where], taken))
     return firing, elsewhere
 
 
 @torch.no_grad()
 def _fall(
-    model: HookedRecurrent, sae: SAE[Any], cell: Cell, tokens: Int[Tensor, " pos"], firings: Firings
+    model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, " pos"], places: _Places
 ) -> Float[Tensor, " d_vocab"]:
-    """log p(native) - log p(erased) of every token, summed over the firings."""
-    erased = _erased(sae, cell, firings, 1.0)
+    """log p(native) - log p(erased) of every token, summed over the places."""
     falls = 0
-    for base, (patched,) in swaps.swapped_logits(model, cell, tokens, firings.position, [erased]):
+    for base, (patched,) in swaps.swapped_logits(
+        model, cell, tokens, places.position, [_erased(places, 1.0)]
+    ):
         for b, p in zip(base.split(64), patched.split(64), strict=True):
             falls = falls + (swaps.log_probabilities(b) - swaps.log_probabilities(p)).sum(0)
     assert isinstance(falls, Tensor)
     return falls
 
 
-def _erased(sae: SAE[Any], cell: Cell, firings: Firings, dose: float) -> swaps.Factors:
-    atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
-    return swaps.summed(native_of(firings), swaps.scaled(atoms, -dose * firings.coefficient))
+def _erased(places: _Places, dose: float) -> Factors:
+    return swaps.summed(places.native, Factors(places.taken.key * -dose, places.taken.value))
 
 
 @torch.no_grad()
 def _erase(
     model: HookedRecurrent,
-    sae: SAE[Any],
     cell: Cell,
     tokens: Int[Tensor, " pos"],
-    firings: Firings,
+    places: _Places,
     watched: int,
     doses: tuple[float, ...],
-    condition: str,
-    rng: torch.Generator,
 ) -> pd.DataFrame:
-    if condition == "random":
-        atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
-        other = swaps.random_like("gaussian", sae, firings, torch.arange(len(firings.atom)), cell, rng)
-        other = swaps.with_norm(other, firings.coefficient * atoms.norm())
-        ones = torch.ones_like(firings.coefficient)
-        written = [swaps.summed(native_of(firings), swaps.scaled(other, -d * ones)) for d in doses]
-    else:
-        written = [_erased(sae, cell, firings, dose) for dose in doses]
+    written = [_erased(places, dose) for dose in doses]
     changes, kls, floors = [], [], []
-    for base, patched in swaps.swapped_logits(model, cell, tokens, firings.position, written):
+    for base, patched in swaps.swapped_logits(model, cell, tokens, places.position, written):
         before = swaps.log_probabilities(base)[:, watched]
         changes.append(torch.stack([swaps.log_probabilities(p)[:, watched] - before for p in patched]))
         kls.append(torch.stack([swaps.divergence(p, base) for p in patched]))
         floors.append(swaps.logits_floor(base))
-    floor = torch.cat(floors) + swaps.residual_floor(model, cell, tokens, firings.position)
-    count = len(firings.position)
+    floor = torch.cat(floors) + swaps.residual_floor(model, cell, tokens, places.position)
+    count = len(places.position)
     return pd.DataFrame(
         {
-            "position": firings.position.repeat(len(doses)).cpu().numpy(),
-            "token": tokens[firings.position].repeat(len(doses)).cpu().numpy(),
-            "condition": condition,
+            "position": places.position.repeat(len(doses)).cpu().numpy(),
+            "token": tokens[places.position].repeat(len(doses)).cpu().numpy(),
             "dose": np.repeat(doses, count),
-            "coefficient": firings.coefficient.repeat(len(doses)).cpu().numpy().astype(float),
+            "coefficient": places.coefficient.repeat(len(doses)).cpu().numpy().astype(float),
             "delta_logp": torch.cat(changes, dim=1).flatten().cpu().numpy(),
             "kl": torch.cat(kls, dim=1).flatten().cpu().numpy(),
             "kl_floor": floor.repeat(len(doses)).cpu().double().numpy(),

@@ -72,7 +72,8 @@ def logit_formula_test(
 
     Args:
         model: the model that the SAE was trained on.
-        sae: any SAE on the cell's writes or states; of atoms of higher rank the leading singular pair.
+        sae: any SAE on the cell's writes or states; of atoms of higher rank the leading singular pair, of
+            codes each with the other side at the cell's mean.
         tokens: passages ``[passage, pos]``, or a text. In each passage t0 is one random position.
         form: which prediction.
         epsilons: Frobenius norms of the added matrix.

@@ -23,6 +23,7 @@ from writesae_lens.experiments.firings import (
     atom_factors,
     check_any_fires,
     find_firings,
+    is_codes,
     native_cosines,
     native_of,
 )
@@ -30,7 +31,7 @@ from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
-from writesae_lens.experiments.sides import is_codes, side_cosines, sides_of
+from writesae_lens.experiments.sides import PLURALS, features_by_side, side_cosines
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, new_figure
 from writesae_lens.saes.sae import MatrixSAE
@@ -38,7 +39,6 @@ from writesae_lens.saes.sae import MatrixSAE
 EVIDENCE = -10.0
 """Largest delta BIC that is taken for evidence of two classes ("very strong" in Kass and Raftery, 1995)."""
 CLASS_COLORS = {"register": ATOM, "bundle": DELETE}
-_PLURALS = {"atom": "atoms", "key": "key codes", "value": "value codes"}
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -117,14 +117,14 @@ def partition_atoms(
     rows = run.records(range(len(passages)), align, "Firings")
     kept = rows.loc[rows.position >= skip_positions]
     check_any_fires(len(rows), len(kept), passages)
-    sides = sides_of(sae)
+    sides = features_by_side(sae)
     parts, by_side = [], {}
     for side, features in sides.items():
         own, split = _divide(kept, features, min_firings, seed)
         cosines = own.loc[own["class"].isin(["register", "bundle"]), "median_cosine"].to_numpy()
         if not cosines.size:
             raise WriteSAEError(
-                f"{(own['n_firings'] > 0).sum()} {_PLURALS[side]} fire, but none min_firings={min_firings} "
+                f"{(own['n_firings'] > 0).sum()} {PLURALS[side]} fire, but none min_firings={min_firings} "
                 f"times in {own['n_firings'].sum()} firings: give more text or a smaller min_firings"
             )
         parts.append(own.assign(side=side))
@@ -134,7 +134,7 @@ def partition_atoms(
         summary["by_side"] = by_side
     said = [_headline(side, found) for side, found in by_side.items()]
     if getattr(sae.cfg, "init_from_writes", True) and isinstance(sae, MatrixSAE):
-        said.append("atoms that start as training writes are registers by construction")
+        said.append("features that start as training writes are registers by construction")
     return run.result(pd.concat(parts, ignore_index=True), summary, "; ".join(said))
 
 
@@ -143,7 +143,7 @@ def _headline(side: str, found: dict[str, Any]) -> str:
     n_register, n_bundle, n_dead, delta = (
         found[name] for name in ("n_register", "n_bundle", "n_dead", "delta_bic")
     )
-    what = _PLURALS[side]
+    what = PLURALS[side]
     if found["mixture"] is None:
         return f"{n_register} {what} not divided: too few, or of one cosine; {n_dead} dead"
     of = "" if side == "atom" else f" among the {what}"
@@ -160,6 +160,7 @@ def _alignments(sae: SAE[Any], cell: Cell, firings: Firings) -> pd.DataFrame:
     """Position, feature and cosine of every firing; of codes a row for each side."""
     if is_codes(sae):
         native = native_of(firings)
+        assert firings.key_code is not None
         found = {"key": firings.key_code, "value": firings.atom}
         chosen = [(codes, side_cosines(sae, side, codes, native)) for side, codes in found.items()]
     else:

@@ -18,12 +18,13 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.firings import Firings, activity, atom_factors, draw_atoms, native_of
+from writesae_lens.experiments.firings import activity, atom_factors
 from writesae_lens.experiments.options import Bound, Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import native_writes
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.sides import draw_contents, randomized
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, INK, RANDOM, new_figure
 from writesae_lens.saes.rank1 import Factors
@@ -58,12 +59,15 @@ def selectivity(
     whose KL is not above what rounding alone gives (`swaps.divergences`) move no tokens of their own: they
     are counted and left out.
 
+    Of codes, value codes are tested: tokens are moved by contents. Each is written at the cell's mean key,
+    and the random matrices have Gaussian values at that key.
+
     Args:
         model: the model that the SAE was trained on.
         sae: any SAE on a cell's writes, or on its states.
         tokens: passages ``[passage, pos]``, or a text.
-        n_atoms: number of atoms, 2 or more, drawn at random among those that fire in the passages (where a
-            single atom fires, overlaps of different atoms are None).
+        n_atoms: number of atoms (or value codes), 2 or more, drawn at random among those that fire in the
+            passages (where a single atom fires, overlaps of different atoms are None).
         n_positions: number of random positions in each passage.
         top_k: tokens in a set.
         magnitude: norm of the added matrix, in units of the native write there.
@@ -86,13 +90,10 @@ def selectivity(
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     top_k = min(top_k, model.cfg.d_vocab)
     rng = torch.Generator().manual_seed(seed)
-    chosen = draw_atoms([activity(model, sae, site, p) for p in passages], passages, n_atoms, rng)
+    chosen = draw_contents([activity(model, sae, site, p) for p in passages], passages, n_atoms, rng)
     device = passages.device
     atoms = atom_factors(sae, chosen.to(device), site.cell.d_k, site.cell.d_v)
-    others = Factors(
-        torch.randn(len(chosen), 1, site.cell.d_k, generator=rng).to(device),
-        torch.randn(len(chosen), 1, site.cell.d_v, generator=rng).to(device),
-    )
+    others = randomized(sae, chosen, atoms, rng)
     run = Run("selectivity", model, sae, passages, locals(), n_atoms=len(chosen))
 
     def push(n: int) -> pd.DataFrame:
@@ -131,7 +132,7 @@ def _push(
     key, value = native_writes(model, cell, tokens)
     count, n = len(positions), len(atoms.key)
     at = positions.repeat_interleave(2 * n)
-    native = native_of(Firings(at, torch.zeros_like(at), torch.ones_like(at).float(), key[at], value[at]))
+    native = Factors(key[at, None].float(), value[at, None].float())
     both = swaps.one_after_another(atoms, others)
     both = Factors(both.key.repeat(count, 1, 1), both.value.repeat(count, 1, 1))
     added = swaps.with_norm(both, magnitude * native.norm())

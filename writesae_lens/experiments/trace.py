@@ -23,6 +23,7 @@ from writesae_lens.experiments.passages import check_horizon, find_passages
 from writesae_lens.experiments.passes import cache_of, check_finite
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.sides import randomized
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, new_figure
 from writesae_lens.saes.rank1 import Factors, leading_pairs
@@ -59,7 +60,8 @@ def reader_trace(
     reads from its state, before norm and gate (a head that natively reads 0 has no change there). The atom's
     own head reads the write itself; other heads of its
     layer cannot; heads of later layers see it through what reached their own inputs. As many Gaussian
-    rank-1 writes of the same norm are the control.
+    rank-1 writes of the same norm are the control. A code is written with the other side at the cell's mean;
+    its control has a Gaussian vector in the code's place and that other side.
 
     Args:
         model: the model that the SAE was trained on.
@@ -97,8 +99,7 @@ def reader_trace(
     def trace(n: int) -> pd.DataFrame:
         own = generator(seed, n)
         position = int(torch.randint(0, length - max_horizon, (), generator=own))
-        shapes = (len(chosen), 1, cell.d_k), (len(chosen), 1, cell.d_v)
-        other = Factors(*(torch.randn(shape, generator=own).to(passages.device) for shape in shapes))
+        other = randomized(sae, chosen, atoms, own)
         writes = Factors(*(torch.cat(pair)[:, 0] for pair in zip(atoms, other.normalized(), strict=True)))
         tokens = passages[n, : position + max_horizon + 1]
         return _trace(model, cell, tokens, position, writes, size, chosen.numpy()).assign(passage=n)

@@ -47,6 +47,16 @@ def make_sae(model: Any, kind: str = "write", layer: int = LAYER, head: int = HE
     return sae
 
 
+def make_codes(model: Any, kind: str = "write", layer: int = LAYER, head: int = HEAD, **options: Any) -> Any:
+    """A random SAE of 16 key codes and 16 value codes, two active a side, with the means of random writes."""
+    sizes = {"n_key": 16, "n_value": 16, "k_key": 2, "k_value": 2}
+    sae = make_sae(model, kind, layer, head, decoder="codes", **(sizes | options))
+    with torch.no_grad():
+        for mean in (sae.mean_key, sae.mean_value):
+            mean.copy_(torch.nn.functional.normalize(torch.randn_like(mean), dim=-1))
+    return sae
+
+
 def silenced(sae: Any, atom: int | slice = slice(None)) -> Any:
     """The SAE with an atom, or all of them, never active."""
     with torch.no_grad():

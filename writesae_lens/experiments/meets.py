@@ -1,0 +1,105 @@
+"""What codes do in their cell: which later reads a key code meets, which tokens a value code promotes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE
+from torch import Tensor
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Cell
+from hooked_models.recordings import later_reads_of_head
+from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite, unembedding_directions
+
+DISTANCES = (0, 1, 2, 4, 8, 16, 32)
+"""Tokens from a write to the reads that are looked at; 0 is the write's own token."""
+
+
+@torch.no_grad()
+def reads_met(
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    acts: Float[Tensor, "pos d_sae"],
+    distances: Sequence[int] = DISTANCES,
+) -> pd.DataFrame:
+    """How strongly later reads meet the key codes that are active in a passage.
+
+    What is written at the address u_i at t reaches the output h tokens on as <r_{t,h}, u_i> times its
+    content, where r_{t,h} is that token's read vector, pulled back through the transitions between
+    (`hooked_models.recordings.later_reads_of_head`): decay and erase are in it.
+
+    Args:
+        model: the model.
+        sae: an SAE of codes.
+        cell: its cell.
+        tokens: one passage.
+        acts: coefficients of all features there.
+        distances: h, in tokens.
+
+    Returns:
+        a row for each position, active key code and distance: code, position (t), distance (h), met
+        (<r_{t,h}, u_i>, of the code at norm 1); none for reads past the passage's end.
+
+    Raises:
+        WriteSAEError: reads are not finite.
+    """
+    codes: Any = sae
+    at, code = (acts[:, : codes.cfg.n_key] > 0).nonzero(as_tuple=True)
+    reads = later_reads_of_head(model, tokens[None], cell.layer, cell.head, list(distances))[0].float()
+    check_finite(f"reads of layer {cell.layer} head {cell.head}", reads)
+    unit = torch.nn.functional.normalize(codes.dec_key.float(), dim=-1)
+    met = (reads[at] @ unit[code][:, :, None]).squeeze(-1)
+    steps = torch.tensor(distances, device=at.device)
+    inside = at[:, None] + steps < len(tokens)
+    columns = {
+        "code": code[:, None].expand_as(met),
+        "position": at[:, None].expand_as(met),
+        "distance": steps.expand_as(met),
+        "met": met.double(),
+    }
+    return pd.DataFrame({name: x[inside].cpu().numpy() for name, x in columns.items()})
+
+
+def met_by_distance(met: pd.DataFrame) -> pd.DataFrame:
+    """For how long each key code is read: the share of its squared meetings at each distance.
+
+    Args:
+        met: rows of `reads_met`, of any number of passages.
+
+    Returns:
+        a row a code, a column a distance: the mean of <r, u>^2 there over the sum of these means.
+    """
+    square = met.assign(square=met["met"] ** 2)
+    means = square.pivot_table(
+        index="code", columns="distance", values="square", aggfunc="mean", fill_value=0
+    )
+    return means.div(means.sum(axis=1).where(means.sum(axis=1) > 0), axis=0)
+
+
+@torch.no_grad()
+def promoted_tokens(
+    model: HookedRecurrent, cell: Cell, values: Float[Tensor, "content d_v"], count: int
+) -> tuple[Int[Tensor, "content token"], Float[Tensor, "content token"]]:
+    """The tokens whose unembedding direction each content points along most, and how far.
+
+    This is the paper's direction, W_O[head] W_U[token]: what a positive read of the content would promote if
+    nothing stood between the head's output and the logits. `erase_atom` and the report measure what it does.
+    """
+    count, device = min(count, model.cfg.d_vocab), values.device
+    size = torch.zeros(len(values), 0, device=device)
+    tokens = torch.zeros(len(values), 0, dtype=torch.long, device=device)
+    step = max(1, LOGITS_PER_PASS // max(1, len(values), cell.d_v))
+    for part in torch.arange(model.cfg.d_vocab, device=device).split(step):
+        along = values.float() @ unembedding_directions(model, cell, part).T
+        size = torch.cat([size, along], dim=1)
+        tokens = torch.cat([tokens, part.expand(len(values), -1)], dim=1)
+        size, kept = size.topk(min(count, size.shape[1]), dim=1)
+        tokens = tokens.gather(1, kept)
+    return tokens, size
