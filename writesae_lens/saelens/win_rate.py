@@ -1,4 +1,4 @@
-"""The replacement test's win rate, logged while an SAE trains."""
+"""The replacement test's figures, logged while an SAE trains."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def log_win_rate(
 ) -> None:
     """Add a quick replacement test to a runner's evaluations (``logger.eval_every_n_wandb_logs``).
 
-    ``replacement/win_rate``, ``replacement/median_kl_ratio`` and ``replacement/median_cosine`` appear beside
-    SAELens's own evaluations, for every SAE of the run. Where the run trains on the shipped text, the test
-    reads the first passages of its validation part; else those of the run's text, and training goes on with
-    the text after them.
+    ``replacement/median_recovered`` and ``recovered`` (at the own position), ``win_rate``, ``median_cosine``
+    and ``median_kl_ratio`` appear beside SAELens's own evaluations, for every SAE of the run. Where the run
+    trains on the shipped text, the test reads the first passages of its validation part; else those of the
+    run's text, and training goes on with the text after them.
 
     Args:
         runner: before ``run()``.
@@ -38,14 +38,13 @@ def log_win_rate(
 
     def measure(sae: Any) -> dict[str, float]:
         try:
-            summary = replacement_test(model, sae, tokens, seed=seed, verbose=False).summary
+            result = replacement_test(model, sae, tokens, baselines=False, seed=seed, verbose=False)
         except WriteSAEError:  # no atom is active yet, or normalize_activations still scales the inputs
             return {}
-        return {
-            "replacement/win_rate": summary["win_rate"],
-            "replacement/median_kl_ratio": summary["kl_ratio_atom_delete_random"][1],
-            "replacement/median_cosine": summary["median_cosine"],
-        }
+        names = ("median_recovered", "recovered", "win_rate", "median_cosine")
+        figures = {f"replacement/{name}": result.summary[name] for name in names}
+        ratio = result.summary["kl_ratio_atom_delete_random"][1]
+        return figures | {"replacement/median_kl_ratio": ratio}
 
     def evaluate(original: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         metrics = original(*args, **kwargs)

@@ -406,6 +406,33 @@ def test_stock_upload_publishes_ours(client, hub, tiny, tmp_path):
     assert files["b/sae_weights.safetensors"] == (tmp_path / "sae/sae_weights.safetensors").read_bytes()
 
 
+def test_codes_are_published_and_come_back(client, hub):
+    """Through SAELens's own upload, and through the command, with a card."""
+    assert client.run(
+        """
+        from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
+        from writesae_lens import WriteSAE, WriteSAEConfig
+        cfg = WriteSAEConfig(d_k=32, d_v=48, decoder="codes", n_key=20, n_value=30, k_key=2, k_value=3)
+        sae = WriteSAE(cfg)
+        sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = hook, "tiny-gdn"
+        upload_saes_to_huggingface({"codes": sae}, "user/codes", show_progress=False)
+        sae.save_model(folder)
+        assert command("push", folder, "user/codes", "--id", "pushed")[0] == 0
+        x = torch.randn(4, 32, 1) * torch.randn(4, 1, 48)
+        for name in ("codes", "pushed"):
+            back = SAE.from_pretrained("user/codes", name)
+            assert type(back) is WriteSAE and back.is_codes
+            assert (back.cfg.n_key, back.cfg.n_value, back.cfg.k_key, back.cfg.k_value) == (20, 30, 2, 3)
+            assert torch.equal(sae.encode(x.flatten(1)), back.encode(x.flatten(1)))
+            assert torch.equal(sae.mean_key, back.mean_key)
+        result = True
+        """,
+        hook="blocks.1.linear_attn.hook_write.2",
+        folder="codes-folder",
+    )
+    assert b"codes" in hub.files("user/codes")["README.md"]
+
+
 def test_from_the_hub_to_an_experiment(client, hub, tiny):
     hub.put("user/tiny", "writesae/tiny-gdn/L1_H2/best.pt", tiny.read_bytes())
     found = client.run("""

@@ -94,7 +94,7 @@ def test_the_recommended_recipe_is_the_default(model, tmp_path, monkeypatch, cel
     schedule = RECOMMENDED_SCHEDULE
     assert {name: getattr(runner.cfg, name) for name in schedule} == schedule
     saes = [runner.sae] if len(cells) == 1 else runner.saes.values()
-    assert {(sae.cfg.d_sae, sae.cfg.k) for sae in saes} == {(2048, 4)}
+    assert {(sae.cfg.decoder, sae.cfg.d_sae, sae.cfg.k) for sae in saes} == {("codes", 2048, 16)}
     assert (runner.cfg.context_size, runner.cfg.prepend_bos, runner.cfg.checkpoint_path) == (256, False, None)
     assert not runner.cfg.logger.log_to_wandb
 
@@ -201,9 +201,9 @@ def test_the_win_rate_is_measured_on_demand(model, tmp_path, monkeypatch, cells,
             saes=runner.saes, data_provider=iter(()), activation_scalers=scalers, hook_names={}
         )
     for prefix, sae in saes.items():
-        expected = replacement_test(model, sae, passages, verbose=False).summary
-        assert metrics[f"{prefix}replacement/win_rate"] == pytest.approx(expected["win_rate"])
-        assert metrics[f"{prefix}replacement/median_cosine"] == pytest.approx(expected["median_cosine"])
+        expected = replacement_test(model, sae, passages, baselines=False, verbose=False).summary
+        for name in ("median_recovered", "recovered", "win_rate", "median_cosine"):
+            assert metrics[f"{prefix}replacement/{name}"] == pytest.approx(expected[name]), name
     assert any(key.endswith("model_performance_preservation") for key in metrics)
 
 

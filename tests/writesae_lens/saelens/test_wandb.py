@@ -20,6 +20,7 @@ from tests.writesae_lens.saelens.runs import (
     watch_steps,
 )
 from writesae_lens import WriteTrainingSAE
+from writesae_lens.saelens.win_rate import log_win_rate
 
 
 @pytest.fixture
@@ -128,6 +129,38 @@ def test_several_saes_log_under_their_own_names(model, rows, tmp_path, offline):
     assert all(math.isfinite(value) for row in logged.values() for value in row.values())
     assert any("b/model_performance_preservation" in row for _, row in offline)
     assert any("b/weights/encoder_norms" in row for _, row in offline)
+
+
+def test_codes_are_logged(rows, tmp_path, offline):
+    """Their losses, evaluations and counts, with the replacement test's figures."""
+    sizes = {"n_key": 300, "n_value": 40, "k_key": 2, "k_value": 3}
+    runner = make_runner(
+        tmp_path,
+        rows,
+        sae=sae_config(decoder="codes", **sizes),
+        training_tokens=10 * BATCH,
+        n_eval_batches=1,
+        eval_batch_size_prompts=4,
+        dead_feature_window=3,
+        logger=LoggingConfig(log_to_wandb=True, wandb_log_frequency=5, eval_every_n_wandb_logs=2),
+    )
+    log_win_rate(runner, 1)
+    runner.run()
+    rows_of_steps = {n: row for n, row in offline if "losses/overall_loss" in row}
+    assert sorted(rows_of_steps) == [4, 9]
+    for row in rows_of_steps.values():
+        losses = {key: value for key, value in row.items() if key.startswith("losses/")}
+        assert losses.pop("losses/overall_loss") == pytest.approx(sum(losses.values()), rel=1e-4)
+        assert set(losses) == {
+            f"losses/{name}_loss" for name in ("mse", "auxiliary_reconstruction", "read_alignment")
+        }
+        assert 2 < row["metrics/l0"] <= 5
+        assert all(math.isfinite(value) for value in row.values())
+    last = rows_of_steps[9]
+    assert 0 < last["sparsity/dead_features"] <= 340
+    assert 0.3 < last["metrics/write_cosine"] <= 1
+    (evaluation,) = [row for _, row in offline if "replacement/median_recovered" in row]
+    assert isinstance(evaluation["weights/encoder_norms"], wandb.Histogram)
 
 
 @pytest.mark.parametrize("model_name", ["Qwen/Qwen3.5-397B-A17B-Instruct", "fla-hub/rwkv7-2.9B-world3-g1"])
