@@ -180,6 +180,16 @@ def replacement_test(
     return result
 
 
+TITLES = {
+    "lookup": "untrained lookup",
+    "mean_key": "mean key, native value",
+    "mean_value": "native key, mean value",
+    "random": "random control",
+}
+"""The baselines' names in figures."""
+_PLACES = {"": "At the write's own token", "_later": "Over the next {} tokens", "_both": "Both together"}
+
+
 class _How(NamedTuple):
     """How the conditions are written, and where their KLs are taken."""
 
@@ -317,6 +327,38 @@ def _conditions(
 
 
 @figure("replace")
+def plot_recovered(result: ExperimentResult) -> Figure:
+    """What the dictionary recovers beside its baselines: medians with their intervals, and sums."""
+    summary = result.summary
+    panels = [when for when in measures.WHEN if summary.get(f"median_recovered{when}") is not None] or [""]
+    rows = [summary, *(summary.get("baselines") or [])]
+    names = [TITLES.get(row.get("name", ""), "the dictionary") for row in rows]
+    figure, axes = new_figure(2.2 + 3.2 * len(panels), 1.3 + 0.42 * len(rows), len(panels))
+    for axis, when in zip(axes, panels, strict=True):
+        for place, row in enumerate(reversed(rows)):
+            color = ATOM if row is summary else RANDOM
+            median, pooled = row[f"median_recovered{when}"], row[f"recovered{when}"]
+            if median is None:
+                continue
+            ends = row.get(f"median_recovered{when}_ci")
+            if ends:
+                axis.plot(ends, [place, place], color=color, lw=2)
+            axis.plot([median], [place], "o", color=color)
+            axis.plot([pooled], [place], "|", color=color, ms=10)
+            axis.annotate(
+                f"{median:.0%}", (max(median, -1), place), (0, 5), textcoords="offset points", fontsize=8,
+                ha="center",
+            )  # fmt: skip
+        axis.axvline(0, color=INK, lw=0.8, ls="--")
+        axis.set(xlim=(-1.05, 1.05), ylim=(-0.6, len(rows) - 0.2))
+        axis.set_xlabel("share of the deletion's KL that is avoided")
+        axis.set_title(_PLACES[when].format(summary.get("horizon")), fontsize=11, loc="left")
+        axis.set_yticks(range(len(rows)), names[::-1] if axis is axes[0] else [""] * len(rows))
+    figure.suptitle("dot: median and its 95% interval; stroke: of the sums", fontsize=9, x=0.99, ha="right")
+    return figure
+
+
+@figure("replace", stem="replace_kls")
 def plot_replacement(result: ExperimentResult) -> Figure:
     """The paper's figure 3: KL of atom against deletion with y = x, and the density of their log ratio."""
     records, summary = result.records, result.summary
