@@ -133,10 +133,24 @@ def demo(
     ),
     cell: Annotated[
         str | None,
-        typer.Option(help="Cell to train on, LAYER:HEAD; default: the model's best.", show_default=False),
+        typer.Option(help="Cell to train on, LAYER:HEAD; default: the model's own.", show_default=False),
     ] = None,
-    d_sae: Annotated[int, typer.Option(min=1, help="Number of atoms in the dictionary.")] = 2048,
-    k: Annotated[int, typer.Option(min=1, help="Number of atoms active on each write.")] = 4,
+    d_sae: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Number of codes, half of them for keys; default: the recommended recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Codes active on each write, half of them for keys; default: the recommended recipe's.",
+            show_default=False,
+        ),
+    ] = None,
     training_tokens: Annotated[int, typer.Option(min=10_000, help="Number of writes to train on.")] = 600_000,
     seed: Seed = 0,
 ) -> None:
@@ -325,9 +339,9 @@ def reproduce(
         typer.Option(help="Another model in place of the paper's, such as tiny-gdn.", show_default=False),
     ] = None,
     recipe: Annotated[
-        Literal["default", "paper"],
+        Literal["recommended", "paper"],
         typer.Option(help="This package's defaults, or the paper's training, formula and direction."),
-    ] = "default",
+    ] = "recommended",
     out: Annotated[
         Path | None, typer.Option(help="Folder; default: reproduce-CONFIG.", show_default=False)
     ] = None,
@@ -361,7 +375,7 @@ def reproduce(
     if config is None:
         runs.list_configurations()
     elif dry_run:
-        runs.estimate(config, model, training_tokens, dtype)
+        runs.estimate(config, model, training_tokens, dtype, recipe)
     else:
         runs.reproduce(config, model, recipe, out, training_tokens, experiments, device, dtype, seed)
 

@@ -19,15 +19,16 @@ from writesae_lens.saelens.saving import note_output_path
 from writesae_lens.saes.config import WriteSAETrainingConfig
 from writesae_lens.saes.whole import CONFIG
 
-TEST_PASSAGES = 16
+# Of the replacement test: a firing's effect is followed over the tokens after it, which costs a pass each.
+TEST_PASSAGES, MAX_FIRINGS, HORIZON = 64, 512, 32
 
 
 def run_demo(
     out: str | Path,
     model_name: str = "tiny-gdn",
     cell: tuple[int, int] | None = None,
-    d_sae: int = 2048,
-    k: int = 4,
+    d_sae: int | None = None,
+    k: int | None = None,
     training_tokens: int = zoo.TRAINING_TOKENS,
     seed: int = 0,
 ) -> ExperimentResult:
@@ -39,8 +40,9 @@ def run_demo(
         out: folder for sae/ (SAELens's format), records.csv, summary.json, PNG figures, report.html, and the
             results that the page also shows (results/).
         model_name: a shipped model.
-        cell: (layer, head); None is the model's best (`zoo.DEFAULT_CELLS`).
-        d_sae, k: atoms in the dictionary, and atoms active per write.
+        cell: (layer, head); None is `zoo.DEFAULT_CELLS`'s.
+        d_sae, k: codes in the dictionary, and codes active on each write, half of them for keys and half for
+            values (None: as in the recommended recipe).
         training_tokens: writes to train on; the text is read again as often as that takes.
         seed: of everything random.
 
@@ -55,6 +57,7 @@ def run_demo(
     out = Path(out)
     model = HookedRecurrent.boot_transformers(model_name, device="cpu")
     chosen = model.cell(*(cell or zoo.DEFAULT_CELLS[model_name]))
+    sizes = {name: size for name, size in (("d_sae", d_sae), ("k", k)) if size is not None}
     # All files are made beside their places, so that they never stand beside those of another run.
     with locked(out), replacing(out, (CONFIG, SUMMARY, PAGE)) as beside:
         (folder,) = train_cells(
@@ -62,14 +65,14 @@ def run_demo(
             [chosen],
             beside / "sae",
             training_tokens,
-            lambda c: WriteSAETrainingConfig.recommended(d_k=c.d_k, d_v=c.d_v, d_sae=d_sae, k=k),
+            lambda c: WriteSAETrainingConfig.recommended(d_k=c.d_k, d_v=c.d_v, **sizes),
             seed=seed,
         )
         note_output_path(folder, out / "sae")
         sae = SAE.load_from_disk(folder)
         passages = as_passages(model, "\n\n".join(zoo.shipped_text()[1]), sae.cfg.metadata.context_size)
         passages = passages[:TEST_PASSAGES]
-        result = replacement_test(model, sae, passages, seed=seed)
+        result = replacement_test(model, sae, passages, horizon=HORIZON, max_firings=MAX_FIRINGS, seed=seed)
         result.save(beside)
         code = _code(sae.cfg.metadata.hook_name, model_name)
         make_report(beside, model, sae, passages, [result], folder, code, seed=seed)
@@ -84,5 +87,6 @@ from writesae_lens.experiments import replacement_test
 
 model = HookedRecurrent.boot_transformers("{model_name}")
 sae = SAE.load_from_disk("sae")            # trained on {hook_name}
-result = replacement_test(model, sae, open("some_text.txt").read(), max_firings=2000)
+text = open("some_text.txt").read()
+result = replacement_test(model, sae, text, horizon={HORIZON}, max_firings={MAX_FIRINGS})
 result.plot().savefig("replacement.png")"""

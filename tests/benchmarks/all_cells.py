@@ -70,7 +70,7 @@ def run(model: HookedRecurrent, cells: Sequence[Cell], options: argparse.Namespa
     """Train and test the cells of this shard, those of one layer together; 1 where one failed."""
     number, of = options.shard
     for name, settings in _settings(options).items():  # a folder with another run in it is refused
-        with locked(options.out / name, wait=60):
+        with locked(options.out / name, wait=60.0):
             Progress(options.out / name, settings)
     passages = as_passages(model, zoo.text(options.part), CONTEXT)
     failed = 0
@@ -125,11 +125,11 @@ def test(model: HookedRecurrent, cell: Cell, passages: Passages, options: argpar
     if not (folder / SUMMARY).is_file():
         progress = str(folder / "progress")
         replacement_test(model, sae, passages, **how, progress_folder=progress, verbose=False).save(folder)
-    parts = parts_of_the_error(model, sae, passages, **how)
+    result = ExperimentResult.load(folder)
+    parts = parts_of_the_error(model, sae, passages, result)
     write_whole(folder / PARTS, lambda beside: beside.write_text(json.dumps(parts, indent=2), "utf-8"))
-    summary = ExperimentResult.load(folder).summary
     seconds = time.process_time() - start
-    _say(f"tested {cell.layer}:{cell.head}: {summary['headline']} ({seconds:.0f} CPU seconds)")
+    _say(f"tested {cell.layer}:{cell.head}: {result.headline} ({seconds:.0f} CPU seconds)")
 
 
 def tables(model: HookedRecurrent, cells: Sequence[Cell], options: argparse.Namespace) -> str:

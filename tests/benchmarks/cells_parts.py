@@ -5,40 +5,40 @@ One part of every stand-in is put right, and what it then recovers is measured a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from sae_lens import SAE
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens import statistics
-from writesae_lens.experiments import swaps
+from writesae_lens import measures
+from writesae_lens.experiments import ExperimentResult, swaps
 from writesae_lens.experiments.firings import Firings, find_firings, is_codes, native_of, stand_in
 from writesae_lens.experiments.later import later_divergences
-from writesae_lens.experiments.replace import thin
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.saes.rank1 import Factors, inner
 
 AS_TRAINED = "as trained"
+KEY, VALUE, SIZE, PURSUIT = "key exact", "value exact", "size exact", "choice and size by pursuit"
+CONDITIONS = (KEY, VALUE, SIZE, PURSUIT)
 
 
 @torch.no_grad()
 def parts_of_the_error(
-    model: HookedRecurrent,
-    sae: SAE[Any],
-    passages: Int[Tensor, "passage pos"],
-    horizon: int,
-    max_firings: int,
-    seed: int,
+    model: HookedRecurrent, sae: SAE[Any], passages: Int[Tensor, "passage pos"], result: ExperimentResult
 ) -> dict[str, dict[str, float | None]]:
     """What stand-ins of rank 1 recover as trained and with one part put right, on the firings of a test.
+
+    Args:
+        model: the model.
+        sae: the SAE that was tested.
+        passages: that it was tested on.
+        result: of a `replacement_test` with a horizon.
 
     Returns:
         condition to ``median_recovered`` and ``recovered``, at the own position, ``_later`` and ``_both``.
@@ -46,19 +46,21 @@ def parts_of_the_error(
         stand-in's projection onto the write; and of codes: choice and size by orthogonal matching pursuit
         (as many of the same codes a side, chosen one by one with their best coefficients).
     """
-    site = find_site(model, sae)
-    every = [find_firings(model, sae, site, passage) for passage in passages]
-    found: list[dict[str, NDArray[np.float64]]] = []
-    kept = thin(every, 0, max_firings, None, seed, passages.shape[1] - 1 - horizon)
-    for passage, firings, index in zip(passages, every, kept, strict=True):
-        if len(index):
-            found.append(_measure(model, sae, site.cell, passage, firings.subset(index), horizon))
-    columns = {name: np.concatenate([part[name] for part in found], axis=-1) for name in found[0]}
-    return _recovered(columns)
+    site, parts = find_site(model, sae), []
+    for number, of_passage in result.records.groupby("passage"):
+        passage = passages[int(number)]  # type: ignore[arg-type]
+        firings = find_firings(model, sae, site, passage)
+        tested = torch.as_tensor(of_passage.position.to_numpy(copy=True), device=firings.position.device)
+        some = firings.subset(torch.isin(firings.position, tested))
+        kls = _measure(model, sae, site.cell, passage, some, result.summary["horizon"])
+        parts.append(of_passage.reset_index(drop=True).join(kls))
+    records = pd.concat(parts, ignore_index=True)
+    names = {AS_TRAINED: "atom"} | {name: name for name in CONDITIONS if f"kl_{name}" in records}
+    return {name: measures.standing(records, column) for name, column in names.items()}
 
 
 def conditions_of(sae: SAE[Any], firings: Firings) -> dict[str, Factors]:
-    """The stand-ins of firings, as they are and with one part put right."""
+    """The stand-ins of firings with one part put right."""
     native, own = native_of(firings), stand_in(firings)
     key, value = own.key[:, 0], own.value[:, 0]
     if not is_codes(sae):  # an atom's norm belongs to neither side: give it to the value, as a code's
@@ -69,15 +71,14 @@ def conditions_of(sae: SAE[Any], firings: Firings) -> dict[str, Factors]:
     unit, content = sign * unit, sign * native.value[:, 0] * native.key[:, 0].norm(dim=-1, keepdim=True)
     size = inner(native, own) / own.norm().square().clamp(min=1e-30)
     conditions = {
-        AS_TRAINED: own,
-        "key exact": Factors(unit[:, None], value[:, None]),
-        "value exact": Factors(key[:, None], content[:, None]),
-        "size exact": swaps.scaled(own, size),
+        KEY: Factors(unit[:, None], value[:, None]),
+        VALUE: Factors(key[:, None], content[:, None]),
+        SIZE: swaps.scaled(own, size),
     }
     if is_codes(sae):
         sides = ((unit, sae.dec_key, sae.cfg.k_key), (content, sae.dec_value, sae.cfg.k_value))
         pursued = [matching_pursuit(x, codes.float(), k)[:, None] for x, codes, k in sides]
-        conditions["choice and size by pursuit"] = Factors(*pursued)
+        conditions[PURSUIT] = Factors(*pursued)
     return conditions
 
 
@@ -103,30 +104,12 @@ def _measure(
     tokens: Int[Tensor, " pos"],
     firings: Firings,
     horizon: int,
-) -> dict[str, NDArray[np.float64]]:
-    """KLs of one passage's firings, own and later: of the deletion, of every condition, and the floor."""
-    native, conditions = native_of(firings), conditions_of(sae, firings)
-    patches = [swaps.zeros_like(native), *conditions.values()]
-    at = tokens, firings.position
-    own, own_floor = swaps.divergences(model, cell, *at, patches)
-    later, later_floor = later_divergences(model, cell, *at, native, patches, horizon)
-    kls = torch.stack([own, later]).double().cpu().numpy()  # [where, condition, firing]
-    floor = torch.stack([own_floor.double(), later_floor.double()]).cpu().numpy()
-    return {"floor": floor} | {name: kls[:, n] for n, name in enumerate(("delete", *conditions))}
-
-
-def _recovered(columns: Mapping[str, NDArray[np.float64]]) -> dict[str, dict[str, float | None]]:
-    """Medians and pooled shares over the firings above the floor of rounding."""
-
-    def everywhere(x: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        return {"": x[0], "_later": x[1], "_both": x.sum(axis=0)}
-
-    floor, deleted = everywhere(columns["floor"]), everywhere(columns["delete"])
-    result: dict[str, dict[str, float | None]] = {}
-    for name in columns.keys() - {"floor", "delete"}:
-        result[name] = {}
-        for where, kl in everywhere(columns[name]).items():
-            moves = deleted[where] > floor[where]
-            pooled, median = statistics.recovered(kl[moves], deleted[where][moves])
-            result[name] |= {f"median_recovered{where}": median, f"recovered{where}": pooled}
-    return {name: result[name] for name in columns if name in result}
+) -> pd.DataFrame:
+    """KLs of one passage's firings with every condition, own and later, in columns as a test's records."""
+    conditions = conditions_of(sae, firings)
+    patches, at = list(conditions.values()), (tokens, firings.position)
+    own = swaps.divergences(model, cell, *at, patches)[0]
+    later = later_divergences(model, cell, *at, native_of(firings), patches, horizon)[0]
+    columns = {f"kl_{name}": x for name, x in zip(conditions, own, strict=True)}
+    columns |= {f"kl_{name}_later": x for name, x in zip(conditions, later, strict=True)}
+    return pd.DataFrame({name: x.double().cpu().numpy() for name, x in columns.items()})

@@ -21,6 +21,7 @@ from tests.writesae_lens.cli.command_line import run
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAETrainingConfig, demo
 from writesae_lens.experiments.catalogue import EXPERIMENTS
 from writesae_lens.report import page
+from writesae_lens.reproduce import run as run_of_the_paper
 
 SIZES = (
     *("--d_sae", 24, "--k", 2, "--lr", 4e-3, "--context_size", 32, "--training_tokens", 2048),
@@ -76,6 +77,8 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     short = ([text[:2000] for text in training[:20]], [text[:2000] for text in testing[:2]])
     patch.setattr(zoo, "shipped_text", lambda: short)
     patch.setattr(demo, "TEST_PASSAGES", 2)
+    patch.setattr(demo, "MAX_FIRINGS", 8)
+    patch.setitem(run_of_the_paper.OPTIONS, "replace", {"horizon": 4, "max_firings": 8})
     recommended = WriteSAETrainingConfig.recommended.__func__  # type: ignore[attr-defined]
 
     def small(cls: type, **options: object) -> WriteSAETrainingConfig:

@@ -52,7 +52,7 @@ def figures(name):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Dictionaries of 32 atoms, and experiments on two passages."""
+    """Dictionaries of 32 features, and experiments on two passages."""
     recommended = classmethod(lambda cls, **sides: cls(d_sae=32, **sides))
     monkeypatch.setattr(WriteSAETrainingConfig, "recommended", recommended)
     for name, entry in EXPERIMENTS.items():
@@ -120,8 +120,17 @@ def test_estimates_for_all_heads_count_the_models_own():
         text = estimate(name, "tiny-gdn", 10**10)
         return float(re.search(r"\(([\d.,]+) PFLOP\)", text)[1].replace(",", ""))
 
-    step = 6 * 2048 * (32 + 48) * 10**10 / 1e15
+    recipe = WriteSAETrainingConfig.recommended(d_k=32, d_v=48)
+    step = 6 * (recipe.n_key * 32 + recipe.n_value * 48) * 10**10 / 1e15
     assert operations(ALL) - operations(MAIN) == pytest.approx(3 * step, rel=0.01)
+
+
+def test_estimates_name_the_features_of_each_recipe():
+    recipe = WriteSAETrainingConfig.recommended(d_k=128, d_v=128)
+    text = estimate(MAIN)
+    assert f"{recipe.n_key:,} key codes and {recipe.n_value:,} value codes" in text
+    assert f"{recipe.k_key} and {recipe.k_value} active, {2 * 128 * recipe.d_sae / 1e6:,.2f} M para" in text
+    assert "dictionary: 2,048 rank-1 atoms, 32 active, 1.05 M parameters" in estimate(MAIN, recipe="paper")
 
 
 def test_a_small_run_from_training_to_table_and_again_without_training(small, tmp_path, monkeypatch):
@@ -138,12 +147,19 @@ def test_a_small_run_from_training_to_table_and_again_without_training(small, tm
     assert "hook_write" in sae.cfg.metadata.hook_name
     for row in table.itertuples():
         summary = pd.read_json(tmp_path / row.experiment / "summary.json", typ="series")
-        assert row.ours == pytest.approx(summary[row.figure])
+        assert row.ours == pytest.approx(run.value_at(summary.to_dict(), row.figure))
         expected = figures(MAIN).get(f"{row.experiment}.{row.figure}")
         assert pd.isna(row.paper) if expected is None else row.paper == expected
+    of_replace = table.figure[table.experiment == "replace"].tolist()
+    recovered = [f"{name}{where}" for where in ("", "_later") for name in ("recovered", "median_recovered")]
+    n_own = sum("." not in figure for figure in of_replace[: of_replace.index("win_rate")])
+    assert set(recovered) <= set(of_replace[:n_own])  # what is recovered stands first, then the baselines
+    assert {f"baselines.lookup.{name}" for name in recovered} <= set(of_replace[n_own:])
+    assert of_replace.index("baselines.lookup.recovered") < of_replace.index("win_rate")
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table.csv"), table)
     page = (tmp_path / "table.md").read_text()
-    assert page.startswith(f"# {MAIN}: tiny-gdn, recipe default")
+    assert page.startswith(f"# {MAIN}: tiny-gdn, recipe recommended")
+    assert "over the next 32 tokens" in page
     win_rate = table.ours[table.figure == "win_rate"].iloc[0]
     assert re.search(rf"\| replace \| win_rate \| \d:\d \| 0.912 \| {win_rate:.4g} \|", page)
     monkeypatch.setattr(run, "train_cells", lambda *args, **options: pytest.fail("it trained again"))
@@ -224,7 +240,7 @@ def test_the_papers_recipe_trains_on_states(small, untrained, tmp_path, monkeypa
         options.update(given)
         raise WriteSAEError("seen")
 
-    for name in ("formula", "sign"):
+    for name in ("formula", "install"):
         replace_experiment(monkeypatch, name, look)
         with pytest.raises(WriteSAEError, match="seen"):
             reproduce(MAIN, tmp_path, "tiny-gdn", "paper", experiments=(name,))
@@ -270,10 +286,21 @@ def test_the_command_lists_estimates_and_runs(small, untrained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "value"), [("a.0.1", 2), ("a.b.c", 3), ("d", 4), ("a.0.2", None), ("d.x", None), ("x", None)]
+    ("path", "value"),
+    [
+        *(("a.0.1", 2), ("a.b.c", 3), ("d", 4), ("rows.one.y", 5)),
+        *(
+            ("a.0.2", None),
+            ("d.x", None),
+            ("x", None),
+            ("rows.two.y", None),
+            ("rows", [{"name": "one", "y": 5}]),
+        ),
+    ],
 )
 def test_a_path_reaches_names_that_have_dots(path, value):
-    assert run.value_at({"a": {"0.1": 2, "b": {"c": 3}}, "d": 4}, path) == value
+    summary = {"a": {"0.1": 2, "b": {"c": 3}}, "d": 4, "rows": [{"name": "one", "y": 5}]}
+    assert run.value_at(summary, path) == value
 
 
 @pytest.mark.parametrize("damage", [("cfg.json", 0), ("sae_weights.safetensors", 0.9)], ids=str)

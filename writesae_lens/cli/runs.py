@@ -17,7 +17,7 @@ _RESUMES = "the same command goes on where it stopped"
 
 
 def run_demo(
-    model: str, out: Path, cell: str | None, d_sae: int, k: int, training_tokens: int, seed: int
+    model: str, out: Path, cell: str | None, d_sae: int | None, k: int | None, training_tokens: int, seed: int
 ) -> None:
     """Run the demo, and print the page and the headline of its replacement test."""
     with interruptible("run it again: the demo starts from the beginning"):
@@ -43,15 +43,21 @@ def list_configurations() -> None:
         typer.echo(f"{name:22}{configuration.about}")
 
 
-def estimate(config: str, model: str | None, training_tokens: int | None, dtype: str) -> None:
+def estimate(
+    config: str,
+    model: str | None,
+    training_tokens: int | None,
+    dtype: str,
+    recipe: Literal["recommended", "paper"],
+) -> None:
     """Print the sizes, memory and time of a configuration."""
-    typer.echo(paper.estimate(config, model, training_tokens, dtype))
+    typer.echo(paper.estimate(config, model, training_tokens, dtype, recipe))
 
 
 def reproduce(
     config: str,
     model: str | None,
-    recipe: Literal["default", "paper"],
+    recipe: Literal["recommended", "paper"],
     out: Path | None,
     training_tokens: int | None,
     experiments: str | None,

@@ -34,16 +34,23 @@ TEXT = "Skylion007/openwebtext"
 N_DOCUMENTS = 6000
 # What SAELens raises for files of an SAE that are missing, empty or cut short.
 _NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
-Recipe = Literal["default", "paper"]
+Recipe = Literal["recommended", "paper"]
 VARIANTS = {
-    "default": "Ours: SAEs on writes, formula without a fitted number, directions by the derivative; the "
-    "paper's figures are of SAEs on states, the fitted gate product and the unembedding's directions.",
+    "recommended": "Ours: codes of writes, the formula with the network's own derivative and no fitted "
+    "number, installs along the derivative; the paper's figures are of SAEs on states, the fitted gate "
+    "product and installs along the unembedding. The sign test follows the unembedding in both.",
     "paper": "Both: SAEs on states, the fitted gate product, the unembedding's directions.",
 }
+NOTE = (
+    "What a stand-in recovers, at its own position and over the next {horizon} tokens (_later; _both "
+    "together), stands first, and beside it the untrained stand-ins of the same firings (baselines): the "
+    "paper has no such figures."
+)
+# Options of an experiment with every recipe: the paper tests a write's own position only.
+OPTIONS: dict[str, dict[str, int]] = {"replace": {"horizon": 32, "max_firings": 1024}}
 # Options with which an experiment is the paper's.
 PAPER_OPTIONS: dict[str, dict[str, str]] = {
     "formula": {"form": "gate_product"},
-    "sign": {"direction": "unembedding"},
     "install": {"direction": "unembedding"},
 }
 
@@ -89,7 +96,7 @@ def reproduce(
     name: str,
     out: str | Path,
     model_name: str | None = None,
-    recipe: Recipe = "default",
+    recipe: Recipe = "recommended",
     training_tokens: int | None = None,
     experiments: Sequence[str] | None = None,
     device: str = "cpu",
@@ -106,7 +113,7 @@ def reproduce(
         model_name: another model in the base model's place; a shipped one brings its own text, and its
             best cell where it does not have the paper's.
         recipe: ``paper`` trains on states with the paper's recipe and uses its formula and direction;
-            ``default`` is this package's.
+            ``recommended`` is this package's: codes of writes.
         training_tokens: (None: the paper's; on shipped models 600,000).
         experiments: names of experiments (None: all).
         device: cpu, cuda, ...
@@ -139,11 +146,19 @@ def reproduce(
         setup = Setup(paper, model, source, recipe, tokens, cells, Path(out), *texts(source), seed)
         table = test(setup, train(setup, with_flat=any(each.name == "compare" for each in chosen)), chosen)
         title = f"# {name}: {source}, recipe {recipe}, {dtype}"
-        page = "\n\n".join([title, paper.about, VARIANTS[recipe], as_markdown(table)]) + "\n"
+        notes = [paper.about, VARIANTS[recipe]]
+        if any(each.name == "replace" for each in chosen):
+            notes.append(NOTE.format(**OPTIONS["replace"]))
+        page = "\n\n".join([title, *notes, as_markdown(table)]) + "\n"
         with replacing(setup.out, ("table.csv",)) as beside:
             write_table(beside / "table.csv", table)
             (beside / "table.md").write_text(page, encoding="utf-8")
     return table
+
+
+def training_config(recipe: Recipe) -> Callable[..., WriteSAETrainingConfig]:
+    """What makes the configuration of a recipe for a cell."""
+    return WriteSAETrainingConfig.paper if recipe == "paper" else WriteSAETrainingConfig.recommended
 
 
 def find_cells(model: HookedRecurrent, model_name: str, paper: Paper) -> list[Cell]:
@@ -174,7 +189,7 @@ def train(setup: Setup, with_flat: bool) -> Dictionaries:
     Args:
         with_flat: also train a flat SAE for each cell, if the paper compares with one.
     """
-    make = WriteSAETrainingConfig.paper if setup.recipe == "paper" else WriteSAETrainingConfig.recommended
+    make = training_config(setup.recipe)
     device = str(setup.model.cfg.device)
     saes = _train_or_load(setup, "sae", lambda cell: make(d_k=cell.d_k, d_v=cell.d_v, device=device))
     if not with_flat or ("compare", "flat_svd") not in setup.paper.figures:
@@ -279,7 +294,8 @@ def _run(setup: Setup, experiment: Experiment, subject: Any, sae: SAE[Any], fold
     size = experiment.context_size or sae.cfg.metadata.context_size
     text = None if setup.model_name in zoo.SHIPPED else f"{TEXT}, documents that were not trained on"
     passages = as_passages(setup.model, setup.test_text, size, name=text)[-experiment.max_passages :]
-    options = PAPER_OPTIONS.get(experiment.name, {}) if setup.recipe == "paper" else {}
+    options: dict[str, Any] = dict(OPTIONS.get(experiment.name, {}))
+    options |= PAPER_OPTIONS.get(experiment.name, {}) if setup.recipe == "paper" else {}
     progress = str(folder / "progress")
     result = experiment.function(
         setup.model, subject, passages, seed=setup.seed, progress_folder=progress, **options
@@ -289,18 +305,28 @@ def _run(setup: Setup, experiment: Experiment, subject: Any, sae: SAE[Any], fold
 
 
 def _figures(experiment: Experiment, summary: dict[str, Any], paper: Paper) -> list[tuple[str, Any]]:
-    """The figures of an experiment that the table shows: the paper's, then the experiment's own."""
+    """The figures of an experiment that the table shows.
+
+    What is recovered, the same of its baselines, the paper's figures, then the experiment's others.
+    """
     if experiment.name == "compare":
         return [(row["name"], row["win_rate"]) for row in summary["table"] if row["win_rate"] is not None]
-    names = [figure for name, figure in paper.figures if name == experiment.name]
-    return [(path, value_at(summary, path)) for path in dict.fromkeys([*names, *experiment.table])]
+    recovered = [name for name in experiment.table if "recovered" in name]
+    untrained = summary.get("baselines")  # an experiment that has none may have an option of that name
+    names = [row["name"] for row in untrained] if isinstance(untrained, list) else []
+    baselines = [f"baselines.{name}.{figure}" for name in names for figure in recovered]
+    papers = [figure for name, figure in paper.figures if name == experiment.name]
+    paths = dict.fromkeys([*recovered, *baselines, *papers, *experiment.table])
+    return [(path, value_at(summary, path)) for path in paths]
 
 
 def value_at(summary: Any, path: str) -> Any:
     """The value in a summary at a path of names with dots between; names such as "0.1" have dots themselves.
 
-    None if there is no such value.
+    The rows of a list are reached by their ``name``. None if there is no such value.
     """
+    if isinstance(summary, list):
+        summary = {row["name"]: row for row in summary if isinstance(row, dict) and "name" in row}
     if not isinstance(summary, dict) or path in summary:
         return summary.get(path) if isinstance(summary, dict) else None
     name, _, rest = path.partition(".")

@@ -135,7 +135,7 @@ CASES = [
     (("report", "--sae", "SAE", "--results", "no/where"), "no/where holds no result of an experiment"),
     (("report", "--sae", "SAE", "--text", "SHORT"), "the text is too short"),
     (("reproduce", "--config", "mine"), "no configuration 'mine': there are qwen3.5-0.8b-L1H4"),
-    (("reproduce", "--config", "gla-1.3b-L12H0", "--recipe", "mine"), "'mine' is not one of 'default', 'paper'"),
+    (("reproduce", "--config", "gla-1.3b-L12H0", "--recipe", "mine"), "'mine' is not one of 'recommended', 'paper'"),
     (("reproduce", "--config", "gla-1.3b-L12H0", "--model", "tiny-gdn", "--experiments", "all"), "no experiment is called 'all'"),
     (("demo", "--model", "gpt2"), "the demo runs on shipped models (tiny-gdn, tiny-mamba2, tiny-rwkv7), got 'gpt2'"),
     (("demo", "--cell", "2:0"), "no cell at layer 2, head 0; this model has layer 0: heads 0-3"),
