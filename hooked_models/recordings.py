@@ -21,13 +21,13 @@ from hooked_models.recurrence import Recurrence, later_reads
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import HookedRecurrent
 
-# The mixers that somebody records, with their last recurrences (None: it has not run yet).
-_Recording = dict[nn.Module, Recurrence | None]
+# The mixers that somebody records, and their last recurrences.
+_Recording = tuple[frozenset[nn.Module], dict[nn.Module, Recurrence]]
 _RECORDING: ContextVar[_Recording | None] = ContextVar("recording of recurrences", default=None)
 
 
 @contextmanager
-def record_recurrences(mixers: Iterable[nn.Module]) -> Iterator[_Recording]:
+def record_recurrences(mixers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Recurrence]]:
     """While open, in this thread, keep the recurrence of each of these mixers from its last call.
 
     Edits of whole writes, erases and states (``hook_write`` and its like) and swapped writes are no part of
@@ -36,10 +36,10 @@ def record_recurrences(mixers: Iterable[nn.Module]) -> Iterator[_Recording]:
     Args:
         mixers: values of ``model.mixers``.
     """
-    recording: _Recording = dict.fromkeys(mixers)
-    token = _RECORDING.set(recording)
+    recorded: dict[nn.Module, Recurrence] = {}
+    token = _RECORDING.set((frozenset(mixers), recorded))
     try:
-        yield recording
+        yield recorded
     finally:
         _RECORDING.reset(token)
 
@@ -47,8 +47,8 @@ def record_recurrences(mixers: Iterable[nn.Module]) -> Iterator[_Recording]:
 def record(mixer: nn.Module, recurrence: Recurrence) -> None:
     """Keep a mixer's recurrence, if somebody records it."""
     recording = _RECORDING.get()
-    if recording is not None and mixer in recording:
-        recording[mixer] = recurrence
+    if recording is not None and mixer in recording[0]:
+        recording[1][mixer] = recurrence
 
 
 @torch.no_grad()
@@ -76,8 +76,6 @@ def later_reads_of_head(
     wrong = [h for h in distances if type(h) is not int or h < 0]
     if wrong:
         raise HookedModelError(f"distances are whole numbers of tokens from 0, got {wrong[0]!r:.40}")
-    with record_recurrences([model.mixers[layer]]) as recording:
+    with record_recurrences([model.mixers[layer]]) as recorded:
         model(tokens, prepend_bos=False, return_type=None, stop_at_layer=layer + 1)
-    recurrence = recording[model.mixers[layer]]
-    assert recurrence is not None, "the layer has run"
-    return later_reads(recurrence.heads(head), distances)[:, :, 0]
+    return later_reads(recorded[model.mixers[layer]].heads(head), distances)[:, :, 0]

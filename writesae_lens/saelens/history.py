@@ -26,9 +26,9 @@ def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRun
 
     The file, training.csv, is in the folder where SAELens saves the SAE (with several SAEs: one file each),
     and in every checkpoint, from where a run that resumes goes on. Its columns are step, loss, unexplained
-    (squared error over the inputs' squared norm), l0, dead (empty where SAELens keeps no count), cosine (of
-    the dominant atom, weighted by squared norms; where the SAE trains on alignment), and the terms of the
-    loss.
+    (squared error over the inputs' squared norm; of codes the sum of both sides' shares, which is that to
+    first order), l0, dead (empty where SAELens keeps no count), cosine (of the dominant atom, weighted by
+    squared norms; where the SAE trains on alignment), and the terms of the loss.
 
     Args:
         runner: before ``run()``; nothing happens if it has no ``output_path``.

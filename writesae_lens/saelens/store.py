@@ -109,7 +109,7 @@ def _packed(store: Any, cells: dict[str, Cell], tokens: Tensor) -> dict[str, Ten
         if asked[name]:
             recurrence = recurrences[model.mixers[cell.layer]].heads(cell.head)
             reads = torch.cat([own, later_reads(recurrence, asked[name])[:, :, 0]], dim=2)
-        write = Write(*(x[:, positions] for x in (key, value, reads)), asked[name])
+        write = Write(key[:, positions], value[:, positions], reads[:, positions], asked[name])
         packed[name] = PackedWrites(write).to(store.device, torch.float32)
     return packed
 
