@@ -1,4 +1,4 @@
-"""Profiles of the atoms: directions, tokens and neighbours, from the decoder and the reads of a text."""
+"""Profiles of the features: directions, tokens and neighbours, from the decoder and the reads of a text."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from tqdm.auto import tqdm
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.experiments.passes import LOGITS_PER_PASS, native_factors
+from writesae_lens.experiments.sides import features_by_side
 from writesae_lens.saes.rank1 import Matrices, leading_pairs, normalized, overlaps
 from writesae_lens.saes.sae import MatrixSAE
 
 # Atoms whose cosines to all others are computed at once: bounds memory.
 _ATOMS_PER_BLOCK = 1024
+# Reads of a token that a mean over them needs.
+_FEW_READS = 3
 
 
 class Profiles(NamedTuple):
-    """Properties of all atoms, in the order of the dictionary.
+    """Properties of all features, in the order of the dictionary.
+
+    A code is shown with the other side at the cell's mean.
 
     Attributes:
         key, value: the leading singular pair of each atom, unit vectors whose product has the atom's sign. Of
@@ -29,8 +34,11 @@ class Profiles(NamedTuple):
         read_share: share of the reads q with q . key > 0, at least one half.
         rank1_share: share of an atom's squared norm that its leading pair has (1 for rank-1 atoms).
         tokens, logits: ids of tokens and their value W_O[head] W_U: first half the tokens that the atom
-            promotes most, falling; second half those that it suppresses most, rising.
-        neighbours, cosines: the nearest other atoms by absolute cosine, and their signed cosines.
+            promotes most, falling; second half those that it suppresses most, rising. Of a key code, an
+            address, in both halves the tokens of the text whose own reads meet it most, and what share of
+            their squared norm lies along it, in the mean.
+        neighbours, cosines: the nearest other features (of codes: of the same side) by absolute cosine, and
+            their signed cosines.
     """
 
     key: Float[Tensor, "atom d_k"]
@@ -84,9 +92,17 @@ def profiles(
     sign = torch.where(positive < 0.5, -1.0, 1.0)[:, None]
     key, value = key * sign, value * sign
     read_share, rank1_share = positive.maximum(1 - positive), cosine.square().clamp(max=1)
-    tokens = _tokens(model, cell, value, n_tokens)
-    neighbours = _neighbours(atoms, min(n_near, len(key) - 1))
-    return Profiles(key, value, read_share, rank1_share, *tokens, *neighbours)
+    tokens, logits = _tokens(model, cell, value, n_tokens)
+    sides = features_by_side(sae)
+    if "key" in sides:
+        codes = slice(sides["key"].start, sides["key"].stop)
+        readers = _readers(torch.cat(reads), passages.flatten(), key[codes], tokens.shape[1] // 2)
+        for whole, own in zip((tokens, logits), readers, strict=True):
+            whole[codes] = torch.cat([own, own], dim=1)
+    count = min(n_near, min(map(len, sides.values())) - 1)
+    neighbours = [_neighbours(atoms[side.start : side.stop], count, side.start) for side in sides.values()]
+    near = (torch.cat(x) for x in zip(*neighbours, strict=True))
+    return Profiles(key, value, read_share, rank1_share, tokens, logits, *near)
 
 
 def _times(matrices: Matrices, value: Float[Tensor, "atom d_v"]) -> Float[Tensor, "atom d_k"]:
@@ -113,8 +129,32 @@ def _tokens(
     return torch.cat(ids), torch.cat(sizes)
 
 
-def _neighbours(atoms: Matrices, count: int) -> tuple[Int[Tensor, "atom near"], Float[Tensor, "atom near"]]:
-    """The other atoms with the largest absolute cosines, and the cosines."""
+def _readers(
+    reads: Float[Tensor, "pos d_k"],
+    tokens: Int[Tensor, " pos"],
+    keys: Float[Tensor, "code d_k"],
+    count: int,
+) -> tuple[Int[Tensor, "code token"], Float[Tensor, "code token"]]:
+    """For each address the tokens that read it most: the mean of (q . u)^2 / |q|^2 over a token's reads.
+
+    Tokens that stand in the text fewer than `_FEW_READS` times are left out, unless that leaves too few.
+    """
+    along = (reads @ keys.T).square() / reads.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    ids, place, n = tokens.unique(return_inverse=True, return_counts=True)
+    share = along.new_zeros(len(ids), len(keys)).index_add_(0, place, along) / n[:, None]
+    often = n >= _FEW_READS
+    if int(often.sum()) < count:
+        often = torch.ones_like(often)
+    size, best = share[often].T.topk(min(count, int(often.sum())), dim=1)
+    missing = count - size.shape[1]  # a text of very few tokens: the last one is said again
+    best, size = (torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1) for x in (best, size))
+    return ids[often][best], size
+
+
+def _neighbours(
+    atoms: Matrices, count: int, first: int
+) -> tuple[Int[Tensor, "atom near"], Float[Tensor, "atom near"]]:
+    """The other features with the largest absolute cosines, numbered from ``first``, and the cosines."""
     n_atoms = len(atoms.key if not isinstance(atoms, Tensor) else atoms)
     neighbours, cosines = [], []
     for rows in torch.arange(n_atoms).split(_ATOMS_PER_BLOCK):
@@ -122,4 +162,4 @@ def _neighbours(atoms: Matrices, count: int) -> tuple[Int[Tensor, "atom near"], 
         similar[torch.arange(len(rows)), rows] = 0  # an atom is not its own neighbour
         neighbours.append(similar.abs().topk(count).indices)
         cosines.append(similar.gather(1, neighbours[-1]))
-    return torch.cat(neighbours), torch.cat(cosines)
+    return torch.cat(neighbours) + first, torch.cat(cosines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from writesae_lens.figures import KL_FLOOR
 from writesae_lens.report.atoms import Profiles
-from writesae_lens.report.columns import COLUMNS
+from writesae_lens.report.columns import Column, by_feature
 from writesae_lens.report.effects import Effects
 
 # The distributions on an atom's page are drawn from at most so many of its firings.
@@ -23,23 +24,27 @@ _MOST_FIRINGS = 300
 def browser_data(
     model: HookedRecurrent,
     table: pd.DataFrame,
+    columns: Sequence[Column],
     profiles: Profiles,
     effects: Effects,
     contexts: pd.DataFrame,
     replacement: pd.DataFrame,
+    met: pd.DataFrame | None,
 ) -> dict[str, Any]:
     """Everything that the browser shows: numbers with few digits, directions as bytes.
 
     Args:
         model: for the texts of tokens.
         table: of `writesae_lens.report.columns.table_of_atoms`.
-        profiles: of all atoms; their tokens are shown for atoms without measured effects.
+        columns: its columns.
+        profiles: of all features; their tokens are shown for atoms without measured effects.
         effects: of the atoms that fire.
         contexts: records of `top_contexts`.
         replacement: records of `replacement_test`.
+        met: of `writesae_lens.experiments.meets.met_by_distance`; None for atoms.
     """
     rows = [
-        [_rounded(value, column.digits) for column, value in zip(COLUMNS, row)]
+        [_rounded(value, column.digits) for column, value in zip(columns, row, strict=True)]
         for row in table.itertuples(index=False, name=None)
     ]
     tokens, logits = profiles.tokens.tolist(), _numbers(profiles.logits, 3)
@@ -60,7 +65,7 @@ def browser_data(
     return {
         "d_k": profiles.key.shape[1],
         "d_v": profiles.value.shape[1],
-        "columns": [column.key for column in COLUMNS],
+        "columns": [column.key for column in columns],
         "rows": rows,
         "key": _as_bytes(profiles.key),
         "value": _as_bytes(profiles.value),
@@ -73,8 +78,16 @@ def browser_data(
         "near": profiles.neighbours.tolist(),
         "cosines": _numbers(profiles.cosines, 3),
         "contexts": _contexts_by_atom(contexts),
-        "firings": _firings_by_atom(replacement),
+        "firings": _firings_by_atom(by_feature(replacement)),
+        "distances": [] if met is None else [int(x) for x in met.columns],
+        "met": {} if met is None else {int(code): np.round(row, 3).tolist() for code, row in _known(met)},
     }
+
+
+def _known(met: pd.DataFrame) -> list[tuple[Any, Any]]:
+    """Codes that some read meets, and their shares by distance."""
+    known = met.dropna()
+    return list(zip(known.index, known.to_numpy(), strict=True))
 
 
 def as_json(data: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ class Sources(NamedTuple):
 
     Attributes:
         partition: records of the partition, indexed by atom.
-        tested: records of the replacement test with a column ``win``, grouped by atom.
+        tested: records of the replacement test with columns ``win`` and ``recovered``, grouped by feature.
         contexts: records of the top contexts, grouped by atom.
         profiles: what the decoder says of the atoms, in their order.
     """
@@ -65,7 +65,7 @@ def _largest_cosine(sources: Sources) -> pd.Series:
 
 
 COLUMNS = (
-    Column("atom", "atom", "index in the dictionary", 0, lambda s: s.partition.index.to_series()),
+    Column("atom", "number", "index in the dictionary", 0, lambda s: s.partition.index.to_series()),
     Column(
         "class",
         "class",
@@ -85,19 +85,27 @@ COLUMNS = (
         2,
         lambda s: s.partition.median_cosine,
     ),
+    Column(
+        "recovered",
+        "recovered",
+        "median of 1 - KL / KL of the deletion over its tested firings, at the write's own position, without "
+        "those where the deletion's KL is at the floor of rounding",
+        2,
+        lambda s: s.tested.recovered.median(),
+    ),
     Column("n_tested", "tested", "number of its firings in the replacement test", 0, _n_tested),
     Column(
         "win_rate",
         "wins",
-        "share of its tested firings where the atom does less harm than deleting the write, without those "
-        "where the deletion's KL is at the floor of rounding",
+        "share of its tested firings where the stand-in does less harm than deleting the write, without "
+        "those where the deletion's KL is at the floor of rounding",
         2,
         lambda s: s.tested.win.mean(),
     ),
     Column(
         "kl_atom",
-        "KL atom",
-        "median KL with the atom in place of the write, nats",
+        "KL stand-in",
+        "median KL with the stand-in in place of the write, nats",
         3,
         lambda s: s.tested.kl_atom.median(),
     ),
@@ -112,10 +120,36 @@ COLUMNS = (
 )
 
 
+_SIDE = Column(
+    "side",
+    "side",
+    "key: a code of the key, an address; value: a code of the value, a content",
+    None,
+    lambda s: s.partition.side,
+)
+
+
+def columns_of(partition: pd.DataFrame) -> tuple[Column, ...]:
+    """The columns of the table: of codes their side too.
+
+    Args:
+        partition: records of `partition_atoms`.
+    """
+    of_codes = "side" in partition and bool((partition.side != "atom").any())
+    return (COLUMNS[0], _SIDE, *COLUMNS[1:]) if of_codes else COLUMNS
+
+
+def by_feature(replacement: pd.DataFrame) -> pd.DataFrame:
+    """Records of the replacement test, one row a firing and dominant feature: codes have two a firing."""
+    keys = replacement["key_code"] if "key_code" in replacement else pd.Series(-1, replacement.index)
+    of_keys = replacement.assign(atom=keys)[keys >= 0]
+    return pd.concat([of_keys, replacement], ignore_index=True) if len(of_keys) else replacement
+
+
 def table_of_atoms(
     partition: pd.DataFrame, replacement: pd.DataFrame, contexts: pd.DataFrame, profiles: Profiles
 ) -> pd.DataFrame:
-    """One row for each atom of the dictionary, one column for each of `COLUMNS`.
+    """One row for each feature of the dictionary, one column for each of `columns_of`.
 
     Args:
         partition: records of `partition_atoms`.
@@ -123,8 +157,13 @@ def table_of_atoms(
         contexts: records of `top_contexts`.
         profiles: of all atoms.
     """
-    win = (replacement.kl_atom < replacement.kl_delete).astype(float)
-    tested = replacement.assign(win=win.where(above_floor(replacement)))  # mean() leaves out what is missing
+    tested = by_feature(replacement)
+    win = (tested.kl_atom < tested.kl_delete).astype(float)
+    recovered, moves = 1 - tested.kl_atom / tested.kl_delete, above_floor(tested)
+    # mean() and median() leave out what is missing
+    tested = tested.assign(win=win.where(moves), recovered=recovered.where(moves))
     sources = Sources(partition.set_index("atom"), tested.groupby("atom"), contexts.groupby("atom"), profiles)
     index = sources.partition.index
-    return pd.DataFrame({column.key: column.values(sources).reindex(index) for column in COLUMNS})
+    return pd.DataFrame(
+        {column.key: column.values(sources).reindex(index) for column in columns_of(partition)}
+    )

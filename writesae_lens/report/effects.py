@@ -1,4 +1,4 @@
-"""What atoms promote and suppress: the measured shift of the logits at their firings, beside a control."""
+"""What atoms and value codes promote and suppress: the measured shift of the logits, beside a control."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from tqdm.auto import tqdm
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.experiments import swaps
-from writesae_lens.experiments.firings import Firings, atom_factors, find_firings
+from writesae_lens.experiments.firings import Firings, find_firings, is_codes, stand_in
 from writesae_lens.experiments.replace import thin
 from writesae_lens.experiments.run import generator
+from writesae_lens.saes.rank1 import Factors
 
 # Numbers that the sums over firings may take at once: bounds memory where the vocabulary is large.
 _MOST_SUMS = 2**28
 
 
 class Effects(NamedTuple):
-    """Measured effects of the atoms that fire, in rising order of the atoms.
+    """Measured effects of the atoms, or value codes, that fire, in rising order.
 
     A shift is the mean, over firings at which the atom is dominant, of the logits with the atom in the
     write's place minus those with the write deleted, at the firing's own position, each beyond the mean shift
-    of all tokens.
+    of all tokens. A value code is written alone, at the address that the active key codes give. A key code
+    has no effect without a content, and is not measured.
 
     Attributes:
         atom: indices in the dictionary.
@@ -36,7 +38,8 @@ class Effects(NamedTuple):
             that it lowers most, rising.
         shift: their shifts (logits).
         agreement: share of the firings at which the shift has the sign of the mean.
-        control: shifts of the same tokens with another atom of the same norm at the same firings.
+        control: shifts of the same tokens with another atom (of codes another content at the same address)
+            of the same norm at the same firings.
     """
 
     atom: Int[Tensor, " measured"]
@@ -106,14 +109,12 @@ def _sums(
         if not bool(mine.any()):
             continue
         here, index = some[number].subset(mine), kept[number][mine.cpu()]
-        own = atom_factors(sae, here.atom, cell.d_k, cell.d_v)
         rng = generator(seed, number, int(atoms[0]))
-        other = swaps.random_like("atom", sae, every[number], index, cell, rng)
-        conditions = [
-            swaps.scaled(own, here.coefficient),
-            swaps.with_norm(other, here.coefficient * own.norm()),
-            swaps.zeros_like(own),
-        ]
+        if is_codes(sae):
+            own, other = _contents(sae, here, rng)
+        else:
+            own, other = stand_in(here), swaps.random_like("atom", sae, every[number], index, cell, rng)
+        conditions = [own, swaps.with_norm(other, own.norm()), swaps.zeros_like(own)]
         rows, start = torch.searchsorted(atoms, here.atom), 0
         for _, patched in swaps.swapped_logits(model, cell, tokens, here.position, conditions):
             atom, control = (x - patched[2] for x in patched[:2])
@@ -125,6 +126,20 @@ def _sums(
             positive.index_add_(0, at, (atom > 0).to(shifts))
             others.index_add_(0, at, control.to(shifts))
     return n, shifts, positive, others
+
+
+def _contents(sae: SAE[Any], firings: Firings, rng: torch.Generator) -> tuple[Factors, Factors]:
+    """The dominant value code of each firing at its stand-in's address, and another value code there."""
+    codes: Any = sae
+    assert firings.stand_key is not None
+    assert firings.features is not None
+    assert firings.activations is not None
+    size = (firings.activations * (firings.features == firings.atom[:, None])).sum(-1)
+    own, vectors = firings.atom - codes.cfg.n_key, codes.dec_value.float()
+    further = torch.randint(1, max(2, len(vectors)), own.shape, generator=rng).to(own.device)
+    other = vectors[(own + further) % len(vectors)]
+    contents = (vectors[own] * size[:, None])[:, None]
+    return Factors(firings.stand_key, contents), Factors(firings.stand_key, other[:, None])
 
 
 def _strongest(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
 from jaxtyping import Int
 from plotly.offline import get_plotlyjs
 from sae_lens import SAE
@@ -20,6 +21,8 @@ from hooked_models.files.whole_files import replacing
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, find_experiment
+from writesae_lens.experiments.firings import activity, is_codes
+from writesae_lens.experiments.meets import met_by_distance, reads_met
 from writesae_lens.experiments.origin import ResultWarning
 from writesae_lens.experiments.passages import Passages, find_passages
 from writesae_lens.experiments.result import RECORDS, SUMMARY, ExperimentResult, Progress
@@ -29,7 +32,7 @@ from writesae_lens.locks import locked
 from writesae_lens.report import sections
 from writesae_lens.report.atoms import profiles
 from writesae_lens.report.browser import as_json, browser_data
-from writesae_lens.report.columns import COLUMNS, table_of_atoms
+from writesae_lens.report.columns import columns_of, table_of_atoms
 from writesae_lens.report.effects import measure_effects
 from writesae_lens.report.measured_on import cautions, check_weights, differences
 
@@ -152,6 +155,14 @@ def _check_fits(result: ExperimentResult, model: HookedRecurrent, sae: SAE[Any])
         raise WriteSAEError(f"the {result.name} result is of another SAE on {hook} than this one")
 
 
+def _met(
+    model: HookedRecurrent, sae: SAE[Any], site: Site, passages: Int[Tensor, "passage pos"]
+) -> pd.DataFrame:
+    """How the reads that meet each key code are spread over the tokens that follow a write."""
+    met = [reads_met(model, sae, site.cell, p, activity(model, sae, site, p).acts) for p in passages]
+    return met_by_distance(pd.concat(met, ignore_index=True))
+
+
 def _render(
     model: HookedRecurrent,
     sae: SAE[Any],
@@ -169,7 +180,11 @@ def _render(
     decoder = profiles(model, sae, cell, passages, verbose=verbose)
     table = table_of_atoms(partition.records, replacement.records, contexts.records, decoder)
     effects = measure_effects(model, sae, site, passages, verbose=verbose)
-    data = browser_data(model, table, decoder, effects, contexts.records, replacement.records)
+    columns = columns_of(partition.records)
+    met = _met(model, sae, site, passages) if is_codes(sae) else None
+    data = browser_data(model, table, columns, decoder, effects, contexts.records, replacement.records, met)
+    what = "codes" if is_codes(sae) else "atoms"
+    headings, rows = sections.standings(replacement.summary)
 
     def position(result: ExperimentResult) -> int:
         return list(EXPERIMENTS).index(find_experiment(result.name).name)
@@ -179,7 +194,7 @@ def _render(
     return template.from_string(source.joinpath("report.html").read_text(encoding="utf-8")).render(
         title=f"{type(sae).__name__} on {model.cfg.model_name}",
         subtitle=f"layer {cell.layer}, head {cell.head}: {site.kind}s of {cell.d_k} x {cell.d_v}, "
-        f"{sae.cfg.d_sae:,} atoms",
+        f"{sae.cfg.d_sae:,} {what}{', n-gram tables by construction' if not cell.layer else ''}",
         text=f"{passages.text}: {len(passages):,} passages of {passages.shape[1]:,} tokens",
         notices=[*differences(shown, model, passages), *cautions(shown)],
         verdict=sections.verdict(replacement.summary),
@@ -188,7 +203,11 @@ def _render(
         trained=sections.training_sentence(sae, settings),
         training=sections.training_curves(training),
         sections=[sections.section(result) for result in sorted(shown, key=position)],
-        columns=COLUMNS,
+        headings=headings,
+        standings=rows,
+        guards=sections.guards(replacement.summary),
+        what=what,
+        columns=columns,
         n_atoms=len(table),
         data=as_json(data),
         plotly=get_plotlyjs(),

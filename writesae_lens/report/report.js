@@ -26,10 +26,14 @@
   const cell = (atom, key) => {
     const value = of(atom, key);
     if (value === null) return "–";
-    if (key === "win_rate") return percent(value);
+    if (key === "win_rate" || key === "recovered") return percent(value);
     if (key === "token") return visible(value);
     return typeof value === "number" && key !== "atom" ? number(value) : String(value);
   };
+
+  const OF_CODES = "side" in at;
+  const sideOf = (atom) => (OF_CODES ? of(atom, "side") : "atom");
+  const NAMES = { atom: "Atom", key: "Key code", value: "Value code" };
 
   const ratio = (atom) => {
     const [mine, deleted] = [of(atom, "kl_atom"), of(atom, "kl_delete")];
@@ -58,9 +62,10 @@
   const select = () => {
     const words = $("search").value.toLowerCase();
     const name = $("class").value;
+    const side = OF_CODES ? $("side").value : "";
     const exact = /^\d+$/.test(words.trim()) ? Number(words) : null;
     shown = data.rows.map((_, atom) => atom).filter((atom) =>
-      (!name || of(atom, "class") === name) && (!words || atom === exact || texts[atom].includes(words)));
+      (!name || of(atom, "class") === name) && (!side || of(atom, "side") === side) && (!words || atom === exact || texts[atom].includes(words)));
     const column = at[order.key];
     const sign = order.down ? -1 : 1;
     shown.sort((a, b) => {
@@ -80,7 +85,7 @@
       row.tabIndex = 0;
       row.dataset.atom = atom;
       for (const key of data.columns) {
-        const text = key === "class" || key === "token";
+        const text = ["class", "token", "side"].includes(key);
         const td = element("td", undefined, text ? "text" : "number");
         td.append(key === "class" ? element("span", cell(atom, key), `badge ${of(atom, key)}`) : cell(atom, key));
         row.append(td);
@@ -89,7 +94,7 @@
     });
     $("table").tBodies[0].replaceChildren(...rows);
     $("more").hidden = shown.length <= limit;
-    $("count").textContent = `${shown.length.toLocaleString("en")} of ${data.rows.length.toLocaleString("en")} atoms`;
+    $("count").textContent = `${shown.length.toLocaleString("en")} of ${data.rows.length.toLocaleString("en")} ${OF_CODES ? "codes" : "atoms"}`;
     for (const th of $("table").tHead.rows[0].cells) {
       if (th.dataset.key === order.key) th.setAttribute("aria-sort", order.down ? "descending" : "ascending");
       else th.removeAttribute("aria-sort");
@@ -102,24 +107,30 @@
   const tokens = (where, atom, first) => {
     const half = data.tokens[atom].length / 2;
     const [n, agreement, control] = data.measured[atom] ?? [0, null, null];
+    const address = sideOf(atom) === "key";
     where.replaceChildren(...Array.from({ length: half }, (_, i) => {
       const place = first + i;
-      const doubtful = n ? n < FEW || agreement[place] < TOSS : data.read[atom] < TOSS;
+      const doubtful = !address && (n ? n < FEW || agreement[place] < TOSS : data.read[atom] < TOSS);
       const shownToken = element("span", visible(data.texts[data.tokens[atom][place]]), doubtful ? "token doubtful" : "token");
-      const size = signed(data.logits[atom][place]);
+      const size = address ? percent(data.logits[atom][place]) : signed(data.logits[atom][place]);
       const beside = n ? `${size}, ${Math.round(n * agreement[place])} of ${n}, control ${signed(control[place])}` : size;
       shownToken.append(" ", element("small", beside));
       return shownToken;
     }));
   };
   const howMeasured = (atom) => {
+    if (sideOf(atom) === "key") {
+      const met = data.met[atom];
+      const spread = met ? ` Reads that meet what is written here: ${data.distances.map((h, i) => `${h ? `${h} on` : "own token"} ${percent(met[i])}`).join(", ")} (share of <read, code>² by tokens from the write, each pulled back through decay and erase).` : "";
+      return `An address: tokens of this text whose own reads meet it most, and the share of their read's squared norm along it, in the mean.${spread}`;
+    }
     const n = data.measured[atom]?.[0];
     if (n) {
-      return `Measured at ${n === 1 ? "one of its firings" : `${n} of its firings`}: mean shift of the next token's logits with the atom in the write's place against the write deleted, beyond the mean of all tokens; `
-        + `at how many firings the shift has that sign; and the same for another atom of this norm (control). Greyed: fewer than ${FEW} firings, or the sign holds at fewer than ${percent(TOSS)} of them. Later tokens, which read the write too, are not looked at.`;
+      return `Measured at ${n === 1 ? "one of its firings" : `${n} of its firings`}: mean shift of the next token's logits with ${OF_CODES ? "the code alone, at the address of the active key codes," : "the atom"} in the write's place against the write deleted, beyond the mean of all tokens; `
+        + `at how many firings the shift has that sign; and the same for another ${OF_CODES ? "content" : "atom"} of this norm (control). Greyed: fewer than ${FEW} firings, or the sign holds at fewer than ${percent(TOSS)} of them. Later tokens, which read the write too, are not looked at.`;
     }
     const toss = data.read[atom] < TOSS ? " Reads of both signs are nearly as frequent, so it promotes and suppresses these alike: they are greyed." : "";
-    return `Not measured, for it is the strongest atom nowhere in this text. Tokens by the direct path: value side through the head's output matrix and the unembedding, without norm, gate or later layers, for a read of the sign that ${percent(data.read[atom])} of this text's reads have.${toss}`;
+    return `Not measured, for it is the strongest ${OF_CODES ? "code of its side" : "atom"} nowhere in this text. Tokens by the direct path: value side through the head's output matrix and the unembedding, without norm, gate or later layers, for a read of the sign that ${percent(data.read[atom])} of this text's reads have.${toss}`;
   };
 
   const drawProfile = (atom) => {
@@ -155,11 +166,11 @@
   };
 
   const open = (atom) => {
-    $("name").replaceChildren(`Atom ${atom} `, element("span", of(atom, "class"), `badge ${of(atom, "class")}`));
+    $("name").replaceChildren(`${NAMES[sideOf(atom)]} ${atom} `, element("span", of(atom, "class"), `badge ${of(atom, "class")}`));
     const cards = [
-      [cell(atom, "n_firings"), "firings as the strongest atom"], [cell(atom, "coefficient"), "largest coefficient"],
-      [cell(atom, "median_cosine"), "median cosine to native writes"], [cell(atom, "win_rate"), `wins of ${cell(atom, "n_tested")} tested against deletion`],
-      [ratio(atom), "median KL deleted, in that of the atom"],
+      [cell(atom, "recovered"), "recovered in the median by its stand-ins"], [cell(atom, "n_firings"), `firings as the strongest ${OF_CODES ? "of its side" : "atom"}`], [cell(atom, "coefficient"), "largest coefficient"],
+      [cell(atom, "median_cosine"), OF_CODES ? `median cosine to the writes' ${sideOf(atom)}s` : "median cosine to native writes"], [cell(atom, "win_rate"), `wins of ${cell(atom, "n_tested")} tested against deletion`],
+      [ratio(atom), "median KL deleted, in that of the stand-in"],
     ];
     $("figures-of-merit").replaceChildren(...cards.map(([value, label]) => {
       const card = element("div", undefined, "card");
@@ -170,11 +181,13 @@
     $("contexts").replaceChildren(...contexts.map(([before, text, after, coefficient, cosine, dominant]) => {
       const line = element("p", undefined, "context");
       const mark = element("mark", visible(text), dominant ? "" : "weaker");
-      mark.title = `coefficient ${coefficient}, cosine to the native write ${cosine}` + (dominant ? "" : "; another atom is stronger here");
+      mark.title = `coefficient ${coefficient}, cosine to the native write ${cosine}` + (dominant ? "" : `; another ${OF_CODES ? "code of its side" : "atom"} is stronger here`);
       line.append(element("small", number(coefficient)), visible(before), mark, visible(after));
       return line;
     }));
     if (!contexts.length) $("contexts").append(element("p", "It is active nowhere in this text.", "soft"));
+    $("up-title").textContent = sideOf(atom) === "key" ? "Read by" : "Promotes";
+    $("suppressed").hidden = sideOf(atom) === "key";
     tokens($("up"), atom, 0);
     tokens($("down"), atom, data.tokens[atom].length / 2);
     const rank = data.rank1[atom] < 0.995 ? ` Its leading rank-1 part, shown here, has ${percent(data.rank1[atom])} of its squared norm.` : "";
@@ -203,19 +216,21 @@
   const drawMap = () => {
     if (mapped) return;
     mapped = true;
-    const tested = data.rows.map((_, atom) => atom).filter((atom) => of(atom, "win_rate") !== null && of(atom, "median_cosine") !== null);
-    const traces = Object.keys(COLORS).map((name) => {
-      const atoms = tested.filter((atom) => of(atom, "class") === name);
+    const tested = data.rows.map((_, atom) => atom).filter((atom) => of(atom, "recovered") !== null && of(atom, "median_cosine") !== null);
+    const groups = OF_CODES ? { "key codes": "#b2182b", "value codes": "#2166ac" } : COLORS;
+    const groupOf = (atom) => (OF_CODES ? `${of(atom, "side")} codes` : of(atom, "class"));
+    const traces = Object.keys(groups).map((name) => {
+      const atoms = tested.filter((atom) => groupOf(atom) === name);
       return {
         type: "scatter", mode: "markers", name: `${name} (${atoms.length})`, customdata: atoms,
-        x: atoms.map((atom) => of(atom, "median_cosine")), y: atoms.map((atom) => of(atom, "win_rate")),
-        text: atoms.map((atom) => `atom ${atom}: ${cell(atom, "n_tested")} firings tested, ${cell(atom, "token")}`.replaceAll("<", "‹")),
-        marker: { color: COLORS[name], opacity: 0.5, size: atoms.map((atom) => 4 + 2 * Math.log2(1 + of(atom, "n_tested"))) },
-        hovertemplate: "%{text}<br>cosine %{x:.2f}, wins %{y:.0%}<extra></extra>",
+        x: atoms.map((atom) => of(atom, "median_cosine")), y: atoms.map((atom) => Math.max(-1, of(atom, "recovered"))),
+        text: atoms.map((atom) => `${NAMES[sideOf(atom)]} ${atom}: ${cell(atom, "n_tested")} firings tested, ${cell(atom, "token")}`.replaceAll("<", "‹")),
+        marker: { color: groups[name], opacity: 0.5, size: atoms.map((atom) => 4 + 2 * Math.log2(1 + of(atom, "n_tested"))) },
+        hovertemplate: "%{text}<br>cosine %{x:.2f}, recovered %{y:.0%}<extra></extra>",
       };
     }).filter((trace) => trace.x.length);
     Plotly.newPlot("map", traces, { ...LAYOUT, xaxis: { title: { text: "median cosine to the native writes" } },
-      yaxis: { title: { text: "win rate" }, tickformat: ".0%", range: [-0.05, 1.05] } }, CONFIG);
+      yaxis: { title: { text: "median recovered (lowest: -100% or less)" }, tickformat: ".0%", range: [-1.05, 1.05] } }, CONFIG);
     $("map").on("plotly_click", (event) => { location.hash = `#atom-${event.points[0].customdata}`; });
   };
 
@@ -243,13 +258,14 @@
   }
   $("search").addEventListener("input", select);
   $("class").addEventListener("change", select);
+  if (OF_CODES) $("side").addEventListener("change", select);
   $("more").addEventListener("click", () => { limit += PAGE; draw(); });
   $("table").tHead.addEventListener("click", (event) => {
     const th = event.target.closest("th");
     if (!th) return;
     const key = th.dataset.key;
     // Numbers begin with the largest, texts and the atoms' numbers with the first.
-    const down = !["atom", "class", "token"].includes(key);
+    const down = !["atom", "class", "token", "side"].includes(key);
     order = { key, down: order.key === key ? !order.down : down };
     select();
   });

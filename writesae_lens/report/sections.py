@@ -15,6 +15,7 @@ from writesae_lens import figures, statistics
 from writesae_lens.experiments.catalogue import find_experiment
 from writesae_lens.experiments.origin import sentence
 from writesae_lens.experiments.result import ExperimentResult, read_table
+from writesae_lens.experiments.sides import PLURALS
 from writesae_lens.saelens import history
 
 # Win rates of the paper by architecture, and the models that they were measured on.
@@ -23,51 +24,117 @@ PAPER_WIN_RATES = {
     "mamba2": (0.881, "Mamba-2-370M"),
     "rwkv7": (0.453, "RWKV-7-1.5B"),
 }
+STAND_INS = {
+    "lookup": "untrained lookup",
+    "mean_key": "mean key × native value",
+    "mean_value": "native key × mean value",
+    "random": "random control",
+}
 # Longer values of a summary, such as lists by token, are left to its summary.json.
 _LONGEST_VALUE = 200
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """The answer of a replacement test in words: does an atom do less harm than deleting the write?"""
-    if summary["win_rate"] is None:
+    """The answer of a replacement test in words: what do stand-ins recover of what deleting a write does?"""
+    median = summary.get("median_recovered")
+    if median is None:
         return "No answer: at every firing the deletion's KL is at the floor of rounding."
-    # A single passage gives no interval over passages, but one over firings.
-    rate, by_passage = summary["win_rate"], summary["win_rate_ci_by_passage"]
-    unit, (low, high) = ("passages", by_passage) if by_passage else ("firings", summary["win_rate_ci"])
-    if low > 0.5:
-        answer = "Yes: one atom keeps the model nearer to itself than deleting the write does."
-    elif high < 0.5:
-        answer = "No: deleting the write does less harm than putting the atom in its place."
+    lookup = _baselines(summary).get("lookup", {}).get("median_recovered")
+    interval = summary.get("median_recovered_ci") or [median, median]
+    if interval[1] <= 0:
+        answer = "No: at most firings deleting the write does less harm than the stand-in."
+    elif interval[0] <= 0:
+        answer = "Undecided: in the median, stand-in and deletion cannot be told apart on these firings."
+    elif lookup is not None and lookup >= median:
+        answer = (
+            f"No more than an untrained lookup: the nearest of as many training writes recovers {lookup:.1%} "
+            "in the median."
+        )
     else:
-        answer = "Undecided: atom and deletion cannot be told apart on these firings."
-    interval = f"95% interval over {unit} {low:.1%} to {high:.1%}"
-    answer += f" The atom does less harm at {rate:.1%} of firings ({interval})."
-    if summary["architecture"] not in PAPER_WIN_RATES:
-        return answer
-    paper_rate, paper_model = PAPER_WIN_RATES[summary["architecture"]]
-    compared = "above" if rate > paper_rate else "below"
-    return f"{answer} That is {compared} the {paper_rate:.1%} that the paper reports on {paper_model}."
+        beside = "" if lookup is None else f", where an untrained lookup of equal size recovers {lookup:.1%}"
+        answer = f"Yes: half of the stand-ins recover {median:.1%} or more of what deleting does{beside}."
+    between = statistics.between(summary.get("median_recovered_ci"), ".1%")
+    answer += f" Recovered in the median at the write's own position {median:.1%}{between}"
+    if (later := summary.get("median_recovered_later")) is not None:
+        between = statistics.between(summary.get("median_recovered_later_ci"), ".1%")
+        answer += f", over the next {summary['horizon']} tokens {later:.1%}{between}"
+    between = statistics.between(summary["win_rate_ci"], ".1%")
+    answer += (
+        f"; by sum {statistics.share(summary['recovered'])}. Stand-ins, also small ones, do less harm than "
+        f"the deletion at {statistics.share(summary['win_rate'])} of firings{between}"
+    )
+    if summary["architecture"] in PAPER_WIN_RATES:
+        paper_rate, paper_model = PAPER_WIN_RATES[summary["architecture"]]
+        answer += f"; this is the paper's measure, and {paper_rate:.1%} there on {paper_model}"
+    return f"{answer}."
+
+
+def _baselines(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What untrained and random stand-ins reach, by name; results of earlier versions have none."""
+    rows = summary.get("baselines")
+    return {row["name"]: row for row in rows} if isinstance(rows, list) else {}
+
+
+def standings(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of stand-ins: the SAE's own, then the baselines at the same firings."""
+    figures = [
+        (f"{name}{when}", f"{label}{where}")
+        for when, where in (("", ""), ("_later", ", later"), ("_both", ", both"))
+        for name, label in (("median_recovered", "median recovered"), ("recovered", "by sum"),
+                            ("win_rate", "wins"))
+        if summary.get(f"{name}{when}") is not None
+    ]  # fmt: skip
+    rows = {"this SAE": summary, **{STAND_INS.get(n, n): row for n, row in _baselines(summary).items()}}
+    table = [[name, *(statistics.share(row.get(key)) for key, _ in figures)] for name, row in rows.items()]
+    return ["stand-in", *(label for _, label in figures)], table
+
+
+def guards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the stand-ins cost, and what else the figures need beside them; only what the result has."""
+    said = [
+        ("bits", "{:.1f}", "bits a write to name the features that are used (without their coefficients)"),
+        ("free_dimensions", "{:.1f}", "free dimensions of the stand-in around a write"),
+        ("n_features_active", "{:,}", "features active somewhere in this text"),
+        ("seen_share", "{:.1%}", "of uses are of features that this text uses at least 5 times"),
+        ("nearest_train_cosine", "{:.2f}", "median cosine of a write to the nearest training write"),
+        ("own_share", "{:.1%}", "of what deleting a write does happens at its own position (median)"),
+        ("win_rate_matched_norm", "{:.1%}", "wins with stand-ins of the native write's norm"),
+        ("strict_chain_rate", "{:.1%}", "strict chain: stand-in < deletion < random stand-in"),
+        ("chain_ceiling", "{:.1%}", "its ceiling: the chain of the exact native write"),
+        ("n_at_floor", "{:,}", "firings left out, their deletion being at the floor of rounding"),
+        ("n_without_horizon", "{:,}", "firings left out, too near to the end of their passage"),
+    ]
+    return [(form.format(summary[key]), label) for key, form, label in said if summary.get(key) is not None]
 
 
 def main_numbers(replacement: Mapping[str, Any], partition: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Figures and labels at the top of the page, from the summaries of replacement test and partition."""
+    cards = []
+    for when, where in (("", "own position"), ("_later", "later positions"), ("_both", "own and later")):
+        if (median := replacement.get(f"median_recovered{when}")) is not None:
+            cards.append((f"{median:.1%}", f"recovered in the median, {where}"))
+    if (lookup := _baselines(replacement).get("lookup")) is not None:
+        share = statistics.share(lookup["median_recovered"])
+        cards.append((share, "recovered by an untrained lookup of equal size"))
     interval = statistics.between(replacement["win_rate_ci"], ".1%")
-    chain = statistics.share(replacement["strict_chain_rate"])
-    n_atoms = sum(partition[f"n_{name}"] for name in ("register", "bundle", "rare", "dead"))
-    return [
-        (statistics.share(replacement["win_rate"]), f"win rate over firings{interval}"),
-        (chain, "strict chain: KL of atom < deletion < random write"),
-        (f"{replacement['median_cosine']:.2f}", "median cosine of atom and write"),
-        (f"{n_atoms - partition['n_dead']:,}", f"of {n_atoms:,} atoms are dominant somewhere in this text"),
-        (f"{partition['n_register']:,} / {partition['n_bundle']:,}", "registers / bundles"),
-    ]
+    cards.append((statistics.share(replacement["win_rate"]), f"win rate over firings{interval}"))
+    if (bits := replacement.get("bits")) is not None:
+        cards.append((f"{bits:.1f}", "bits a write"))
+    cards.append((f"{replacement['median_cosine']:.2f}", "median cosine of stand-in and write"))
+    of_sides = partition.get("by_side") or {"atom": partition}
+    for side, own in of_sides.items():
+        n = sum(own[f"n_{name}"] for name in ("register", "bundle", "rare", "dead"))
+        what = PLURALS[side]
+        cards.append((f"{n - own['n_dead']:,}", f"of {n:,} {what} are dominant somewhere in this text"))
+    return cards
 
 
 def training_settings(sae: SAE[Any], training: str | Path | None) -> dict[str, str]:
     """The SAE's settings, and those of its training if its folder has them."""
     cfg, metadata = sae.cfg.to_dict(), sae.cfg.metadata
-    settings = {name: cfg[name] for name in ("architecture", "d_sae", "k", "rank", "encoder", "decoder",
-                                             "activation", "d_k", "d_v") if name in cfg}  # fmt: skip
+    shown = ("architecture", "d_sae", "n_key", "n_value", "k", "k_key", "k_value", "rank", "encoder",
+             "decoder", "activation", "d_k", "d_v")  # fmt: skip
+    settings = {name: cfg[name] for name in shown if cfg.get(name) not in (None, 0)}
     settings |= {
         "model": metadata.model_name,
         "hook": metadata.hook_name,
@@ -91,7 +158,12 @@ def training_settings(sae: SAE[Any], training: str | Path | None) -> dict[str, s
 
 def training_sentence(sae: SAE[Any], settings: Mapping[str, str]) -> str:
     """The settings that matter most, as a sentence."""
-    parts = [f"{sae.cfg.d_sae:,} atoms"]
+    if settings.get("decoder") == "codes":
+        sides = [f"{settings[f'n {side}']} {side} codes" for side in ("key", "value")]
+        parts = [f"{' and '.join(sides)},"]
+        settings = settings | {"k": f"{settings['k key']} + {settings['k value']}"}
+    else:
+        parts = [f"{sae.cfg.d_sae:,} atoms"]
     if settings.get("decoder") == "factored":
         parts.append(f"of rank {settings['rank']}")
     how_many = {"topk": "", "batchtopk": "on average "}.get(settings.get("activation", ""))
@@ -135,7 +207,7 @@ def _replacement_method(summary: Mapping[str, Any]) -> list[str]:
     size = "its coefficient" if summary["scale"] == "coefficient" else "the native write's norm"
     random = {
         "gaussian": "a random rank-1 matrix",
-        "atom": "another atom",
+        "atom": "other atoms or codes of the dictionary",
         "orthogonal": "a random rank-1 matrix orthogonal to the write",
         "native_marginals": "a rank-1 matrix with coordinates of other writes",
     }[summary["random"]]
@@ -144,10 +216,11 @@ def _replacement_method(summary: Mapping[str, Any]) -> list[str]:
     whole_update = summary["replaces"] == "update" and summary.get("erases", True)
     replaced = "whole native update (erase and write)" if whole_update else "native write"
     return [
-        f"At every position one atom of the SAE is dominant. The {replaced} of the cell at that token is "
-        f"replaced by the atom at {size}, by nothing, and by {random} of the atom's norm; the rest of the "
-        f"model runs on. The score is how far the next-token distribution moves, {direction}.",
-        "Points under the dashed line are firings where the atom is the better stand-in.",
+        f"The {replaced} of the cell at a token is replaced by the SAE's stand-in (the dominant atom, or the "
+        f"product of the active codes) at {size}, by nothing, and by {random} of the stand-in's norm; the "
+        f"rest of the model runs on. The score is how far the next-token distribution moves, {direction}.",
+        "Recovered is 1 - KL / KL of the deletion. Points under the dashed line are firings where the "
+        "stand-in does less harm than the deletion.",
     ]
 
 

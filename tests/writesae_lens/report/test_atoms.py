@@ -88,6 +88,7 @@ def test_columns_are_loops_over_the_records():
     alone = table_of_atoms(partition, replacement, contexts, profile._replace(cosines=nothing))
     assert alone.nearest.isna().all()
     assert table.win_rate.tolist()[:2] == [0.5, 0.0]
+    assert table.recovered.tolist()[:2] == [0.0, -1.0]
     assert table.kl_atom.tolist()[:2] == [2.0, 2.0]
     assert table.coefficient.tolist()[::2] == [5.0, 7.0]
     assert table.token.tolist()[0] == "b"
@@ -96,4 +97,39 @@ def test_columns_are_loops_over_the_records():
     floored = replacement.assign(kl_floor=[2.0, 0.1, 5.0])  # of a model in half precision
     table = table_of_atoms(partition, floored, contexts, profile)
     assert table.win_rate.tolist()[0] == 0.0
-    assert table.win_rate.isna().tolist() == [False, True, True]
+    assert table.win_rate.isna().tolist() == table.recovered.isna().tolist() == [False, True, True]
+    # A firing of codes counts for its key code too.
+    sides = partition.assign(side=["key", "value", "value"])
+    codes = replacement.assign(atom=[1, 2, 1], key_code=0)
+    table = table_of_atoms(sides, codes, contexts, profile)
+    assert list(table)[:3] == ["atom", "side", "class"]
+    assert table.n_tested.tolist() == [3, 2, 1]
+    assert table.win_rate.tolist() == [pytest.approx(1 / 3), 0.5, 0.0]
+
+
+def test_codes_have_the_neighbours_of_their_side_and_the_tokens_that_read_them(model, passages):
+    cell = model.cell(LAYER, HEAD)
+    torch.manual_seed(0)
+    sizes = {"n_key": 10, "n_value": 14, "k_key": 2, "k_value": 2}
+    sae = WriteSAE(WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, decoder="codes", **sizes))
+    profile = profiles(model, sae, cell, passages[:6], n_tokens=5, n_near=3, verbose=False)
+    name = f"blocks.{LAYER}.linear_attn.hook_read"
+    with torch.no_grad():
+        reads = model.run_with_cache(passages[:6], names_filter=[name])[1][name][:, :, HEAD].flatten(0, 1)
+    tokens = passages[:6].flatten()
+    often = [t for t in tokens.unique().tolist() if int((tokens == t).sum()) >= 3]
+    for first, codes in ((0, sae.dec_key.detach()), (10, sae.dec_value.detach())):
+        units = torch.nn.functional.normalize(codes, dim=-1)
+        cosines = (units @ units.T).fill_diagonal_(0)
+        near, found = cosines.abs().topk(3), slice(first, first + len(codes))
+        torch.testing.assert_close(profile.cosines[found].abs(), near.values, atol=1e-5, rtol=0)
+        assert set(profile.neighbours[found].flatten().tolist()) <= set(range(first, first + len(codes)))
+        picked = cosines.gather(1, profile.neighbours[found] - first)
+        torch.testing.assert_close(picked, profile.cosines[found], atol=1e-5, rtol=0)
+    for code in range(10):
+        unit = torch.nn.functional.normalize(sae.dec_key.detach()[code], dim=-1)
+        along = (reads @ unit).square() / reads.square().sum(-1)
+        shares = {t: float(along[tokens == t].mean()) for t in often}
+        best = sorted(shares.values(), reverse=True)[:5]
+        assert profile.logits[code, :5].tolist() == pytest.approx(best, rel=1e-4)
+        assert [shares[t] for t in profile.tokens[code, :5].tolist()] == pytest.approx(best, rel=1e-4)

@@ -48,6 +48,31 @@ def test_effects_are_mean_shifts_at_the_atoms_firings(name):
         torch.testing.assert_close(effects.agreement[row].double()[clear], signs[clear])
 
 
+def test_a_value_code_is_written_alone_at_its_address():
+    model = HookedRecurrent.boot_transformers("tiny-mamba2", device="cpu", dtype=torch.float64)
+    sae, tokens = make_sae(model, decoder="codes", k=4), read_passages(model)
+    effects = measure_effects(model, sae, find_site(model, sae), tokens, 4, 10_000, verbose=False)
+    acts, n_key = encoded(model, sae, tokens), sae.cfg.n_key
+    keys, values = sae.dec_key.detach().double(), sae.dec_value.detach().double()
+    sums: dict[int, list[torch.Tensor]] = {}
+    for passage, of_keys, of_values in zip(tokens, acts[..., :n_key], acts[..., n_key:], strict=True):
+        positions = ((of_keys.amax(-1) > 0) & (of_values.amax(-1) > 0)).nonzero().flatten()
+        size, winner = of_values[positions].max(-1)
+        matrices = (of_keys[positions] @ keys)[:, :, None] * (size[:, None] * values[winner])[:, None]
+        swapped, _ = logits_with_swapped(model, passage, positions, list(matrices), LAYER, HEAD)
+        deleted, _ = logits_with_swapped(model, passage, positions, list(0 * matrices), LAYER, HEAD)
+        shift = swapped - deleted
+        for code, row in zip(winner.tolist(), shift - shift.mean(-1, keepdim=True), strict=True):
+            sums.setdefault(code + n_key, []).append(row)
+    assert effects.atom.tolist() == sorted(sums)
+    for row, code in enumerate(effects.atom.tolist()):
+        mean = torch.stack(sums[code]).mean(0)
+        assert int(effects.n[row]) == len(sums[code])
+        expected = torch.cat([mean.topk(4).values, mean.topk(4, largest=False).values])
+        torch.testing.assert_close(effects.shift[row].double(), expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(effects.control, effects.shift)
+
+
 def test_few_firings_of_an_atom_are_drawn_and_the_control_is_another_atoms():
     model = HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
     sae, tokens = make_sae(model), read_passages(model, 4)

@@ -7,11 +7,14 @@ import shutil
 
 import pandas as pd
 import pytest
+import torch
 from playwright.sync_api import sync_playwright
 
 from tests.writesae_lens.cli.command_line import run
-from writesae_lens import WriteSAEError
-from writesae_lens.experiments import ExperimentResult
+from tests.writesae_lens.experiments.truth import make_sae
+from tests.writesae_lens.report.conftest import HEAD, LAYER
+from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError
+from writesae_lens.experiments import ExperimentResult, replacement_test
 from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment, figure
 from writesae_lens.figures import new_figure
 from writesae_lens.report.page import NEEDED, make_report, saved_results
@@ -109,7 +112,7 @@ def test_a_point_of_the_map_opens_its_atom(tab):
 
 
 @pytest.mark.parametrize(
-    "key", ["atom", "class", "n_firings", "median_cosine", "win_rate", "kl_delete", "nearest"]
+    "key", ["atom", "class", "n_firings", "median_cosine", "recovered", "kl_delete", "nearest"]
 )
 def test_sorting_by_a_column(tab, key, data):
     tab.click("text=Atoms (2,048)")
@@ -271,20 +274,88 @@ def test_results_that_do_not_fit_are_refused(model, sae, passages, results, tmp_
         saved_results(folder)
 
 
+RATES = {"win_rate": 0.219, "win_rate_ci": [0.156, 0.281], "recovered": 0.3, "architecture": "mamba2"}
+
+
 def test_the_words_of_a_verdict():
-    no = {"win_rate": 0.219, "win_rate_ci_by_passage": [0.156, 0.281], "architecture": "mamba2"}
+    no = RATES | {"median_recovered": -0.2, "median_recovered_ci": [-0.3, -0.1]}
     assert verdict(no) == (
-        "No: deleting the write does less harm than putting the atom in its place. The atom does less harm "
-        "at 21.9% of firings (95% interval over passages 15.6% to 28.1%). That is below the 88.1% that the "
-        "paper reports on Mamba-2-370M."
+        "No: at most firings deleting the write does less harm than the stand-in. Recovered in the median at "
+        "the write's own position -20.0% (-30.0% to -10.0%); by sum 30.0%. Stand-ins, also small ones, do "
+        "less harm than the deletion at 21.9% of firings (15.6% to 28.1%); this is the paper's measure, and "
+        "88.1% there on Mamba-2-370M."
     )
-    one_passage = {"win_rate_ci_by_passage": None, "win_rate_ci": [0.4, 0.6], "win_rate": 0.5}
-    text = verdict(one_passage | {"architecture": "rwkv7"})
-    assert text.startswith("Undecided")
-    assert "over firings 40.0% to 60.0%" in text
-    assert text.endswith("above the 45.3% that the paper reports on RWKV-7-1.5B.")
+    undecided = no | {"median_recovered": 0.1, "median_recovered_ci": [-0.1, 0.2]}
+    assert verdict(undecided).startswith("Undecided: ")
+    one_passage = RATES | {"median_recovered": 0.5, "win_rate_ci": None, "median_recovered_ci": None}
+    assert verdict(one_passage).startswith(
+        "Yes: half of the stand-ins recover 50.0% or more of what deleting"
+    )
+    lookup = {"baselines": [{"name": "lookup", "median_recovered": 0.6}]}
+    assert verdict(one_passage | lookup).startswith("No more than an untrained lookup: ")
+    later = {"median_recovered_later": 0.25, "horizon": 32}
+    assert "50.0%, over the next 32 tokens 25.0%; by sum" in verdict(one_passage | later)
     # Of an architecture that the paper does not have, nothing is said of the paper.
     assert "paper" not in verdict(one_passage | {"architecture": "kda"})
+    assert verdict(RATES | {"median_recovered": None}).startswith("No answer")
+
+
+@pytest.fixture(scope="module")
+def of_codes(model):
+    cell = model.cell(LAYER, HEAD)
+    torch.manual_seed(0)
+    sizes = {"n_key": 24, "n_value": 40, "k_key": 2, "k_value": 3}
+    sae = WriteSAE(WriteSAEConfig(d_k=cell.d_k, d_v=cell.d_v, decoder="codes", encoder="tied", **sizes))
+    sae.cfg.metadata.model_name = model.cfg.model_name
+    sae.cfg.metadata.hook_name = model.write_hook_name(LAYER, HEAD)
+    return sae
+
+
+def test_the_page_of_codes(model, of_codes, passages, chromium, tmp_path):
+    some = passages[:4]
+    tested = replacement_test(model, of_codes, some, horizon=8, max_firings=40, verbose=False)
+    page = make_report(tmp_path, model, of_codes, some, [tested], verbose=False)
+    tab = chromium.new_page(viewport={"width": 1280, "height": 900})
+    complaints = []
+    tab.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.goto(page.as_uri())
+    rows = tab.locator("#standings tbody tr")
+    assert rows.count() == 1 + len(tested.summary["baselines"])
+    shown = rows.first.locator("td").all_inner_texts()
+    figures = [f"{name}{when}" for when in ("", "_later", "_both") for name in
+               ("median_recovered", "recovered", "win_rate")]  # fmt: skip
+    assert shown == [f"{tested.summary[name]:.1%}" for name in figures]
+    guards = tab.locator("#guards").inner_text()
+    assert f"{tested.summary['bits']:.1f}" in guards
+    assert "bits a write" in guards
+    tab.click("text=Codes (64)")
+    for side, number, title in (("key", 24, "Key code"), ("value", 40, "Value code")):
+        tab.select_option("#side", side)
+        assert tab.locator("#count").inner_text() == f"{number} of 64 codes"
+        assert set(column(tab, "side")) == {side}
+        atom = int(column(tab, "atom")[0])
+        assert (atom < 24) == (side == "key")
+        tab.locator("#table tbody tr").first.press("Enter")
+        assert tab.locator("#name").inner_text().startswith(f"{title} {atom} ")
+        is_key = side == "key"
+        assert tab.locator("#up-title").inner_text() == ("Read by" if is_key else "Promotes")
+        assert tab.locator("#suppressed").is_visible() != is_key
+        assert ("own token" in tab.locator("#read").inner_text()) == is_key
+        near = [int(text) for text in tab.locator("#near tbody a").all_inner_texts()]
+        assert all((n < 24) == is_key for n in near)
+        firings = tested.records.key_code if is_key else tested.records.atom
+        if n_tested := int((firings == atom).sum()):
+            assert tab.locator("#kls .point").count() == n_tested
+        tab.go_back()
+    assert complaints == []
+    tab.close()
+
+
+def test_a_cell_of_the_first_layer_is_marked(model, passages, tmp_path):
+    sae = make_sae(model, layer=0)
+    page = make_report(tmp_path, model, sae, passages[:2], verbose=False).read_text("utf-8")
+    assert "32 atoms, n-gram tables by construction" in page
 
 
 def test_a_declared_experiment_is_shown_like_any_other(model, sae, passages, results, tmp_path):
