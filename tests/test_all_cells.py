@@ -88,7 +88,7 @@ def test_a_run_trains_tests_prints_and_goes_on(tmp_path, monkeypatch, capsys):
     texts = {part: zoo.text(part)[:12_000] for part in zoo.PARTS}
     monkeypatch.setattr(zoo, "text", lambda part: texts[part])
     arguments = [
-        *("--model", "tiny-gdn", "--cells", "1:1,3:0", "--out", str(tmp_path / "a"), "--part", "validation"),
+        *("--model", "tiny-gdn", "--cells", "1:1", "--out", str(tmp_path / "a"), "--part", "validation"),
         *("--training-tokens", "10240", "--firings", "12", "--horizon", "4"),
     ]
 
@@ -99,10 +99,10 @@ def test_a_run_trains_tests_prints_and_goes_on(tmp_path, monkeypatch, capsys):
 
     status, said = go()
     assert status == 0, said.err
-    assert said.err.count("trained") == 2
-    assert said.err.count("tested") == 2
+    done = [line.split(":")[0] for line in said.err.splitlines() if line.startswith(("trained ", "tested "))]
+    assert done == ["trained 1", "tested 1"]
     assert "| 1:1 | " in said.out
-    assert "| mean of 2 | " in said.out
+    assert "| mean of 1 | " in said.out
     parts = json.loads((tmp_path / "a" / "L1H1" / "validation" / "parts.json").read_text())
     summary = json.loads((tmp_path / "a" / "L1H1" / "validation" / "summary.json").read_text())
     for where in ("", "_later"):

@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -213,6 +214,7 @@ def _shard(text: str) -> tuple[int, int]:
 def _in_processes(workers: int) -> int:
     """Run the same command in several processes, a part of the cells each."""
     command = [sys.executable, "-m", "tests.benchmarks.all_cells", *sys.argv[1:], "--workers", "1"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end with this one
     running = [subprocess.Popen([*command, "--shard", f"{n + 1}/{workers}"]) for n in range(workers)]
     try:
         return max(process.wait() for process in running)

@@ -55,6 +55,7 @@ def small(monkeypatch):
     """Dictionaries of 32 features, and experiments on two passages."""
     recommended = classmethod(lambda cls, **sides: cls(d_sae=32, **sides))
     monkeypatch.setattr(WriteSAETrainingConfig, "recommended", recommended)
+    monkeypatch.setitem(run.OPTIONS, "replace", {"horizon": 4, "max_firings": 16})
     for name, entry in EXPERIMENTS.items():
         monkeypatch.setitem(EXPERIMENTS, name, dataclasses.replace(entry, max_passages=2, context_size=64))
 
@@ -159,7 +160,7 @@ def test_a_small_run_from_training_to_table_and_again_without_training(small, tm
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table.csv"), table)
     page = (tmp_path / "table.md").read_text()
     assert page.startswith(f"# {MAIN}: tiny-gdn, recipe recommended")
-    assert "over the next 32 tokens" in page
+    assert "over the next 4 tokens" in page
     win_rate = table.ours[table.figure == "win_rate"].iloc[0]
     assert re.search(rf"\| replace \| win_rate \| \d:\d \| 0.912 \| {win_rate:.4g} \|", page)
     monkeypatch.setattr(run, "train_cells", lambda *args, **options: pytest.fail("it trained again"))
