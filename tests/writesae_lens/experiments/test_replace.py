@@ -7,6 +7,8 @@ import torch
 
 from hooked_models import HookedRecurrent
 from tests.writesae_lens.experiments.truth import (
+    HEAD,
+    LAYER,
     atoms_of,
     column,
     encoded,
@@ -16,7 +18,7 @@ from tests.writesae_lens.experiments.truth import (
     read_passages,
     writes,
 )
-from writesae_lens import WriteSAEError
+from writesae_lens import WriteSAEError, baselines, measures
 from writesae_lens.experiments import replacement_test
 from writesae_lens.measures import CONDITIONS
 from writesae_lens.report.sections import section
@@ -35,7 +37,8 @@ from writesae_lens.report.sections import section
 def test_every_condition_is_a_full_edited_forward_pass(model, tokens, options, kind, sae_options):
     sae = make_sae(model, kind, **sae_options)
     cell = model.site(sae.cfg.metadata.hook_name).cell
-    result = replacement_test(model, sae, tokens, max_firings=9, verbose=False, seed=3, **options)
+    how = {"max_firings": 9, "baselines": False, "verbose": False, "seed": 3}
+    result = replacement_test(model, sae, tokens, **how, **options)
     assert len(result.records) == 9
     for n, part in result.records.groupby("passage"):
         at = column(part, "position")
@@ -62,7 +65,7 @@ def test_every_condition_is_a_full_edited_forward_pass(model, tokens, options, k
 
 def test_every_firing_is_tested_with_the_saes_own_coefficient_and_atom(gdn, passages):
     sae = make_sae(gdn)
-    records = replacement_test(gdn, sae, passages, verbose=False).records
+    records = replacement_test(gdn, sae, passages, baselines=False, verbose=False).records
     acts = encoded(gdn, sae, passages)
     assert len(records) == int((acts.amax(-1) > 0).sum())
     acts = acts[column(records, "passage"), column(records, "position")]
@@ -73,11 +76,14 @@ def test_every_firing_is_tested_with_the_saes_own_coefficient_and_atom(gdn, pass
 @pytest.mark.parametrize("random", ["gaussian", "atom"])
 def test_random_matrices_have_the_atoms_norm(gdn, passages, swapped, random):
     sae = make_sae(gdn)
-    replacement_test(gdn, sae, passages[:1], random=random, scale="matched_norm", verbose=False)
+    records = replacement_test(gdn, sae, passages[:1], random=random, baselines=False, verbose=False).records
     (edits,) = swapped
-    atom, delete, other = edits.matrices.flatten(1).norm(dim=1).chunk(3)
+    atom, delete, other, at_native, matched = edits.matrices.flatten(1).norm(dim=1).chunk(5)
     torch.testing.assert_close(other, atom, rtol=1e-4, atol=1e-6)
     assert (delete == 0).all()
+    native = torch.tensor(records.write_norm.tolist(), dtype=torch.float64)
+    torch.testing.assert_close(at_native, native, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(matched, native, rtol=1e-4, atol=1e-6)
 
 
 def test_the_summary_and_the_figure_show_what_the_records_hold(gdn, passages):
@@ -92,15 +98,51 @@ def test_the_summary_and_the_figure_show_what_the_records_hold(gdn, passages):
     assert summary["kl_ratio_atom_delete_random"] == pytest.approx([m / medians[0] for m in medians])
     assert summary["n_atoms"] + summary["n_atoms_never_dominant"] == 32
     assert summary["n_firings"] == len(records)
-    assert f"{summary['win_rate']:.1%}" in result.plot().axes[0].get_title(loc="left")
+    assert summary["median_recovered"] == pytest.approx((1 - records.kl_atom / records.kl_delete).median())
+    matched = records.kl_atom_matched < records.kl_delete
+    assert summary["win_rate_matched_norm"] == pytest.approx(matched.mean())
+    ceiling = (records.kl_delete < records.kl_native_random).mean()
+    assert summary["chain_ceiling"] == pytest.approx(ceiling)
+    assert summary["chain_over_ceiling"] == pytest.approx(chain.mean() / ceiling)
+    names = [row["name"] for row in summary["baselines"]]
+    assert names == ["lookup", "mean_key", "mean_value", "random"]
+    for row in summary["baselines"]:
+        kl = records[f"kl_{row['name']}"]
+        assert row["recovered"] == pytest.approx(1 - kl.sum() / records.kl_delete.sum())
+        assert row["win_rate"] == pytest.approx((kl < records.kl_delete).mean())
+    assert f"{summary['win_rate']:.1%}" in result.headline
+    assert summary["train_text"].endswith("train part")
+
+
+@pytest.fixture(scope="module", params=["tiny-gdn", "tiny-mamba2", "tiny-rwkv7"])
+def in_float32(request):
+    return HookedRecurrent.boot_transformers(request.param, device="cpu")
+
+
+def test_a_tenth_of_a_dictionary_loses_in_every_headline_measure(in_float32):
+    """What the paper's win rate rewards, shrinking, no measure of the headline does."""
+    passages = read_passages(in_float32, 2, 40)
+    whole = baselines.lookup(in_float32, LAYER, HEAD, 1024)
+    tenth = baselines.lookup(in_float32, LAYER, HEAD, 1024)
+    tenth.enc_gain.data.fill_(0.1)
+    how = {"horizon": 16, "max_firings": 24, "baselines": False, "verbose": False}
+    first, second = (replacement_test(in_float32, sae, passages, **how) for sae in (whole, tenth))
+    np.testing.assert_allclose(second.records.coefficient, first.records.coefficient / 10, rtol=1e-4)
+    for when in measures.WHEN:
+        for name in ("median_recovered", "recovered"):
+            assert second.summary[name + when] < first.summary[name + when], name + when
+            assert f"{first.summary[name + when]:.1%}" in first.headline or when == "_both"
+    # At matched norm both are the same stand-in.
+    np.testing.assert_allclose(
+        second.records.kl_atom_matched, first.records.kl_atom_matched, rtol=1e-3, atol=5e-9
+    )
 
 
 def test_thinning_keeps_a_subset(gdn):
     sae, passages = make_sae(gdn), read_passages(gdn, 3, 40)
-    full = replacement_test(gdn, sae, passages, verbose=False, seed=5).records
-    few = replacement_test(
-        gdn, sae, passages, verbose=False, max_firings_per_atom=2, skip_positions=10
-    ).records
+    how = {"baselines": False, "verbose": False}
+    full = replacement_test(gdn, sae, passages, seed=5, **how).records
+    few = replacement_test(gdn, sae, passages, max_firings_per_atom=2, skip_positions=10, **how).records
     assert few.groupby("atom").size().max() <= 2
     assert few.position.min() >= 10
     joined = few.merge(full, on=["passage", "position"], suffixes=("", "_full"))
@@ -111,7 +153,7 @@ def test_thinning_keeps_a_subset(gdn):
 
 
 def test_a_damaged_part_is_computed_again_and_another_dtype_is_another_model(gdn, passages, tmp_path):
-    sae, how = make_sae(gdn), {"verbose": False, "progress_folder": str(tmp_path)}
+    sae, how = make_sae(gdn), {"baselines": False, "verbose": False, "progress_folder": str(tmp_path)}
     whole = replacement_test(gdn, sae, passages, **how).records
     (tmp_path / "part_000001.csv").write_text("")
     again = replacement_test(gdn, sae, passages, **how).records
@@ -125,5 +167,7 @@ def test_a_damaged_part_is_computed_again_and_another_dtype_is_another_model(gdn
     ("replaces", "words"), [("write", "The native write of"), ("update", "erase and write")]
 )
 def test_the_report_names_what_was_replaced(gdn, passages, replaces, words):
-    result = replacement_test(gdn, make_sae(gdn), passages[:1], replaces=replaces, verbose=False)
+    result = replacement_test(
+        gdn, make_sae(gdn), passages[:1], replaces=replaces, baselines=False, verbose=False
+    )
     assert words in " ".join(section(result)["method"])

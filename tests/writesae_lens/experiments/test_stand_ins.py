@@ -1,0 +1,122 @@
+"""Stand-ins against plain loops: the untrained ones, and what one feature contributes."""
+
+import numpy as np
+import pytest
+import torch
+
+from hooked_models import zoo
+from tests.writesae_lens.experiments.truth import HEAD, LAYER, make_codes, make_sae, read_passages, writes
+from writesae_lens import WriteSAEError
+from writesae_lens.experiments import swaps
+from writesae_lens.experiments.firings import activity, contribution, find_firings, native_of, stand_in
+from writesae_lens.experiments.stand_ins import untrained
+from writesae_lens.saes.rank1 import Factors
+
+KINDS = [
+    ("write", {}),
+    ("write", {"rank": 2}),
+    ("write", {"decoder": "dense"}),
+    ("flat", {}),
+    ("state", {}),
+    ("codes", {}),
+]
+
+
+def sae_of(model, kind, options):
+    return make_codes(model) if kind == "codes" else make_sae(model, kind, **options)
+
+
+@pytest.fixture(scope="module")
+def native(gdn, passages):
+    factors = [gdn.run_with_cache(passages)[1][name] for name in gdn.write_factor_hook_names(LAYER)[:2]]
+    return Factors(*(f[0, :, HEAD][:, None].detach() for f in factors))
+
+
+def test_untrained_stand_ins_are_projections_of_the_native_write(gdn, passages, native):
+    train = read_passages(gdn, 6, 40)[3:]
+    made = untrained(gdn, gdn.cell(LAYER, HEAD), 50, train, seed=2)
+    of_train = writes(gdn, train).flatten(0, 1)
+    assert len(made.train.key) == len(of_train) == 120
+    norms = made.train.norm().sort().values.double()
+    torch.testing.assert_close(norms, of_train.flatten(1).norm(dim=-1).sort().values, rtol=1e-4, atol=1e-6)
+
+    stand_ins = {name: swap.matrix().double() for name, swap in made.of(native).items()}
+    matrices = native.matrix().double()
+    sides = {"mean_key": made.train.key[:, 0], "mean_value": made.train.value[:, 0]}
+    for name, side in sides.items():
+        mean = sum(x / x.norm() for x in side.double()) / len(side)
+        projector = torch.outer(mean, mean) / mean.dot(mean)
+        expected = projector @ matrices if name == "mean_key" else matrices @ projector
+        torch.testing.assert_close(stand_ins[name], expected, rtol=1e-4, atol=1e-6)
+    atoms = made.lookup.W_dec.detach().double()
+    for write, found in zip(matrices.flatten(1), stand_ins["lookup"].flatten(1), strict=True):
+        along = atoms @ write
+        expected = along.max() * atoms[along.argmax()]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_training_text_is_the_shipped_training_part_or_what_is_given(gdn):
+    cell = gdn.cell(LAYER, HEAD)
+    first, again, other = (untrained(gdn, cell, 8, seed=seed) for seed in (0, 0, 1))
+    assert first.text == zoo.part_name("train")
+    assert first.text_hash == again.text_hash != other.text_hash
+    assert torch.equal(first.lookup.dec_key, again.lookup.dec_key)
+    given = untrained(gdn, cell, 8, zoo.text("validation")[:5000])
+    assert given.text == "text"
+    with pytest.raises(WriteSAEError, match="too short"):
+        untrained(gdn, cell, 8, "a few words")
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_contributions_sum_to_what_the_sae_decodes(gdn, passages, kind, options):
+    """Of atoms all of them; of codes those of either side."""
+    sae = sae_of(gdn, kind, options)
+    site = gdn.site(sae.cfg.metadata.hook_name)
+    acts = activity(gdn, sae, site, passages[0]).acts
+    cell = gdn.cell(LAYER, HEAD)
+    with torch.no_grad():
+        expected = (sae.decode(acts) - sae.b_dec).view(-1, cell.d_k, cell.d_v)
+    sides = [range(32)] if kind != "codes" else [range(16), range(16, 32)]
+    for side in sides:
+        parts = [contribution(sae, acts, feature, cell).matrix() for feature in side]
+        torch.testing.assert_close(sum(parts), expected, rtol=1e-4, atol=1e-5)
+        for feature, part in zip(side, parts, strict=True):
+            assert not part[acts[:, feature] == 0].any()
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_a_firings_stand_in_is_its_dominant_atom_or_its_codes(gdn, passages, kind, options):
+    sae = sae_of(gdn, kind, options)
+    site = gdn.site(sae.cfg.metadata.hook_name)
+    firings = find_firings(gdn, sae, site, passages[0])
+    acts = activity(gdn, sae, site, passages[0]).acts[firings.position]
+    found = stand_in(firings).matrix()
+    if kind == "codes":
+        with torch.no_grad():
+            expected = sae.decode(acts).view_as(found)
+        assert torch.equal(firings.key_code, acts[:, :16].argmax(-1))
+        assert torch.equal(firings.atom, 16 + acts[:, 16:].argmax(-1))
+    else:
+        expected = (sae.W_dec[firings.atom] * firings.coefficient[:, None]).view_as(found).detach()
+        assert torch.equal(firings.atom, acts.argmax(-1))
+        assert (firings.key_code == -1).all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    whole = writes(gdn, passages[:1])[0, firings.position]
+    torch.testing.assert_close(native_of(firings).matrix().double(), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_random_codes_are_others_of_the_same_side_at_the_same_coefficients(gdn, passages):
+    sae = make_codes(gdn)
+    site = gdn.site(sae.cfg.metadata.hook_name)
+    firings = find_firings(gdn, sae, site, passages[0])
+    kept = torch.arange(len(firings.position))[::2]
+    drawn = swaps.random_like("atom", sae, firings, kept, site.cell, torch.Generator().manual_seed(0))
+    acts = activity(gdn, sae, site, passages[0]).acts[firings.position[kept]]
+    for row, found in zip(acts, drawn.matrix(), strict=True):
+        moved = [
+            (row[:16].roll(i) @ sae.dec_key)[:, None] * (row[16:].roll(j) @ sae.dec_value)[None]
+            for i in range(1, 16)
+            for j in range(1, 16)
+        ]
+        nearest = min(float((found - matrix).norm()) for matrix in moved)
+        assert nearest < 1e-4 * float(found.norm())
