@@ -116,7 +116,7 @@ def top_contexts(
         records["promoted"] = _promoted(model, sae, site, records)
         columns += ["read_at", "promoted"]
         summary["by_side"] = {
-            side: _summarize(records[records.side == side], len(features))
+            side: _summarize(records.loc[records["side"] == side], len(features))
             for side, features in features_by_side(sae).items()
         }
     summary |= {"positions_per_atom": float(positions.median()), "n_passages": len(passages)}

@@ -149,7 +149,7 @@ def erase_atom(
             for condition, places in zip(CONDITIONS, taken, strict=True)
             if len(places.position)
         ]
-        frame = pd.concat(parts, ignore_index=True)[list(_COLUMNS)]
+        frame = pd.concat(parts, ignore_index=True).reindex(columns=list(_COLUMNS))
         frame.insert(0, "passage", n)
         return frame
 
@@ -175,7 +175,7 @@ class _Places(NamedTuple):
 
     def subset(self, index: Tensor) -> _Places:
         """The places of some indices, or of a mask."""
-        return _Places(*(x[index] for x in self))
+        return _Places(self.position[index], self.coefficient[index], self.native[index], self.taken[index])
 
 
 def _headline(summary: dict[str, Any], atom: int, watched: int) -> str:

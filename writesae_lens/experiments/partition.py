@@ -237,8 +237,9 @@ def plot_partition(result: ExperimentResult) -> Figure:
     """Median cosines by class under the mixture's densities; registers by threshold; BIC by order."""
     records, summary = result.records, result.summary
     figure, (histogram, sweep, orders) = new_figure(13.0, 4.0, 3)
-    if "by_side" in summary:  # the mixture is of the value codes
-        records = records[records.side == "value"]
+    side = "value" if "by_side" in summary else "atom"  # the mixture is of the value codes
+    if side == "value":
+        records = records.loc[records["side"] == side]
     alive = records[records["class"].isin(list(CLASS_COLORS))]
     low, high = alive.median_cosine.min(), alive.median_cosine.max()
     margin = 0.05 * (high - low) + 0.01
@@ -261,8 +262,9 @@ def plot_partition(result: ExperimentResult) -> Figure:
         for axis in (histogram, sweep):
             axis.axvline(threshold, color=INK, lw=1, ls="--", label=f"posterior 1/2 at {threshold:.2f}")
     histogram.set_xlim(bins[0], bins[-1])
-    histogram.set_xlabel("median cosine of the atom to the native write")
-    histogram.set_ylabel("atoms")
+    whose = {"atom": "atom to the native write", "value": "code to the native value"}[side]
+    histogram.set_xlabel(f"median cosine of the {whose}")
+    histogram.set_ylabel(PLURALS[side])
     title = (
         f"{summary['n_register']:,} registers, {summary['n_bundle']:,} bundles, {summary['n_dead']:,} dead"
     )

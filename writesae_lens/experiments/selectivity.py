@@ -18,7 +18,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.firings import activity, atom_factors
+from writesae_lens.experiments.firings import activity, atom_factors, is_codes
 from writesae_lens.experiments.options import Bound, Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import native_writes
@@ -108,12 +108,14 @@ def selectivity(
     summary = _summarize(records, top_k, seed) | {"chance_overlap": top_k / model.cfg.d_vocab}
     own, other = summary["own_overlap_atom"], summary["other_overlap_atom"]
     random = statistics.share(summary["own_overlap_random"])
+    what = "value code" if is_codes(sae) else "atom"
     headline = (
-        "no atom at two positions"
+        f"no {what} at two positions"
         if own is None
-        else f"an atom moves {own:.1%} of the same {top_k} tokens elsewhere, a random matrix {random}"
+        else f"{'a' if is_codes(sae) else 'an'} {what} moves {own:.1%} of the same {top_k} tokens elsewhere, "
+        f"a random matrix {random}"
     )
-    headline += "" if other is None else f"; other atoms move {other:.1%} of them"
+    headline += "" if other is None else f"; other {what}s move {other:.1%} of them"
     headline += swaps.floor_note(int(summary["n_at_floor"]))
     return run.result(records, summary, headline)
 

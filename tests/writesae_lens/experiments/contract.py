@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hooked_models import HookedModelError, HookedRecurrent
-from tests.writesae_lens.experiments.truth import HEAD, dominant_atoms, make_sae, silenced
+from tests.writesae_lens.experiments.truth import HEAD, dominant_atoms, make_codes, make_sae, silenced
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import Experiment, ExperimentResult, as_passages
 from writesae_lens.experiments.options import Bound, Option
@@ -46,6 +46,7 @@ SHORT = {
 }
 
 
+PART = Progress.part
 # Results of `Subject.whole` by the experiment's function, for all checks.
 WHOLE: dict[Callable[..., Any], ExperimentResult] = {}
 
@@ -78,7 +79,11 @@ class Subject(NamedTuple):
         """A short run; an SAE stands for whatever the experiment takes: one, several, by name, or a cell."""
         sae = make_sae(self.model) if isinstance(sae, str) and not sae else sae
         if "saes" in self.parameters and "Mapping" in str(self.parameters["saes"].annotation):
-            sae = {"first": sae, "second": make_sae(self.model, seed=1, k=8, head=head_of(sae))}
+            if getattr(sae, "is_codes", False):
+                second = make_codes(self.model, seed=1, k_value=3, head=head_of(sae))
+            else:
+                second = make_sae(self.model, seed=1, k=8, head=head_of(sae))
+            sae = {"first": sae, "second": second}
         model = self.model if isinstance(model, str) and not model else model
         tokens = self.tokens if tokens is None else tokens
         # Experiments that decode several prompts at once would otherwise have a single part.
@@ -254,6 +259,27 @@ def another_value(subject: Subject, option: Option) -> Any:
     if int in kinds and str not in kinds:
         return min(dominant_atoms(subject.model, make_sae(subject.model), subject.tokens))
     return 5  # a token
+
+
+def check_codes(subject: Subject) -> None:
+    """A dictionary of codes is a subject like any other: one seed one result, resumed, saved and drawn."""
+    sae, folder = make_codes(subject.model), str(subject.folder / "progress")
+    first = subject.run(sae, progress_folder=folder)
+    assert len(first.records)
+    assert first.headline
+    strict_json(first.save(subject.folder / "codes"))
+    with mock.patch.object(Progress, "part", lambda self, number, compute: part(self, number)):
+        same(subject.run(sae, progress_folder=folder), first)
+
+    for silent in (slice(0, 16), slice(16, 32)):  # no address, no content
+        result = outcome(subject, sae=silenced(make_codes(subject.model), silent))
+        if not isinstance(result, str):
+            strict_json(result.save(subject.folder / "silent"))
+
+
+def part(progress: Progress, number: int) -> pd.DataFrame:
+    """A finished part, as the folder has it; nothing is computed again."""
+    return PART(progress, number, lambda: pytest.fail("a finished part is computed again"))
 
 
 def check_one_passage(subject: Subject) -> None:

@@ -36,7 +36,7 @@ def test_every_row_is_found_by_plain_loops(model, kind, options, n_contexts):
     records = result.records
     assert list(records.columns) == [
         "atom", "rank", "passage", "position", "coefficient", "dominant", "cosine", "token", "text_before",
-        "text", "text_after",
+        "text", "text_after", "side",
     ]  # fmt: skip
     acts = encoded(model, sae, tokens)
     expected, counts = strongest(acts, n_contexts)
