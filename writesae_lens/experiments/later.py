@@ -26,8 +26,8 @@ from writesae_lens.saes.rank1 import Factors, factor_rank1
 
 # Firings within as many tokens are run together, from one cache of what comes before the first of them.
 _SPAN = 16
-# Tokens that one pass reads over all its rows, and logits that are unembedded at once.
-_TOKENS_PER_PASS, _LOGITS_AT_ONCE = 2**13, 2**22
+# Tokens that one pass reads over all its rows (each has a copy of the cache), and logits unembedded at once.
+_TOKENS_PER_PASS, _LOGITS_AT_ONCE = 2**11, 2**22
 
 
 @torch.no_grad()
