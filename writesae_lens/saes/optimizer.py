@@ -21,7 +21,7 @@ _PENDING: Any = WeakIdKeyDictionary()
 
 def forget_moments(parameters: list[nn.Parameter], rows: Int[Tensor, " row"]) -> None:
     """Zero the state of some rows, before the next step of the optimiser that holds these parameters."""
-    for parameter in parameters:
+    for parameter in (p for p in parameters if p.requires_grad):
         _PENDING[parameter] = torch.cat([_PENDING.get(parameter, rows[:0]), rows])
 
 

@@ -65,7 +65,8 @@ class Oracle:
         left, size, right = torch.linalg.svd(x.view(-1, D_K, D_V), full_matrices=False)
         keys, values = left[:, :, 0].clone(), right[:, 0].clone()
         for n in range(len(x)):
-            sign = 0 if size[n, 0] == 0 else -1 if keys[n] @ self.sae.mean_key < 0 else 1
+            side = keys[n] @ self.sae.sign_key + values[n] @ self.sae.sign_value
+            sign = 0 if size[n, 0] == 0 else -1 if side < 0 else 1
             keys[n], values[n] = sign * keys[n], sign * values[n]
         return keys, values, size[:, 0]
 

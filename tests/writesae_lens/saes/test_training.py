@@ -395,10 +395,15 @@ def test_the_papers_recipe_and_its_schedule():
     assert runner.dead_feature_window == 100
 
 
-def test_the_recommended_recipe_is_the_defaults_and_a_schedule_for_any_length():
+def test_the_named_recipes_and_a_schedule_for_any_length():
     config = WriteSAETrainingConfig.recommended(d_k=16, d_v=24)
-    assert config.to_dict() == WriteSAETrainingConfig(d_k=16, d_v=24, d_sae=2048, k=4).to_dict()
-    assert WriteSAETrainingConfig.recommended(d_k=16, d_v=24, d_sae=64, k=8).k == 8
+    assert (config.decoder, config.n_key, config.n_value) == ("codes", 1024, 1024)
+    assert (config.k_key, config.k_value) == (8, 8)
+    smaller = WriteSAETrainingConfig.recommended(d_k=16, d_v=24, d_sae=64, k=8)
+    assert (smaller.n_key, smaller.n_value, smaller.k_key, smaller.k_value) == (32, 32, 4, 4)
+    atoms = WriteSAETrainingConfig.atoms(d_k=16, d_v=24)
+    defaults = WriteSAETrainingConfig(d_k=16, d_v=24, d_sae=2048, k=4, later_reads=())
+    assert atoms.to_dict() == defaults.to_dict()
     for steps in (1, 2, 50, 1000):
         options = LanguageModelSAERunnerConfig(
             sae=config,
@@ -536,8 +541,9 @@ def test_d_in_is_derived_whatever_is_given():
     [{}, {"rank": 2}, {"decoder": "dense"}, {"k": 1, "encoder": "tied"}, {"activation": "gated"}],
     ids=str,
 )
-def test_read_alignment_equals_its_formula(options):
-    """Loop by loop: what each strong atom gets wrong of X^T q, at its share, weighted by a softmax."""
+@pytest.mark.parametrize("n_reads", [1, 3])
+def test_read_alignment_equals_its_formula(options, n_reads):
+    """Loop by loop: what each strong atom gets wrong of X^T r, at its share, weighted by a softmax."""
     torch.manual_seed(0)
     sae = make(read_alignment_coefficient=3.0, dominant_share=0.4, **options).to(dtype=torch.float64)
     with torch.no_grad():
@@ -545,9 +551,11 @@ def test_read_alignment_equals_its_formula(options):
             if parameter.requires_grad:
                 parameter += 0.2 * torch.randn_like(parameter)
     sae.fold_W_dec_norm()
-    key, value, read = (torch.randn(7, 1, d, dtype=torch.float64) for d in (D_K, D_V, D_K))
-    output = sae.training_forward_pass(step_input(PackedWrites(Write(key, value, read))))
-    x, q = key.mT @ value, read[:, 0]
+    key, value = (torch.randn(7, 1, d, dtype=torch.float64) for d in (D_K, D_V))
+    reads = torch.randn(7, n_reads, D_K, dtype=torch.float64)
+    reads[2, 1:] = 0  # the passage ends
+    output = sae.training_forward_pass(step_input(PackedWrites(Write(key, value, reads))))
+    x = key.mT @ value
     flat = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
     atoms, encoder = flat.view(-1, D_K, D_V), sae.W_enc.T.reshape(-1, D_K, D_V)
     total, power = 0.0, x.square().sum((1, 2))
@@ -558,12 +566,12 @@ def test_read_alignment_equals_its_formula(options):
         if options.get("activation") == "gated":
             gate = sae.activation_fn
             size = (gate.log_gain.exp() * score + gate.magnitude_bias).relu()
-        native, strongest = x[n].T @ q[n], score.argsort(descending=True)[:4]
+        strongest = score.argsort(descending=True)[:4]
         weight = (size[strongest] / share / (0.1 * power[n].sqrt())).softmax(0)
+        read_out = sum((x[n].T @ r).square().sum() for r in reads[n])
         for w, atom in zip(weight, strongest, strict=True):
-            missed = (
-                size[atom] / share * atoms[atom].T @ q[n] - native
-            ).square().sum() / native.square().sum()
+            away = size[atom] / share * atoms[atom] - x[n]
+            missed = sum((away.T @ r).square().sum() for r in reads[n]) / read_out
             total = total + w * missed / (1 + missed)
     expected = 3.0 * power.mean() * total / 7
     torch.testing.assert_close(output.losses["read_alignment_loss"], expected)
