@@ -44,10 +44,11 @@ def test_demo_leaves_everything_it_promises(demo):
     assert (out / "replace.png").exists()
     page = (out / "report.html").read_text()
     assert f"{summary['win_rate']:.1%}" in page
-    # The training, two of the replacement test, the partition, the contexts.
-    assert page.count('<img src="data:image/png;base64,') == 5
+    assert f"{summary['median_recovered']:.1%}" in page
+    # The training, three of the replacement test, the partition, the contexts.
+    assert page.count('<img src="data:image/png;base64,') == 6
     curves = pd.read_csv(out / "sae" / "training.csv")
-    assert {"step", "loss", "unexplained", "cosine", "l0", "dead"} <= set(curves)
+    assert {"step", "loss", "unexplained", "read_alignment_loss", "l0", "dead"} <= set(curves)
     assert len(curves) > 10
 
 
