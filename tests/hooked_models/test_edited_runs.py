@@ -78,6 +78,31 @@ def test_swapped_writes_equal_one_edited_pass_each(pair: Pair, rank: int, erase:
     assert_close(swapped, hooked[rows, positions], 1e-5 if rank else 5e-5)
 
 
+@once_per_architecture
+@pytest.mark.parametrize("rank", [0, 2])
+def test_added_writes_of_any_rank_equal_one_hooked_pass(pair: Pair, rank: int):
+    """At every position of the passage, from a cache of its beginning and from the start."""
+    tokens, positions, rows = some_tokens(30), torch.tensor([3, 9, 0]), range(3)
+    keys, values = random(3, rank, pair.d_k) / 3, random(3, rank, pair.d_v, seed=2) / 3
+    added = torch.einsum("jrk,jrv->jkv", keys, values)
+    for start in (0, 12):
+        cache = None
+        if start:
+            cache = pair.model.new_cache()
+            with torch.no_grad():
+                pair.model(tokens[None, :start], past_key_values=cache, use_cache=True)
+        found = pair.model.run_with_added_writes(
+            tokens[start:], 1, 2, positions, keys, values, past_key_values=cache
+        )
+
+        def edit(x: Tensor, hook: Any, at: Tensor = positions + start) -> None:
+            x[rows, at] += added.flatten(-2)
+
+        with torch.no_grad():
+            expected = pair.run(tokens.expand(3, -1), 1, {"write.2": edit})[:, start:]
+        assert_close(found, expected, 1e-5)
+
+
 @on_every_model
 def test_swapping_in_the_native_write_changes_nothing(pair: Pair):
     tokens, positions = some_tokens(66), torch.arange(66)
