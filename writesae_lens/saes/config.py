@@ -279,27 +279,25 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
 
     @classmethod
     def recommended(cls, **options: Any) -> WriteSAETrainingConfig:
-        """The recipe of the documentation's figures: 1,024 key and 1,024 value codes, 8 of each active.
+        """The recipe of the documentation's figures: 1,024 key codes, 8 active, and 1,024 value codes, 16 active.
 
         The runner's part of it: ``LanguageModelSAERunnerConfig(sae=..., **RECOMMENDED_SCHEDULE)``.
 
         Args:
-            **options: d_k and d_v, and any other field that should differ; d_sae and k are halved between the
-                sides.
+            **options: d_k and d_v, and any other field that should differ. Another d_sae, or k, is halved
+                between the sides.
         """
-        recipe: dict[str, Any] = {
-            "decoder": "codes",
-            "d_sae": 2048,
-            "k": 16,
-            "read_alignment_coefficient": 4.0,
-        }
+        recipe: dict[str, Any] = {"decoder": "codes", "d_sae": 2048, "read_alignment_coefficient": 4.0}
+        if "k" not in options:
+            recipe |= {"k_key": 8, "k_value": 16}
         return cls(**(recipe | options))
 
     @classmethod
     def atoms(cls, **options: Any) -> WriteSAETrainingConfig:
         """2,048 atoms, 4 active per input, one of which is to stand in for the write; the own read alone.
 
-        The runner's part of it: ``LanguageModelSAERunnerConfig(sae=..., **RECOMMENDED_SCHEDULE)``.
+        The recommended recipe before there were codes. The runner's part of it:
+        ``LanguageModelSAERunnerConfig(sae=..., **RECOMMENDED_SCHEDULE | {"train_batch_size_tokens": 512})``.
 
         Args:
             **options: d_k and d_v, and any other field that should differ.
@@ -429,7 +427,7 @@ RECOMMENDED_SCHEDULE: dict[str, Any] = {
     "lr": 4e-3,
     "lr_end": 4e-5,
     "lr_scheduler_name": "cosineannealing",
-    "train_batch_size_tokens": 512,
+    "train_batch_size_tokens": 256,
     "dead_feature_window": 100,
 }
 
