@@ -62,8 +62,8 @@ def svd(x, sae):
 
 
 def align(sae, key, value):
-    """The pair's common sign: keys on the side of the mean key."""
-    sign = torch.where(key @ sae.mean_key < 0, -1.0, 1.0)[..., None]
+    """The pair's common sign, as the SAE has it."""
+    sign = torch.where(key @ sae.sign_key + value @ sae.sign_value < 0, -1.0, 1.0)[..., None]
     return key * sign, value * sign
 
 
