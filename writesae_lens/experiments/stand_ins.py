@@ -46,6 +46,7 @@ class Untrained:
     text: str
     text_hash: str
 
+    @torch.no_grad()
     def of(self, native: Factors) -> dict[str, Factors]:
         """What each of `UNTRAINED` puts in the place of native writes of rank 1."""
         acts = self.lookup.encode_factors(native.key[:, 0], native.value[:, 0])
