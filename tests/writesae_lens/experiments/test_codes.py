@@ -54,8 +54,9 @@ def static(sae, feature):
 def contributed(sae, acts, feature):
     """What one code adds to the stand-in of one position, summed over pairs of codes."""
     total = torch.zeros(sae.cfg.d_k, sae.cfg.d_v, dtype=torch.float64)
-    for i in range(N_KEY):
-        for j in range(N_KEY, sae.cfg.d_sae):
+    active = acts.nonzero().flatten().tolist()
+    for i in (i for i in active if i < N_KEY):
+        for j in (j for j in active if j >= N_KEY):
             if feature in (i, j):
                 total += acts[i] * acts[j] * torch.outer(vectors(sae, i)[0], vectors(sae, j)[0])
     return total
@@ -118,7 +119,7 @@ def test_registers_are_counted_by_each_codes_own_side(gdn):
     for passage, position in np.ndindex(*tokens.shape):
         left, _, right = torch.linalg.svd(native[passage, position], full_matrices=False)
         key, value = left[:, 0], right[0]
-        if key @ sae.mean_key.double() < 0:
+        if key @ sae.sign_key.double() + value @ sae.sign_value.double() < 0:
             key, value = -key, -value
         at = acts[passage, position]
         key_code, value_code = int(at[:N_KEY].argmax()), N_KEY + int(at[N_KEY:].argmax())
@@ -235,6 +236,7 @@ def test_selectivity_writes_contents_at_the_mean_key(model, tokens, swapped):
         assert torch.allclose((mean @ change).norm(dim=-1), change.flatten(1).norm(dim=-1), rtol=1e-3)
 
 
+@pytest.mark.parametrize("model", ["tiny-rwkv7"], indirect=True)
 def test_traced_and_predicted_codes_have_the_mean_beside_them(model, tokens, added):
     sae = make_codes(model)
     traced = reader_trace(model, sae, tokens, n_atoms=4, max_horizon=3, verbose=False)
