@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.firings import Activity, check_any_fires, is_codes
+from writesae_lens.saes.codes import split
 from writesae_lens.saes.rank1 import Factors
 
 PLURALS = {"atom": "atoms", "key": "key codes", "value": "value codes"}
@@ -40,7 +41,7 @@ def side_cosines(
 ) -> Float[Tensor, " firing"]:
     """Cosines of codes with their own side of the writes that they take part in, signs as the codes see them.
 
-    A write k v^T is also (-k) (-v)^T; the codes see the one whose key is on the mean key's side.
+    A write k v^T is also (-k) (-v)^T; which of the two the codes see, `saes.codes.split` says.
 
     Args:
         sae: an SAE of codes.
@@ -49,10 +50,11 @@ def side_cosines(
         writes: of rank 1.
     """
     parameters: Any = sae
-    key, value = writes.key[:, 0].float(), writes.value[:, 0].float()
-    mean, vectors = parameters.mean_key.float(), getattr(parameters, f"dec_{side}").float()
-    sign = torch.where((key * mean).sum(-1, keepdim=True) < 0, -1.0, 1.0)
-    own = sign * (key if side == "key" else value)
+    vectors = getattr(parameters, f"dec_{side}").float()
+    seen = split(
+        Factors(*(x.float() for x in writes)), parameters.sign_key.float(), parameters.sign_value.float()
+    )
+    own = seen.key if side == "key" else seen.value
     return nn.functional.cosine_similarity(
         own, vectors[codes - features_by_side(sae)[side].start], dim=-1, eps=1e-30
     )

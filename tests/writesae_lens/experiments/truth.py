@@ -52,7 +52,7 @@ def make_codes(model: Any, kind: str = "write", layer: int = LAYER, head: int = 
     sizes = {"n_key": 16, "n_value": 16, "k_key": 2, "k_value": 2}
     sae = make_sae(model, kind, layer, head, decoder="codes", **(sizes | options))
     with torch.no_grad():
-        for mean in (sae.mean_key, sae.mean_value):
+        for mean in (sae.mean_key, sae.mean_value, sae.sign_key, sae.sign_value):
             mean.copy_(torch.nn.functional.normalize(torch.randn_like(mean), dim=-1))
     return sae
 
