@@ -126,8 +126,10 @@ def test_dead_codes_start_anew_a_side_inside_the_stock_trainer(encoder, activati
         torch.testing.assert_close(second, 0.999 * old_second + 0.001 * gradient**2, msg=name)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("encoder", ENCODERS)
+# The gain of tied encoders is that of the first batch, and does not follow JumpReLU's or BatchTopK's counts.
+@pytest.mark.parametrize(
+    ("encoder", "activation"), [("tied", "topk"), *(("bilinear", name) for name in ACTIVATIONS)]
+)
 def test_the_stock_trainer_lowers_the_error(encoder, activation):
     sae = make(encoder=encoder, activation=activation, later_reads=(1,))
     rng = torch.Generator().manual_seed(8)
