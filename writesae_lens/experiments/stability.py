@@ -29,6 +29,7 @@ from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.sides import features_by_side
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, INK, RANDOM, new_figure
+from writesae_lens.saes.codes import split
 from writesae_lens.saes.rank1 import Factors, Matrices, normalized, overlaps
 from writesae_lens.saes.sae import MatrixSAE
 
@@ -43,8 +44,8 @@ class Directions(NamedTuple):
     features: Int[Tensor, " feature"]
     uses: Int[Tensor, " feature"]
     units: Matrices
-    mean_key: Float[Tensor, " d_k"] | None
-    """The key that decides the signs of codes."""
+    signs: tuple[Float[Tensor, " d_k"], Float[Tensor, " d_v"]] | None
+    """Of codes: `sign_key` and `sign_value`, which decide the signs with which they see a write."""
 
 
 @experiment(
@@ -178,18 +179,18 @@ def _directions(name: str, sae: SAE[Any], side: str, uses: Int[Tensor, " d_sae"]
     """The active features of a side."""
     features = features_by_side(sae)[side]
     active = uses[features.start : features.stop].nonzero().squeeze(-1)
-    mean_key = None
+    signs = None
     if side != "atom":
         codes: Any = sae
         units: Matrices = normalized(getattr(codes, f"dec_{side}").cpu().float()[active, None])
-        mean_key = codes.mean_key.cpu().float()
+        signs = codes.sign_key.cpu().float(), codes.sign_value.cpu().float()
     elif isinstance(sae, MatrixSAE):
         atoms = sae.atoms()
         units = Factors(*(x.cpu().float() for x in atoms)) if isinstance(atoms, Factors) else atoms.cpu()
         units = normalized(units[active])
     else:
         units = normalized(sae.W_dec.cpu().float()[active].view(-1, cell.d_k, cell.d_v))
-    return Directions(name, active + features.start, uses[active + features.start], units, mean_key)
+    return Directions(name, active + features.start, uses[active + features.start], units, signs)
 
 
 def _pairs(
@@ -199,7 +200,7 @@ def _pairs(
     n, width = len(own[0].features), (native.key.shape[-1], native.value.shape[-1])
     count = min(n, len(native.key) // 2)
     drawn = torch.randperm(len(native.key), generator=rng)[: 2 * count]
-    lookups = [_controls(LOOKUP, native[part], side, own[0].mean_key) for part in drawn.view(2, -1)]
+    lookups = [_controls(LOOKUP, native[part], side, own[0].signs) for part in drawn.view(2, -1)]
     noise = [
         _controls(NOISE, Factors(*(torch.randn(n, 1, d, generator=rng) for d in width)), side, None)
         for _ in range(2)
@@ -213,20 +214,25 @@ def _pairs(
     ]
 
 
-def _controls(name: str, matrices: Factors, side: str, mean_key: Tensor | None) -> Directions:
-    """Rank-1 matrices as directions of a side, with keys on the side of the mean key if there is one."""
-    if mean_key is not None:
-        sign = torch.where(matrices.key @ mean_key < 0, -1.0, 1.0)[..., None]
-        matrices = Factors(matrices.key * sign, matrices.value * sign)
+def _controls(name: str, matrices: Factors, side: str, signs: tuple[Tensor, Tensor] | None) -> Directions:
+    """Rank-1 matrices as directions of a side, signed as the codes of an SAE see them if it has codes."""
+    if signs is not None:
+        seen = split(matrices, *signs)
+        matrices = Factors(seen.key[:, None], seen.value[:, None])
     units: Matrices = matrices if side == "atom" else getattr(matrices, side)
     number = torch.arange(len(matrices.key))
-    return Directions(name, number, torch.ones_like(number), normalized(units), mean_key)
+    return Directions(name, number, torch.ones_like(number), normalized(units), signs)
+
+
+def _opposite(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    """Whether two SAEs of codes see most writes with opposite signs."""
+    return sum(float(mine @ theirs) for mine, theirs in zip(one, other)) < 0
 
 
 def _match(one: Directions, other: Directions, side: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The one-to-one matching of two dictionaries' features, and its row of the table."""
     cosines = overlaps(one.units, other.units).double().numpy()
-    if one.mean_key is not None and other.mean_key is not None and float(one.mean_key @ other.mean_key) < 0:
+    if one.signs is not None and other.signs is not None and _opposite(one.signs, other.signs):
         cosines = -cosines  # k v^T is (-k)(-v)^T, and the two chose opposite signs
     rows, columns = linear_sum_assignment(cosines, maximize=True)
     frame = pd.DataFrame(
