@@ -14,7 +14,7 @@ DEFAULT_CELLS = {"tiny-gdn": (1, 1), "tiny-mamba2": (2, 7), "tiny-rwkv7": (3, 3)
 No constant key or value can stand in for its writes: on validation text the native write with its key or its
 value at the cell's mean recovers 13 and 7, 31 and 42, and -8 and 3% in the median at its own position.
 """
-TRAINING_TOKENS = 600_000
+TRAINING_TOKENS = 350_000
 """On how many writes the documented SAEs were trained: the text is read almost four times for that."""
 TEXT_NAME = "hooked_models/zoo/held_out.txt"
 """What an SAE's metadata name as its data set when it was trained on the shipped text."""
