@@ -20,12 +20,12 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import Prefix, batches
+from writesae_lens.experiments.features.sides import features_by_side, side_of
 from writesae_lens.experiments.firings import activity, atom_factors, check_atom, choose_atom, contribution
 from writesae_lens.experiments.options import Count, NotNegative, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, seed_of
-from writesae_lens.experiments.sides import features_by_side, side_of
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, RANDOM, new_figure
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.features.meets import promoted_tokens, reads_met
+from writesae_lens.experiments.features.sides import PLURALS, features_by_side, side_cosines, side_of
 from writesae_lens.experiments.firings import (
     Firings,
     activity,
@@ -25,12 +27,10 @@ from writesae_lens.experiments.firings import (
     native_cosines,
     native_of,
 )
-from writesae_lens.experiments.meets import promoted_tokens, reads_met
 from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
-from writesae_lens.experiments.sides import PLURALS, features_by_side, side_cosines, side_of
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, new_figure
 

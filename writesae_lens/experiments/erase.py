@@ -18,6 +18,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.features.sides import randomized, side_of
 from writesae_lens.experiments.firings import (
     Activity,
     activity,
@@ -30,7 +31,6 @@ from writesae_lens.experiments.options import Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages, token_id
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.experiments.sides import randomized, side_of
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, RANDOM, new_figure
 from writesae_lens.saes.rank1 import Factors

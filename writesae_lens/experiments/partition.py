@@ -18,6 +18,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.features.sides import PLURALS, features_by_side, side_cosines
 from writesae_lens.experiments.firings import (
     Firings,
     atom_factors,
@@ -31,7 +32,6 @@ from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
-from writesae_lens.experiments.sides import PLURALS, features_by_side, side_cosines
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, new_figure
 from writesae_lens.saes.sae import MatrixSAE

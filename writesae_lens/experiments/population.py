@@ -39,6 +39,7 @@ def population_test(
     tokens: Int[Tensor, "passage pos"] | str,
     max_firings_per_atom: Count | None = 30,
     min_firings: Count = 5,
+    baselines: bool = False,
     seed: Seed = 0,
     progress_folder: str | None = None,
     verbose: bool = True,
@@ -59,9 +60,11 @@ def population_test(
         tokens: passages ``[passage, pos]``, or a text.
         max_firings_per_atom: firings of an atom to test (None: all).
         min_firings: atoms with fewer tested firings above the floor are counted as too rare and left out.
+        baselines: test the untrained stand-ins too, as `replacement_test` does by default; no figure here is
+            theirs, so only a later `replacement_test` from the same ``progress_folder`` has any use of them.
         seed: seed of the thinning, the random matrices, the bootstrap and the mixture.
         progress_folder: keeps finished passages, and resumes from them; `replacement_test` with the same
-            settings reads the same folder.
+            settings, ``baselines`` among them, reads the same folder.
         verbose: show a progress bar.
         options: any other argument of `replacement_test`: scale, random, kl, replaces, skip_positions, ...
 
@@ -89,7 +92,7 @@ def population_test(
         )
     tested = replacement_test(
         model, sae, tokens, max_firings_per_atom=max_firings_per_atom, seed=seed,
-        progress_folder=progress_folder, verbose=verbose, **options,
+        progress_folder=progress_folder, verbose=verbose, baselines=baselines, **options,
     )  # fmt: skip
     every = _by_feature(tested.records)
     records = every.loc[every.n_firings >= min_firings].reset_index(drop=True)
@@ -112,6 +115,7 @@ def population_test(
         **{name: tested.summary[name] for name in (*MEASURED_ON, *EXPERIMENTS["replace"].own_options)},
         "experiment": "population",
         "min_firings": min_firings,
+        "baselines": baselines,
     }
     recovered, won = (
         f"mean {summary[f'mean_{name}']:.1%}{statistics.between(summary[f'mean_{name}_ci'], '.1%')}"

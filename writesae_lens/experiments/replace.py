@@ -20,6 +20,7 @@ from writesae_lens import measures, statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.features.guards import Guards
 from writesae_lens.experiments.firings import (
     Firings,
     activity,
@@ -29,7 +30,6 @@ from writesae_lens.experiments.firings import (
     native_of,
     stand_in,
 )
-from writesae_lens.experiments.guards import Guards
 from writesae_lens.experiments.later import later_divergences
 from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
@@ -100,7 +100,8 @@ def replacement_test(
 
     The baselines are stand-ins that nobody trained, tested at the same firings: a lookup among as many
     training writes as the SAE has features, and the native write with its key or its value at the training
-    writes' mean (`writesae_lens.experiments.stand_ins`).
+    writes' mean (`writesae_lens.experiments.stand_ins`). No SAE of this package chooses among its active
+    features by the output, so the control of such a rule (the same rule over random atoms) is not among them.
 
     A firing is *at the floor* where the deletion's KL is not above what rounding alone gives there
     (`swaps.divergences`; on the shipped models about 1e-11 nats in float32, 3e-5 to 3e-4 in bfloat16):
@@ -145,7 +146,7 @@ def replacement_test(
         chain_ceiling (the exact native write in place) and chain_over_ceiling, own_share (median share of the
         own position in what a deletion does), n_at_floor, n_without_horizon; the guards bits,
         free_dimensions, seen_share, nearest_train_cosine and n_features_active
-        (`writesae_lens.experiments.guards`); medians of KLs, cosine and write norm over all firings.
+        (`writesae_lens.experiments.features.guards`); medians of KLs, cosine and write norm over all firings.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, a text is too short, or nothing fires.

@@ -18,13 +18,13 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.features.sides import draw_contents, randomized
 from writesae_lens.experiments.firings import activity, atom_factors, is_codes
 from writesae_lens.experiments.options import Bound, Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import native_writes
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.experiments.sides import draw_contents, randomized
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, INK, RANDOM, new_figure
 from writesae_lens.saes.rank1 import Factors

@@ -17,13 +17,13 @@ from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments.catalogue import experiment, figure
+from writesae_lens.experiments.features.sides import randomized
 from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
 from writesae_lens.experiments.options import Count, Natural, Positive, Seed
 from writesae_lens.experiments.passages import check_horizon, find_passages
 from writesae_lens.experiments.passes import cache_of, check_finite
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.experiments.sides import randomized
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, new_figure
 from writesae_lens.saes.rank1 import Factors, leading_pairs

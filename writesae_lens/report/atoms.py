@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
+from writesae_lens.experiments.features.sides import features_by_side
 from writesae_lens.experiments.passes import LOGITS_PER_PASS, native_factors
-from writesae_lens.experiments.sides import features_by_side
 from writesae_lens.saes.rank1 import Matrices, leading_pairs, normalized, overlaps
 from writesae_lens.saes.sae import MatrixSAE
 

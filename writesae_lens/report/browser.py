@@ -41,7 +41,7 @@ def browser_data(
         effects: of the atoms that fire.
         contexts: records of `top_contexts`.
         replacement: records of `replacement_test`.
-        met: of `writesae_lens.experiments.meets.met_by_distance`; None for atoms.
+        met: of `writesae_lens.experiments.features.meets.met_by_distance`; None for atoms.
     """
     rows = [
         [_rounded(value, column.digits) for column, value in zip(columns, row, strict=True)]

@@ -21,8 +21,8 @@ from hooked_models.files.whole_files import replacing
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, find_experiment
+from writesae_lens.experiments.features.meets import met_by_distance, reads_met
 from writesae_lens.experiments.firings import activity, is_codes
-from writesae_lens.experiments.meets import met_by_distance, reads_met
 from writesae_lens.experiments.origin import ResultWarning
 from writesae_lens.experiments.passages import Passages, find_passages
 from writesae_lens.experiments.result import RECORDS, SUMMARY, ExperimentResult, Progress

@@ -13,9 +13,9 @@ from sae_lens import SAE
 from hooked_models.files.json_files import read_json
 from writesae_lens import figures, statistics
 from writesae_lens.experiments.catalogue import find_experiment
+from writesae_lens.experiments.features.sides import PLURALS
 from writesae_lens.experiments.origin import sentence
 from writesae_lens.experiments.result import ExperimentResult, read_table
-from writesae_lens.experiments.sides import PLURALS
 from writesae_lens.saelens import history
 
 # Win rates of the paper by architecture, and the models that they were measured on.

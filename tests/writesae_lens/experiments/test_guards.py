@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.writesae_lens.experiments.truth import make_sae
-from writesae_lens.experiments import guards
-from writesae_lens.experiments.guards import Guards, nearest_cosines
+from writesae_lens.experiments.features import guards
+from writesae_lens.experiments.features.guards import Guards, nearest_cosines
 from writesae_lens.saes.rank1 import Factors
 
 SIDES = {"atom": {"atom": range(32)}, "codes": {"key": range(20), "value": range(20, 32)}}

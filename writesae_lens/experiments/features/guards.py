@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from writesae_lens.experiments.sides import features_by_side
+from writesae_lens.experiments.features.sides import features_by_side
 from writesae_lens.saes.rank1 import Factors, overlaps
 
 SEEN_OFTEN = 5
