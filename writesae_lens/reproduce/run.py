@@ -37,8 +37,9 @@ _NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeE
 Recipe = Literal["recommended", "paper"]
 VARIANTS = {
     "recommended": "Ours: codes of writes, the formula with the network's own derivative and no fitted "
-    "number, installs along the derivative; the paper's figures are of SAEs on states, the fitted gate "
-    "product and installs along the unembedding. The sign test follows the unembedding in both.",
+    "number, and, for installs alone, directions by the derivative; the paper's figures are of SAEs on "
+    "states, the fitted gate product and installs along the unembedding. The sign test follows the "
+    "unembedding in both.",
     "paper": "Both: SAEs on states, the fitted gate product, the unembedding's directions.",
 }
 NOTE = (
