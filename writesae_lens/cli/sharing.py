@@ -87,8 +87,12 @@ def _describe(cfg: dict[str, Any]) -> None:
     metadata = cfg["metadata"]
     d_k, d_v = (cfg.get(name, metadata.get(name)) for name in ("d_k", "d_v"))
     kind = metadata.get("sae_type") or cfg["architecture"]
+    features, active = f"{cfg['d_sae']:,} atoms", cfg.get("k")
+    if cfg.get("decoder") == "codes":
+        features = f"{cfg['n_key']:,} key codes and {cfg['n_value']:,} value codes"
+        active = f"{cfg['k_key']} and {cfg['k_value']}"
     lines = [
-        f"{kind}, {cfg['d_sae']:,} atoms for {d_k} x {d_v} matrices, k {cfg.get('k')}",
+        f"{kind}, {features} for {d_k} x {d_v} matrices, k {active}",
         f"{metadata.get('model_name') or 'unknown model'}, {metadata.get('hook_name') or 'unknown hook'}",
     ]
     source = metadata.get("provenance")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingf
 
 from hooked_models.errors import printable
 from hooked_models.files.json_files import read_json
+from writesae_lens import measures, statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.origin import fingerprint_sae, sentence
 from writesae_lens.experiments.result import SUMMARY
@@ -22,6 +24,8 @@ from writesae_lens.experiments.subjects import check_sae
 from writesae_lens.published.hub import transport_errors
 
 _CARD = "README.md"
+# Shares of what deleting a write does, at its own position, over the following ones, and both together.
+_RECOVERED = [f"{name}{when}" for name in ("median_recovered", "recovered") for when in measures.WHEN]
 
 
 def default_id(sae: SAE[Any]) -> str:
@@ -99,9 +103,7 @@ def _summary(results: Path, sae: SAE[Any]) -> dict[str, Any]:
     path = results / SUMMARY if results.is_dir() else results
     try:
         summary = read_json(path)
-        low, high = summary["win_rate_ci"]
-        numbers = [summary[name] for name in ("win_rate", "strict_chain_rate", "n_firings")] + [low, high]
-        finite = all(math.isfinite(x) for x in numbers + summary["kl_ratio_atom_delete_random"])
+        finite = all(math.isfinite(figure) for figure in _figures(summary) if figure is not None)
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise WriteSAEError(f"{path} is not what a replacement test saved ({error!r})") from error
     if not finite:
@@ -116,6 +118,15 @@ def _summary(results: Path, sae: SAE[Any]) -> dict[str, Any]:
     if (known := summary.get("sae_fingerprints")) and fingerprint_sae(sae) not in known:
         raise WriteSAEError(f"{path} was measured on another SAE on {hook}: run the test again on this one")
     return summary
+
+
+def _figures(summary: Mapping[str, Any]) -> list[float | None]:
+    """The figures of a summary that the card shows; None where a test has no answer."""
+    figures = [summary["win_rate"], summary["strict_chain_rate"], summary["n_firings"]]
+    figures += summary["kl_ratio_atom_delete_random"] + (summary["win_rate_ci"] or [None, None])
+    for name in _RECOVERED:
+        figures += [summary.get(name), _lookup(summary).get(name), *(summary.get(f"{name}_ci") or [])]
+    return [*figures, summary.get("win_rate_matched_norm")]
 
 
 def _card(repo_id: str, revision: str, sae: SAE[Any]) -> str:
@@ -148,11 +159,7 @@ def _with_section(card: str, sae_id: str, section: str) -> str:
 def _section(sae: SAE[Any], repo_id: str, sae_id: str, summary: dict[str, Any] | None) -> str:
     """An SAE's section of the card: a table of facts, how to load it, and the replacement test's figures."""
     cfg, metadata = sae.cfg, sae.cfg.metadata
-    dictionary = f"{cfg.architecture()}, {cfg.d_sae:,} atoms"
-    if cfg.architecture() == "writesae":
-        dictionary += f" for {cfg.d_k} x {cfg.d_v} matrices, rank {cfg.rank}"
-        dictionary += f"; encoder {cfg.encoder}, decoder {cfg.decoder}, activation {cfg.activation}"
-        dictionary += f", k {cfg.k}"
+    dictionary = _dictionary(cfg)
     rows = {"base model": metadata.model_name, "hook": metadata.hook_name, "dictionary": dictionary}
     source = metadata.provenance
     if isinstance(source, dict):
@@ -167,23 +174,75 @@ def _section(sae: SAE[Any], repo_id: str, sae_id: str, summary: dict[str, Any] |
     lines += ["", "```python", *code, "```"]
     if summary is None:
         return "\n".join([*lines, "", "No replacement test was given for this SAE."])
-    low, high = summary["win_rate_ci"]
-    ratio = " : ".join(f"{x:.1f}" for x in summary["kl_ratio_atom_delete_random"])
-    measured = {
-        "win rate (95% interval)": f"{summary['win_rate']:.1%} ({low:.1%} to {high:.1%})",
-        "strict chain": f"{summary['strict_chain_rate']:.1%}",
-        "median KL, atom : deleted : random": ratio,
-        "firings": f"{summary['n_firings']:,}",
-    }
     about = [sentence(summary), *map(str, summary.get("warnings") or [])]
     lines += [
         "",
-        "Replacement test: the dominant atom in place of a native write, against deleting the write.",
+        "Replacement test: the SAE's stand-in in place of a native write, against deleting the write.",
         *(f"\n`{_plain(line)}`" for line in about),
-        "",
     ]
-    lines += ["| " + " | ".join(measured) + " |", "|" + "---|" * len(measured)]
-    return "\n".join([*lines, "| " + " | ".join(measured.values()) + " |"])
+    return "\n".join([*lines, *_recovered(summary), *_papers_figures(summary)])
+
+
+def _dictionary(cfg: Any) -> str:
+    """What an SAE's dictionary is, in a line."""
+    if cfg.architecture() != "writesae":
+        return f"{cfg.architecture()}, {cfg.d_sae:,} atoms"
+    features, active = f"{cfg.d_sae:,} atoms", f"k {cfg.k}"
+    if cfg.decoder == "codes":
+        features = f"{cfg.n_key:,} key codes and {cfg.n_value:,} value codes"
+        active = f"k {cfg.k_key} and {cfg.k_value}"
+    return (
+        f"writesae, {features} for {cfg.d_k} x {cfg.d_v} matrices, rank {cfg.rank}; encoder {cfg.encoder}, "
+        f"decoder {cfg.decoder}, activation {cfg.activation}, {active}"
+    )
+
+
+def _recovered(summary: Mapping[str, Any]) -> list[str]:
+    """The table of what stand-ins and the untrained lookup recover; earlier versions did not measure it."""
+    horizon, lookup, rows = summary.get("horizon"), _lookup(summary), []
+    for when, where in (
+        ("", "at the write's own position"),
+        ("_later", f"over the next {horizon} tokens"),
+        ("_both", "both together"),
+    ):
+        median, pooled = f"median_recovered{when}", f"recovered{when}"
+        if summary.get(median) is None:
+            continue
+        interval = statistics.between(summary.get(f"{median}_ci"), ".1%")
+        shares = [statistics.share(of.get(name)) for of in (summary, lookup) for name in (median, pooled)]
+        rows.append([where, f"{shares[0]}{interval}", *shares[1:]])
+    titles = ["recovered of what the deletion does", "median (95% interval)", "of the sums"]
+    titles += ["untrained lookup of equal size: median", "of the sums"]
+    return _table(titles, rows) if rows else []
+
+
+def _papers_figures(summary: Mapping[str, Any]) -> list[str]:
+    """The table of the paper's measures, at the write's own position."""
+    ratios = summary["kl_ratio_atom_delete_random"]
+    interval = statistics.between(summary["win_rate_ci"], ".1%")
+    measured = {
+        "win rate (95% interval)": f"{statistics.share(summary['win_rate'])}{interval}",
+        "strict chain": statistics.share(summary["strict_chain_rate"]),
+        "median KL, stand-in : deleted : random": " : ".join(
+            "none" if ratio is None else f"{ratio:.1f}" for ratio in ratios
+        ),
+        "firings": f"{summary['n_firings']:,}",
+    }
+    if (matched := summary.get("win_rate_matched_norm")) is not None:
+        measured["win rate at the native norm"] = statistics.share(matched)
+    return ["", "The paper's measures:", *_table(list(measured), [list(measured.values())])]
+
+
+def _lookup(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the untrained lookup reaches at the same firings; empty where it was not tested."""
+    rows = summary.get("baselines")
+    return next((row for row in rows if row["name"] == "lookup"), {}) if isinstance(rows, list) else {}
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, after an empty one."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return ["", *(f"| {' | '.join(line)} |" for line in lines)]
 
 
 def _plain(value: Any) -> str:
