@@ -151,7 +151,7 @@ def demo(
             show_default=False,
         ),
     ] = None,
-    training_tokens: Annotated[int, typer.Option(min=10_000, help="Number of writes to train on.")] = 600_000,
+    training_tokens: Annotated[int, typer.Option(min=10_000, help="Number of writes to train on.")] = 350_000,
     seed: Seed = 0,
 ) -> None:
     """Train a WriteSAE on a shipped model, run the replacement test on it, write a report."""
@@ -349,7 +349,7 @@ def reproduce(
         int | None,
         typer.Option(
             min=10_000,
-            help="Default: as many as in the paper; 600,000 on shipped models.",
+            help="Default: as many as in the paper; 350,000 on shipped models.",
             show_default=False,
         ),
     ] = None,

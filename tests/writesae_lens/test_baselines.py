@@ -161,7 +161,7 @@ def test_one_of_the_two_atoms_fires_at_the_size_of_the_projection(model, tokens)
     assert ((acts > 0).sum(-1) == 1).all()
     torch.testing.assert_close(acts.sum(-1).double(), projection.abs(), rtol=1e-3, atol=1e-6)
     assert torch.equal(acts[:, 0] > 0, projection > 0)
-    records = replacement_test(model, sae, tokens, verbose=False).records
+    records = replacement_test(model, sae, tokens, baselines=False, verbose=False).records
     assert len(records) == tokens.numel()
     np.testing.assert_allclose(records.coefficient, projection.abs(), rtol=1e-3, atol=1e-6)
     np.testing.assert_array_equal(records.atom, (projection < 0).long())

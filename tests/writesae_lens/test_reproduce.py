@@ -9,7 +9,7 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from hooked_models import HookedModelError, HookedRecurrent
+from hooked_models import HookedModelError, HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run as run_command
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError, WriteSAETrainingConfig
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment
@@ -52,10 +52,10 @@ def figures(name):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Dictionaries of 32 features, and experiments on two passages."""
+    """Dictionaries of 32 features, and experiments on two passages, without untrained stand-ins."""
     recommended = classmethod(lambda cls, **sides: cls(d_sae=32, **sides))
     monkeypatch.setattr(WriteSAETrainingConfig, "recommended", recommended)
-    monkeypatch.setitem(run.OPTIONS, "replace", {"horizon": 4, "max_firings": 16})
+    monkeypatch.setitem(run.OPTIONS, "replace", {"horizon": 4, "max_firings": 16, "baselines": False})
     for name, entry in EXPERIMENTS.items():
         monkeypatch.setitem(EXPERIMENTS, name, dataclasses.replace(entry, max_passages=2, context_size=64))
 
@@ -111,7 +111,7 @@ def test_estimates_for_a_shipped_model_are_its_own():
         text = estimate(name, "tiny-gdn")
         assert f"tiny-gdn: {n_parameters / 1e6:,.1f} M parameters" in text
         assert "32 x 48" in text
-        assert "training: 600,000 tokens" in text
+        assert f"training: {zoo.TRAINING_TOKENS:,} tokens" in text
     with pytest.raises(HookedModelError, match="not 'tiny-gdnn'"):
         estimate(MAIN, "tiny-gdnn")
 
@@ -135,6 +135,8 @@ def test_estimates_name_the_features_of_each_recipe():
 
 
 def test_a_small_run_from_training_to_table_and_again_without_training(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(run.OPTIONS, "replace", {"horizon": 4, "max_firings": 16})
+
     def go():
         return reproduce(
             MAIN, tmp_path, "tiny-gdn", training_tokens=10_000, experiments=("replace", "splice")

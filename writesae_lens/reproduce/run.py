@@ -115,7 +115,7 @@ def reproduce(
             best cell where it does not have the paper's.
         recipe: ``paper`` trains on states with the paper's recipe and uses its formula and direction;
             ``recommended`` is this package's: codes of writes.
-        training_tokens: (None: the paper's; on shipped models 600,000).
+        training_tokens: (None: the paper's; on shipped models 350,000).
         experiments: names of experiments (None: all).
         device: cpu, cuda, ...
         dtype: of the model; in bfloat16 KLs below about 1e-4 are rounding.

@@ -1,5 +1,6 @@
 """The command line as a user types it: help at once, the demo and what can be done with its output."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch.nn.functional import normalize
 
 import writesae_lens.demo
+import writesae_lens_cli
 from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run, words
 from writesae_lens import WriteSAE, WriteSAEError
@@ -25,7 +27,16 @@ HEAVY = ("torch", "numpy", "pandas", "transformers", "transformer_lens", "sae_le
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def few_firings():
+    """The demo tests 32 firings of 4 passages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writesae_lens.demo, "TEST_PASSAGES", 4)
+        patch.setattr(writesae_lens.demo, "MAX_FIRINGS", 32)
+        yield
+
+
+@pytest.fixture(scope="module")
+def demo(few_firings, tmp_path_factory):
     """Output folder and exit of a short demo."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     return folder, run("demo", "--out", folder, "--training-tokens", 20_000, "--d-sae", 128)
@@ -35,7 +46,7 @@ def test_demo_leaves_everything_it_promises(demo):
     out, done = demo
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
-    assert (summary["n_firings"], summary["horizon"]) == (512, 32)
+    assert (summary["n_firings"], summary["horizon"]) == (32, 32)
     said = f"recovered in the median {summary['median_recovered']:.1%}"
     assert done.stdout.strip().splitlines()[-1].startswith(said)
     assert {row["name"] for row in summary["baselines"]} >= {"lookup", "mean_key", "mean_value"}
@@ -53,7 +64,7 @@ def test_demo_leaves_everything_it_promises(demo):
 
 
 @pytest.mark.parametrize("model", zoo.SHIPPED[1:])
-def test_demo_runs_on_every_shipped_model(model, tmp_path):
+def test_demo_runs_on_every_shipped_model(model, few_firings, tmp_path):
     done = run("demo", "--model", model, "--out", tmp_path, "--training-tokens", 10_000, "--d-sae", 64)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1].startswith("recovered in the median")
@@ -63,7 +74,8 @@ def test_demo_runs_on_every_shipped_model(model, tmp_path):
 def test_replace_works_on_what_demo_wrote(demo, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(zoo.text("test")[:6000])
-    done = run("replace", "--sae", demo[0] / "sae", "--text", text, "--out", tmp_path / "r")
+    few = ("--max-firings", 32, "--out", tmp_path / "r")
+    done = run("replace", "--sae", demo[0] / "sae", "--text", text, *few)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1].startswith("recovered in the median")
     assert (tmp_path / "r" / "replace.png").exists()
@@ -75,6 +87,13 @@ def test_formula_works_on_what_demo_wrote(demo, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("median R2 ")
     assert {"records.csv", "summary.json", "formula.png"} <= {p.name for p in (tmp_path / "f").iterdir()}
+
+
+def test_what_the_demo_trains_on_by_default_is_what_shipped_models_train_on():
+    """Its declaration imports no package, so the number stands there a second time."""
+    parameters = inspect.signature(writesae_lens_cli.demo).parameters
+    assert parameters["training_tokens"].default == zoo.TRAINING_TOKENS
+    assert f"{zoo.TRAINING_TOKENS:,} on shipped models" in words(run("reproduce", "--help").stdout)
 
 
 def test_models_lists_what_ships_and_its_cells():
