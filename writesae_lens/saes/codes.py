@@ -108,8 +108,12 @@ class Codes:
             side.div_(_norms(side)[:, None])
 
     def divide(self, factor: float) -> None:
-        """Make all writes smaller by a factor, in place: value codes, for keys have no unit."""
+        """Make all writes smaller by a factor, in place: value codes, for keys have no unit.
+
+        Codes are chosen by scores without unit, of which b_enc times a code's norm is a part: it stays.
+        """
         self.sae.dec_value.div_(factor)
+        self.sae.b_enc[self.cfg.n_key :].mul_(factor)
 
     # Encode and decode
 

@@ -310,8 +310,8 @@ def test_topk_keeps_so_many_of_each_side():
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_folds_change_no_function(encoder, activation):
-    sae = make(encoder=encoder, activation=activation, normalize_activations="expected_average_only_in")
-    x = states()
+    given = {"normalize_activations": "expected_average_only_in", "encoder_bias": True}
+    sae, x = make(encoder=encoder, activation=activation, **given), states()
     with torch.no_grad():
         acts, out, norms = sae.encode(x), sae(x), sae.W_dec.norm(dim=1)
         torch.testing.assert_close(sae.get_W_dec_norm(), norms)
