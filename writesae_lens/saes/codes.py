@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # Inputs whose cosine is above this count as one start: equal codes would fire together.
 _SAME = 0.999
+# Steps after which the gain of a tied encoder is measured again.
+_GAIN_EVERY = 10
 # Steps that bring the signs of a batch without signs of its own, as states, into agreement.
 _SIGN_STEPS = 10
 Hook = Callable[[Tensor], Tensor]
@@ -173,6 +175,8 @@ class Codes:
     ) -> CodeStep:
         """Scores and coefficients of a batch, with hooks, at norm 1."""
         sae, write = self.sae, self._split(rows)
+        if sae.training and self.cfg.encoder == "tied" and int(sae.progress[1]) % _GAIN_EVERY == 0:
+            self._follow_gain(write)
         hidden, scores = self._scores(write, sae.hook_sae_acts_pre, None)
         acts = sae.activation_fn.of_sides(*scores)
         joined = self._join(acts, write.norm, None)
@@ -191,6 +195,24 @@ class Codes:
         parts = zip(self.sae.activation_fn.sides, write[:2], self._codes(), scores, acts, gone)
         key, value = (Side(*part) for part in parts)
         return key, value
+
+    @torch.no_grad()
+    def _follow_gain(self, write: Split) -> None:
+        """Give the gain of a tied encoder the size at which each side of a batch has least squared error.
+
+        It is at most 1. Biases and thresholds follow, so that the same codes are active. The gain of the
+        first batch would be too small once fewer codes are active, as with JumpReLU, or they differ more.
+        """
+        _, scores = self._scores(write, lambda hidden: hidden, None)
+        acts = self.sae.activation_fn.of_sides(*scores)
+        parts = zip(self._of_batch(write, scores, acts, None), self._sides(self.sae.b_enc), self.sae.enc_gain)
+        for side, bias, gain in parts:
+            power = side.coded.square().sum()
+            if bool(power > 0):
+                change = ((side.coded * side.target).sum() / power * gain).clamp(1e-3, 1.0) / gain
+                bias *= change
+                gain *= change
+                side.activation.fold(1 / float(change))
 
     def begin(self, rows: Matrices) -> None:
         """Take the rule for signs, mean key and mean value from the first batch."""
@@ -271,12 +293,20 @@ class Codes:
         The sum is over the codes that the activation function selects by their projections. Where k codes are
         nearly parallel, encoders of norm 1 would add up to k times the input.
         """
-        codes = self._codes()[side]
-        along = targets @ codes.T
+        codes, along = self._codes()[side], self._along(side, targets)
         acts = self.sae.activation_fn.sides[side](along)
         rebuilt = (acts @ codes).square().sum()
         explained = (acts * along).sum()
         return (explained / rebuilt).clamp(1e-3, 1.0) if bool(rebuilt > 0) else rebuilt.new_ones(())
+
+    def _along(self, side: int, targets: Float[Tensor, "row d"]) -> Float[Tensor, "row code"]:
+        """Projections on the codes of a side; of BatchTopK without those of inputs on codes that they are.
+
+        BatchTopK compares inputs with each other: among the inputs that codes start as, each takes its own
+        code and nothing else, which says nothing of other inputs.
+        """
+        along = targets @ self._codes()[side].T
+        return along.masked_fill(along > _SAME, 0) if self.cfg.activation == "batchtopk" else along
 
     def main_part(self, acts: Float[Tensor, "row d_sae"]) -> Factors:
         """Each input's stand-in, of coefficients at norm 1."""

@@ -25,11 +25,12 @@ class MatrixSAEConfig:
     Args:
         d_k: key side of the cell: rows of a write.
         d_v: value side of the cell: columns of a write.
-        k: atoms active per input: at most so many with topk, so many on average with batchtopk and jumprelu.
+        k: features active per input: at most so many with topk, so many on average with batchtopk and
+            jumprelu.
         rank: rank of the factored encoder and decoder. 1 is the shape of a native write.
         encoder: bilinear: a pair of factors per atom. tied: the atoms themselves times one gain, so that a
-            coefficient is the gain times the input's projection on its atom. dense: any linear map of the
-            flattened matrix.
+            coefficient is the gain times the input's projection on its atom; of codes one gain a side, which
+            is measured again every few steps. dense: any linear map of the flattened matrix.
         decoder: factored: atoms of the given rank. dense: any matrix of norm 1, which can no longer stand in
             for one write. codes: two dictionaries, of keys and of values; a write's stand-in is a sum of key
             codes times a sum of value codes, of rank 1 always (`writesae_lens.saes.codes`). Encoders of
@@ -78,7 +79,7 @@ class MatrixSAEConfig:
             )
         if not 1 <= self.k <= d_sae:
             raise WriteSAEError(
-                f"k={self.k} atoms cannot be active out of d_sae={d_sae}: give 1 <= k <= d_sae"
+                f"k={self.k} features cannot be active out of d_sae={d_sae}: give 1 <= k <= d_sae"
             )
         for name, allowed in (
             ("encoder", ("bilinear", "tied", "dense")),
