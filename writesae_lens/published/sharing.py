@@ -211,8 +211,8 @@ def _recovered(summary: Mapping[str, Any]) -> list[str]:
         interval = statistics.between(summary.get(f"{median}_ci"), ".1%")
         shares = [statistics.share(of.get(name)) for of in (summary, lookup) for name in (median, pooled)]
         rows.append([where, f"{shares[0]}{interval}", *shares[1:]])
-    titles = ["recovered of what the deletion does", "median (95% interval)", "of the sums"]
-    titles += ["untrained lookup of equal size: median", "of the sums"]
+    titles = ["recovered of what the deletion does", "median (95% interval)", "pooled"]
+    titles += ["untrained lookup of equal size: median", "pooled"]
     return _table(titles, rows) if rows else []
 
 
