@@ -1,7 +1,7 @@
-"""The recurrences of a forward pass, kept while it runs, and what they say of how writes are read later.
+"""Recording the recurrences of a forward pass, and the later reads of a head's writes computed from them.
 
-Hook points show a layer's factors one by one; what a transition does to a read takes all of them at once,
-decay and erase included. `record_recurrences` keeps them as the scan gets them, after every hook on a factor.
+Hook points show a layer's factors one by one; pulling a read back through the transitions needs all of them
+at once. `record_recurrences` keeps them as the scan gets them, after every hook on a factor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RECORDING: ContextVar[_Recording | None] = ContextVar("recording of recurrences
 
 @contextmanager
 def record_recurrences(mixers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Recurrence]]:
-    """While open, in this thread, keep the recurrence of each of these mixers from its last call.
+    """Record, in this thread, the recurrence of each of these mixers from its last call.
 
     Edits of whole writes, erases and states (``hook_write`` and its like) and swapped writes are no part of
     it. A recording inside another one has its own mixers, and the outer one sees nothing meanwhile.
@@ -45,7 +45,7 @@ def record_recurrences(mixers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, 
 
 
 def record(mixer: nn.Module, recurrence: Recurrence) -> None:
-    """Keep a mixer's recurrence, if somebody records it."""
+    """Keep a mixer's recurrence, if it is recorded."""
     recording = _RECORDING.get()
     if recording is not None and mixer in recording[0]:
         recording[1][mixer] = recurrence
@@ -59,7 +59,7 @@ def later_reads_of_head(
     head: int,
     distances: Sequence[int],
 ) -> Float[Tensor, "batch pos distance d_k"]:
-    """How the tokens that follow read a head's writes: W_t^T r_{t,h} is what W_t adds to S^T q at t + h.
+    """The reads of a head's writes by later tokens: W_t^T r_{t,h} is what W_t adds to S^T q at t + h.
 
     Args:
         tokens: passages, each from its beginning; no token is prepended.

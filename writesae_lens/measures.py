@@ -45,11 +45,11 @@ def moves(records: pd.DataFrame, when: str = "") -> NDArray[np.bool_]:
 
 
 def standing(records: pd.DataFrame, name: str) -> dict[str, Any]:
-    """Of one stand-in: what it recovers of the deletions' KL, by sum and in the median, and its win rate.
+    """What one stand-in recovers of the deletions' KL, pooled and in the median, and its win rate.
 
     Args:
         records: of the replacement test.
-        name: of the stand-in.
+        name: the stand-in's, as in the column ``kl_NAME``.
 
     Returns:
         recovered, median_recovered and win_rate with each suffix of `WHEN`, over the firings above the floor
@@ -100,7 +100,7 @@ def own_share(records: pd.DataFrame) -> float | None:
 
 
 def chain(records: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """The strict chain, atom < delete < random, and the one that the exact native write in its place gives.
+    """The strict chain, stand-in < delete < random, and its ceiling: the chain of the exact native write.
 
     The native write has a KL of 0, so its chain holds wherever a random matrix of its norm is worse than
     nothing: that share is the ceiling.
@@ -124,7 +124,7 @@ def chain(records: pd.DataFrame, seed: int) -> dict[str, Any]:
 
 
 def summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
-    """The figures of merit of a replacement test that its records tell, by name."""
+    """All figures of merit that follow from the records of a replacement test, by name."""
     atom, delete, other = (kl(records, name) for name in CONDITIONS)
     moved = moves(records)
     wins, by = atom < delete, records.loc[moved]
@@ -165,20 +165,22 @@ def summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
 
 
 def headline(summary: dict[str, Any], horizon: int) -> str:
-    """The summary in a line: medians first, sums beside them, then the lookup, and the paper's win rate."""
+    """The summary in a line: medians first, pooled beside them, then the lookup, and the paper's win rate."""
 
     def recovered(of: dict[str, Any], when: str) -> str:
         median, pooled = (statistics.share(of[f"{name}recovered{when}"]) for name in ("median_", ""))
         interval = statistics.between(of.get(f"median_recovered{when}_ci"), ".1%")
-        return f"{median}{interval} (sum {pooled})"
+        return f"{median}{interval} (pooled {pooled})"
 
     words = f"recovered in the median {recovered(summary, '')}"
     words += f", over the next {horizon} tokens {recovered(summary, '_later')}" if horizon else ""
     for baseline in summary["baselines"]:
         if baseline["name"] == "lookup":
             words += f"; untrained lookup {recovered(baseline, '')}"
-            words += f", {recovered(baseline, '_later')}" if horizon else ""
+            words += f", over the next {horizon} {recovered(baseline, '_later')}" if horizon else ""
     rates = [statistics.share(summary[name]) for name in ("win_rate", "win_rate_matched_norm")]
     interval = statistics.between(summary["win_rate_ci"], ".1%")
     words += f"; win rate {rates[0]}{interval}, at matched norm {rates[1]}; {summary['n_firings']} firings"
+    if summary["coverage"] < 0.9995:
+        words += f" (the SAE fires at {summary['coverage']:.1%} of the positions)"
     return words + floor_note(summary["n_at_floor"])

@@ -122,7 +122,7 @@ def parts_table(parts: Mapping[tuple[int, int], Mapping[str, Mapping[str, float 
     """Median recovered where a part of each stand-in is replaced by the native write's, a row a cell.
 
     Args:
-        parts: of each cell, condition to figures (`blame.parts_of_the_error`).
+        parts: of each cell, condition to figures (`cells_parts.parts_of_the_error`).
     """
     names = list(dict.fromkeys(name for of_cell in parts.values() for name in of_cell))
     figures = _everywhere("median_recovered")

@@ -18,7 +18,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.features.sides import randomized, side_of
+from writesae_lens.experiments.features.sides import NAMES, randomized, side_of
 from writesae_lens.experiments.firings import (
     Activity,
     activity,
@@ -186,7 +186,7 @@ def _headline(summary: dict[str, Any], atom: int, watched: int) -> str:
     )
     at_floor = summary["n_at_floor_firing"]
     note = f"{summary['n_firing']} firings" + (f", {at_floor} at the floor of rounding" if at_floor else "")
-    what = {"atom": "atom", "key": "key code", "value": "value code"}[summary["side"]]
+    what = NAMES[summary["side"]]
     if own is None:
         return f"{what} {atom} erased: nothing moves, {note}"
     interval = statistics.between(summary["delta_logp_ci_firing"], "+.4f")

@@ -23,11 +23,11 @@ from writesae_lens.saes.sae import MatrixSAE
 class Firings(NamedTuple):
     """Some firings of one passage: what is active, the native write there, and what stands in for it.
 
-    A firing of atoms is a position where one is active; the dominant one is its atom. A firing of codes is a
-    position where codes of both sides are active; its dominant value code is its ``atom``, its dominant key
-    code its ``key_code`` (both as numbers of features), and its coefficient the norm of the stand-in.
+    A firing of atoms is a position where one is active; the dominant one is its ``atom``. A firing of codes
+    is a position where codes of both sides are active; its ``atom`` is the number of the dominant value code,
+    its ``key_code`` that of the dominant key code, its coefficient the Frobenius norm of the stand-in.
 
-    What concerns the stand-in is None where somebody asks for native writes alone.
+    The fields after ``write_value`` are None where only the native writes are needed.
     """
 
     position: Int[Tensor, " firing"]
@@ -102,7 +102,7 @@ class Activity:
 
 def is_codes(sae: SAE[Any]) -> bool:
     """Whether an SAE's features are key codes and value codes rather than atoms."""
-    return isinstance(sae, MatrixSAE) and sae.cfg.decoder == "codes"
+    return isinstance(sae, MatrixSAE) and sae.is_codes
 
 
 @torch.no_grad()
@@ -193,18 +193,18 @@ def check_any_fires(n_firings: int, n_tested: int, passages: Int[Tensor, "passag
     """
     if not n_firings:
         raise WriteSAEError(
-            f"no atom fires in {len(passages)} passages of {passages.shape[1]} tokens: is this the model "
+            f"nothing fires in {len(passages)} passages of {passages.shape[1]} tokens: is this the model "
             "and the hook that the SAE was trained on?"
         )
     if not n_tested:
-        raise WriteSAEError("atoms fire, but skip_positions left none of the firings to test")
+        raise WriteSAEError("there are firings, but skip_positions left none of them to test")
 
 
 def _dominant(activities: Sequence[Activity], passages: Int[Tensor, "passage pos"]) -> Int[Tensor, " firing"]:
     """The atom (of codes: the value code) of every firing.
 
     Raises:
-        WriteSAEError: no atom fires.
+        WriteSAEError: nothing fires.
     """
     atoms = torch.cat([x.dominant for x in activities])
     atoms = atoms[atoms >= 0]
@@ -217,27 +217,39 @@ def draw_atoms(
     passages: Int[Tensor, "passage pos"],
     n_atoms: int,
     rng: torch.Generator,
+    with_key_codes: bool = True,
 ) -> Int[Tensor, " atom"]:
     """A random choice of ``n_atoms`` atoms that fire (all, where there are fewer), sorted, on the CPU.
 
     Of codes: among those that dominate either side at some firing.
 
+    Args:
+        activities: of every passage.
+        passages: what they are of.
+        n_atoms: how many to choose.
+        rng: of the choice.
+        with_key_codes: of codes, False: value codes alone.
+
     Raises:
-        WriteSAEError: no atom fires.
+        WriteSAEError: nothing fires.
     """
-    keys = torch.cat([x.dominant_key for x in activities])
-    alive = torch.cat([_dominant(activities, passages), keys[keys >= 0]]).unique().cpu()
+    alive = _dominant(activities, passages)
+    if with_key_codes:
+        keys = torch.cat([x.dominant_key for x in activities])
+        alive = torch.cat([alive, keys[keys >= 0]])
+    alive = alive.unique().cpu()
     return alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
 
 
 def check_atom(sae: SAE[Any], atom: int | None) -> None:
-    """Refuse an atom that the SAE does not have; None is allowed.
+    """Refuse the number of an atom or code that the SAE does not have; None is allowed.
 
     Raises:
         WriteSAEError: there is no such atom.
     """
     if atom is not None and not (is_whole(atom) and 0 <= atom < sae.cfg.d_sae):
-        raise WriteSAEError(f"atom {atom!r} does not exist: the SAE has atoms 0 to {sae.cfg.d_sae - 1}")
+        what = "code" if is_codes(sae) else "atom"
+        raise WriteSAEError(f"{what} {atom!r} does not exist: the SAE has {what}s 0 to {sae.cfg.d_sae - 1}")
 
 
 def choose_atom(
@@ -246,12 +258,13 @@ def choose_atom(
     """The given atom, or the one that fires most often (of codes: the most frequent value code).
 
     Raises:
-        WriteSAEError: the atom is active nowhere, or no atom fires.
+        WriteSAEError: the atom is active nowhere, or nothing fires.
     """
     if atom is None:
         atom = int(_dominant(activities, passages).bincount().argmax())
     if not any(bool((x.acts[:, atom] > 0).any()) for x in activities):
-        raise WriteSAEError(f"atom {atom} is active at no position of these {len(passages)} passages")
+        what = "code" if any(x.n_key for x in activities) else "atom"
+        raise WriteSAEError(f"{what} {atom} is active at no position of these {len(passages)} passages")
     return int(atom)
 
 

@@ -17,7 +17,13 @@ from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.unembedding import run_to_logits
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, median_write_norm
+from writesae_lens.experiments.firings import (
+    activity,
+    atom_factors,
+    draw_atoms,
+    is_codes,
+    median_write_norm,
+)
 from writesae_lens.experiments.options import Count, Natural, Positive, Seed
 from writesae_lens.experiments.passages import check_horizon, find_passages
 from writesae_lens.experiments.passes import (
@@ -127,7 +133,8 @@ def logit_formula_test(
         else "one number fitted for each passage, atom and token, as in the paper"
     )
     median = f"median R2 {', '.join(by_eps) or 'none, for nothing moves,'} {eps_unit}"
-    headline = f"{median} ({how}), {len(chosen)} atoms"
+    what = "codes" if is_codes(sae) else "atoms"
+    headline = f"{median} ({how}), {len(chosen)} {what}"
     return run.result(records, summary, headline)
 
 

@@ -1,4 +1,4 @@
-"""What another write does to the tokens after it: KLs over the positions that follow a swapped write."""
+"""Effects of a swapped write on later tokens: KLs over the positions that follow it."""
 
 from __future__ import annotations
 

@@ -11,10 +11,11 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
-from writesae_lens import statistics
+from writesae_lens import measures, statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment, figure
+from writesae_lens.experiments.features.sides import firings_by_feature
 from writesae_lens.experiments.options import Count, Seed
 from writesae_lens.experiments.origin import call_of, with_warnings
 from writesae_lens.experiments.partition import CLASS_COLORS, class_names
@@ -135,8 +136,7 @@ def _by_feature(firings: pd.DataFrame) -> pd.DataFrame:
     """A row for each feature that is tested; without firings above the floor its figures are NaN.
 
     Args:
-        firings: records of the replacement test. A firing of codes is one of its ``atom``, the dominant value
-            code, and one of its ``key_code``; that is -1 for atoms.
+        firings: records of the replacement test.
     """
     firings = firings.assign(
         win=firings.kl_atom < firings.kl_delete,
@@ -144,14 +144,9 @@ def _by_feature(firings: pd.DataFrame) -> pd.DataFrame:
         recovered=1 - firings.kl_atom / firings.kl_delete,
     )
     if "kl_atom_later" in firings:
-        moves = firings.kl_delete_later > firings.kl_floor_later
-        firings["recovered_later"] = (1 - firings.kl_atom_later / firings.kl_delete_later).where(moves)
-    keys = firings["key_code"] if "key_code" in firings else pd.Series(-1, index=firings.index)
-    of_codes = bool((keys >= 0).any())
-    counted = [firings.assign(side="value" if of_codes else "atom")]
-    if of_codes:
-        counted.insert(0, firings.assign(atom=keys, side="key"))
-    counted = pd.concat(counted, ignore_index=True)
+        later = 1 - firings.kl_atom_later / firings.kl_delete_later
+        firings["recovered_later"] = later.where(measures.moves(firings, "_later"))
+    counted = firings_by_feature(firings)
     figures = {
         "n_firings": ("win", "size"),
         "recovered": ("recovered", "median"),
@@ -226,10 +221,10 @@ def plot_population(result: ExperimentResult) -> Figure:
     axes[0].set(ylim=(-1.05, 1.03), ylabel="median recovered (below -100%: drawn there)")
     axes[1].set(ylim=(-0.03, 1.03), ylabel="win rate (line: fifths of the features)")
     interval = statistics.between(summary["mean_win_rate_ci"], ".1%")
-    title = f"The mean feature wins at {summary['mean_win_rate']:.1%} of its firings"
+    title = f"Mean win rate of a feature {summary['mean_win_rate']:.1%}"
     axes[1].set_title(
         f"{title}\n95% interval{interval or ': none, for one feature'}", fontsize=11, loc="left"
     )
     mean = statistics.share(summary.get("mean_recovered"))
-    axes[0].set_title(f"and recovers {mean} in the median firing", fontsize=11, loc="left")
+    axes[0].set_title(f"A feature recovers {mean} in the median (their mean)", fontsize=11, loc="left")
     return figure

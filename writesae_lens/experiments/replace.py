@@ -1,4 +1,4 @@
-"""Replacement test (paper, experiment 1): can an atom take a native write's place?"""
+"""Replacement test (paper, experiment 1): how well does an SAE's stand-in take a native write's place?"""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.experiments.stand_ins import Untrained, untrained
+from writesae_lens.experiments.stand_ins import TITLES, Untrained, untrained
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, KL_FLOOR, RANDOM, new_figure
 from writesae_lens.saes.rank1 import Factors
 
-# Of these later KLs say nothing new.
+# Conditions of the win rate at matched norm and of the chain's ceiling, which are for the own position only.
 _OWN_ONLY = ("native_random", "atom_matched")
 
 
 @experiment(
     "replace",
     paper=1,
-    question="Can atoms take the place of native writes?",
+    question="How well do an SAE's stand-ins take the place of native writes?",
     row="a firing",
     table=(
         "median_recovered",
@@ -87,7 +87,7 @@ def replacement_test(
     progress_folder: str | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
-    """At each firing, put the stand-in, nothing, or something random in the native write's place.
+    """At each firing, replace the native write by the SAE's stand-in, by nothing, and by a random matrix.
 
     Each condition changes one write (or update, see ``replaces``) of one cell at one position; its score
     is the KL divergence between the next-token distributions with and without the change, at that position
@@ -98,7 +98,7 @@ def replacement_test(
     chain* is stand-in < delete < random. Every KL equals that of a full forward pass with hooks on
     ``hook_write`` and ``hook_erase``.
 
-    The baselines are stand-ins that nobody trained, tested at the same firings: a lookup among as many
+    The baselines are untrained stand-ins, tested at the same firings: a lookup among as many
     training writes as the SAE has features, and the native write with its key or its value at the training
     writes' mean (`writesae_lens.experiments.stand_ins`). No SAE of this package chooses among its active
     features by the output, so the control of such a rule (the same rule over random atoms) is not among them.
@@ -125,7 +125,8 @@ def replacement_test(
             still happens, or the whole update, erase and write (they differ where an architecture erases;
             an atom trained on writes cannot stand in for the erase).
         max_firings: test a random choice of this many firings (None: all).
-        max_firings_per_atom: test a random choice of this many firings of each atom (None: all).
+        max_firings_per_atom: test a random choice of this many firings of each atom, or of each dominant
+            value code (None: all).
         skip_positions: leave out the first positions of every passage.
         context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
         train_tokens: passages or a text whose writes the baselines are made from (None: the training part of
@@ -144,7 +145,9 @@ def replacement_test(
         (``_both``): recovered, median_recovered and win_rate with 95% intervals over passages (``_ci``), the
         same of each baseline in the list ``baselines``; win_rate_matched_norm, strict_chain_rate,
         chain_ceiling (the exact native write in place) and chain_over_ceiling, own_share (median share of the
-        own position in what a deletion does), n_at_floor, n_without_horizon; the guards bits,
+        own position in what a deletion does), n_at_floor, n_without_horizon, coverage (share of all positions
+        at which the SAE fires: figures of firings alone can be raised by firing where it is easy); the guards
+        bits,
         free_dimensions, seen_share, nearest_train_cosine and n_features_active
         (`writesae_lens.experiments.features.guards`); medians of KLs, cosine and write norm over all firings.
 
@@ -173,21 +176,15 @@ def replacement_test(
     summary = measures.summarize(records, seed) | {
         "n_atoms_never_dominant": sae.cfg.d_sae - _n_dominant(firings),
         "n_without_horizon": sum(int((f.position > last).sum()) for f in firings),
+        "coverage": sum(len(f.position) for f in firings) / passages.numel(),
         **guards.summary(source.train if source else None),
     }
     result = run.result(records, summary, measures.headline(summary, horizon))
-    # What the baselines reach stands in the place of the option of that name.
+    # `Run.result` writes the option ``baselines`` (True or False) over the list of their figures.
     result.summary["baselines"] = summary["baselines"]
     return result
 
 
-TITLES = {
-    "lookup": "untrained lookup",
-    "mean_key": "mean key, native value",
-    "mean_value": "native key, mean value",
-    "random": "random control",
-}
-"""The baselines' names in figures."""
 _PLACES = {"": "At the write's own token", "_later": "Over the next {} tokens", "_both": "Both together"}
 
 
@@ -204,7 +201,7 @@ class _How(NamedTuple):
 def _check_any_kept(
     firings: list[Firings], kept: list[Tensor], passages: Int[Tensor, "passage pos"], horizon: int
 ) -> None:
-    """Refuse a test of nothing.
+    """Refuse passages that leave no firing to test.
 
     Raises:
         WriteSAEError: the passages are too short for the horizon, or there is no firing to test.
@@ -329,11 +326,11 @@ def _conditions(
 
 @figure("replace")
 def plot_recovered(result: ExperimentResult) -> Figure:
-    """What the dictionary recovers beside its baselines: medians with their intervals, and sums."""
+    """What the SAE's stand-ins recover beside their baselines: medians with intervals, and pooled."""
     summary = result.summary
     panels = [when for when in measures.WHEN if summary.get(f"median_recovered{when}") is not None] or [""]
     rows = [summary, *(summary.get("baselines") or [])]
-    names = [TITLES.get(row.get("name", ""), "the dictionary") for row in rows]
+    names = [TITLES.get(row.get("name", ""), "this SAE") for row in rows]
     figure, axes = new_figure(2.2 + 3.2 * len(panels), 1.3 + 0.42 * len(rows), len(panels))
     for axis, when in zip(axes, panels, strict=True):
         for place, row in enumerate(reversed(rows)):
@@ -355,20 +352,22 @@ def plot_recovered(result: ExperimentResult) -> Figure:
         axis.set_xlabel("share of the deletion's KL that is avoided")
         axis.set_title(_PLACES[when].format(summary.get("horizon")), fontsize=11, loc="left")
         axis.set_yticks(range(len(rows)), names[::-1] if axis is axes[0] else [""] * len(rows))
-    figure.suptitle("dot: median and its 95% interval; stroke: of the sums", fontsize=9, x=0.99, ha="right")
+    figure.suptitle(
+        "dot: median and its 95% interval; stroke: pooled over firings", fontsize=9, x=0.99, ha="right"
+    )
     return figure
 
 
 @figure("replace", stem="replace_kls")
 def plot_replacement(result: ExperimentResult) -> Figure:
-    """The paper's figure 3: KL of atom against deletion with y = x, and the density of their log ratio."""
+    """The paper's figure 3: KL of stand-in against deletion, and the density of the log of their ratio."""
     records, summary = result.records, result.summary
     atom, delete, other = (
         records[f"kl_{n}"].to_numpy().clip(min=KL_FLOOR) for n in ("atom", "delete", "random")
     )
     figure, (scatter, density) = new_figure(10.0, 4.4, 2)
     wins, moves = (records.kl_atom < records.kl_delete).to_numpy(), swaps.above_floor(records)
-    groups = [(wins & moves, ATOM, "atom nearer"), (~wins & moves, DELETE, "deletion nearer")]
+    groups = [(wins & moves, ATOM, "stand-in nearer"), (~wins & moves, DELETE, "deletion nearer")]
     groups += [(~moves, RANDOM, "deletion at the floor")] if not moves.all() else []
     for mask, color, label in groups:
         scatter.scatter(
@@ -380,14 +379,14 @@ def plot_replacement(result: ExperimentResult) -> Figure:
     scatter.plot(ends, ends, color=INK, lw=1, ls="--")
     scatter.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     scatter.set_xlabel("KL, write deleted (nats)")
-    scatter.set_ylabel("KL, atom in its place (nats)")
-    title = f"The atom wins at {statistics.share(summary['win_rate'])} of {moves.sum():,} firings"
+    scatter.set_ylabel("KL, stand-in in its place (nats)")
+    title = f"The stand-in wins at {statistics.share(summary['win_rate'])} of {moves.sum():,} firings"
     interval = statistics.between(summary["win_rate_ci"], ".1%")
     scatter.set_title(f"{title}\n95% interval{interval or ': none'}", fontsize=11, loc="left")
     scatter.legend(frameon=False, fontsize=9, loc="upper left")
 
     for values, color, label in (
-        (np.log10(atom / delete), ATOM, "atom / delete"),
+        (np.log10(atom / delete), ATOM, "stand-in / delete"),
         (np.log10(other / delete), RANDOM, "random / delete"),
     ):
         low, high = np.quantile(values, [0.002, 0.998])
@@ -411,7 +410,7 @@ def plot_replacement(result: ExperimentResult) -> Figure:
 
 @figure("replace", stem="replace_by_effect")
 def plot_replacement_by_effect(result: ExperimentResult) -> Figure:
-    """Where the atom fails: win rate by quartile of the deletion's effect, and by cosine to the write."""
+    """Where the stand-in fails: win rate by quartile of the deletion's effect, and by cosine to the write."""
     records, summary = result.records.loc[swaps.above_floor(result.records)], result.summary
     wins = (records.kl_atom < records.kl_delete).to_numpy()
     figure, (effect, cosine) = new_figure(10.0, 3.6, 2)
@@ -427,7 +426,7 @@ def plot_replacement_by_effect(result: ExperimentResult) -> Figure:
     bins = [b for b in np.array_split(order, max(1, min(10, len(order)))) if len(b)]
     centers = [records.cosine.to_numpy()[b].mean() for b in bins]
     cosine.plot(centers, [wins[b].mean() for b in bins], "o-", color=ATOM, lw=1.5)
-    cosine.set_xlabel("cosine of the atom to the native write (tenths of the firings)")
+    cosine.set_xlabel("cosine of the stand-in to the native write (tenths of the firings)")
     cosine.set_title("Win rate by alignment", fontsize=11, loc="left")
     for axis in (effect, cosine):
         axis.set_ylim(0, 1.05)

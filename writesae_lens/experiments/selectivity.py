@@ -18,8 +18,8 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.features.sides import draw_contents, randomized
-from writesae_lens.experiments.firings import activity, atom_factors, is_codes
+from writesae_lens.experiments.features.sides import NAMES, randomized
+from writesae_lens.experiments.firings import activity, atom_factors, draw_atoms, is_codes
 from writesae_lens.experiments.options import Bound, Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import native_writes
@@ -90,7 +90,8 @@ def selectivity(
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     top_k = min(top_k, model.cfg.d_vocab)
     rng = torch.Generator().manual_seed(seed)
-    chosen = draw_contents([activity(model, sae, site, p) for p in passages], passages, n_atoms, rng)
+    active = [activity(model, sae, site, p) for p in passages]
+    chosen = draw_atoms(active, passages, n_atoms, rng, with_key_codes=False)
     device = passages.device
     atoms = atom_factors(sae, chosen.to(device), site.cell.d_k, site.cell.d_v)
     others = randomized(sae, chosen, atoms, rng)
@@ -108,7 +109,7 @@ def selectivity(
     summary = _summarize(records, top_k, seed) | {"chance_overlap": top_k / model.cfg.d_vocab}
     own, other = summary["own_overlap_atom"], summary["other_overlap_atom"]
     random = statistics.share(summary["own_overlap_random"])
-    what = "value code" if is_codes(sae) else "atom"
+    what = NAMES["value" if is_codes(sae) else "atom"]
     headline = (
         f"no {what} at two positions"
         if own is None
@@ -209,6 +210,6 @@ def plot_selectivity(result: ExperimentResult) -> Figure:
     axis.set_xticks([0, 1], ["same matrix,\nother position", "other matrix,\nsame position"])
     axis.set_ylabel(f"shared part of the {summary['top_k']} tokens moved most")
     axis.margins(y=0.3)
-    axis.set_title("Are the tokens that an atom moves its own?", fontsize=11, loc="left")
+    axis.set_title("Does a feature move tokens of its own?", fontsize=11, loc="left")
     axis.legend(frameon=False, fontsize=9)
     return figure

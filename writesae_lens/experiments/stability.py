@@ -20,7 +20,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.features.sides import features_by_side
+from writesae_lens.experiments.features.sides import PLURALS, features_by_side
 from writesae_lens.experiments.firings import activity, check_any_fires
 from writesae_lens.experiments.options import Count, Seed
 from writesae_lens.experiments.passages import find_passages
@@ -289,7 +289,7 @@ def _headline(table: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
             ]
             for of, some in found.items()
         }
-        what = "features" if side == "atom" else f"{side} codes"
+        what = PLURALS[side]
         parts.append(
             f"{what} with a partner above 0.7: {shares[kind][0]}, above 0.9: {shares[kind][1]} "
             f"(two lookups {shares[LOOKUP][0]} and {shares[LOOKUP][1]}, random {shares[NOISE][0]})"
@@ -322,7 +322,6 @@ def plot_stability(result: ExperimentResult) -> Figure:
         axis.set(xlim=(-0.02, 1.02), ylim=(0, 1.02))
         axis.set_xlabel("cosine of the partners")
         axis.set_ylabel("share of features above")
-        title = "Atoms" if side == "atom" else f"{side.capitalize()} codes"
-        axis.set_title(f"{title} that are found again", fontsize=11, loc="left")
+        axis.set_title(f"{PLURALS[side].capitalize()} with a partner elsewhere", fontsize=11, loc="left")
         axis.legend(frameon=False, fontsize=9)
     return figure

@@ -1,8 +1,8 @@
-"""Stand-ins that nobody trained: what a dictionary must beat, made from writes of the training text.
+"""Untrained stand-ins: baselines that a dictionary must beat, made from writes of the training text.
 
 - ``lookup``: the most similar of as many training writes as the dictionary has features, at its projection;
 - ``mean_key``: the native value at the training writes' mean key, ``mean_value``: the native key at their
-  mean value; each is the native write projected onto the mean side, so that neither is worse than it must be.
+  mean value; each is the native write projected onto that side's mean direction, so its size fits best.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from writesae_lens.saes.sae import WriteSAE
 
 UNTRAINED = ("lookup", "mean_key", "mean_value")
 """Names of the stand-ins that `Untrained.of` makes."""
-# Training writes that are read at least, and characters that surely hold a token.
+TITLES = {
+    "lookup": "untrained lookup",
+    "mean_key": "mean key × native value",
+    "mean_value": "native key × mean value",
+    "random": "random control",
+}
+"""The baselines' names in figures, tables and headlines."""
+# The least number of training writes to read, and the characters of text for each: tokens are shorter.
 _LEAST_WRITES, _CHARACTERS = 2048, 8
 
 

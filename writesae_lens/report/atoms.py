@@ -146,7 +146,7 @@ def _readers(
     if int(often.sum()) < count:
         often = torch.ones_like(often)
     size, best = share[often].T.topk(min(count, int(often.sum())), dim=1)
-    missing = count - size.shape[1]  # a text of very few tokens: the last one is said again
+    missing = count - size.shape[1]  # a text of very few tokens: the last one is repeated
     best, size = (torch.cat([x, x[:, -1:].expand(-1, missing)], dim=1) for x in (best, size))
     return ids[often][best], size
 

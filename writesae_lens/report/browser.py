@@ -12,9 +12,10 @@ import pandas as pd
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from writesae_lens.experiments.features.sides import firings_by_feature
 from writesae_lens.figures import KL_FLOOR
 from writesae_lens.report.atoms import Profiles
-from writesae_lens.report.columns import Column, by_feature
+from writesae_lens.report.columns import Column
 from writesae_lens.report.effects import Effects
 
 # The distributions on an atom's page are drawn from at most so many of its firings.
@@ -78,7 +79,7 @@ def browser_data(
         "near": profiles.neighbours.tolist(),
         "cosines": _numbers(profiles.cosines, 3),
         "contexts": _contexts_by_atom(contexts),
-        "firings": _firings_by_atom(by_feature(replacement)),
+        "firings": _firings_by_atom(firings_by_feature(replacement)),
         "distances": [] if met is None else [int(x) for x in met.columns],
         "met": {} if met is None else {int(code): np.round(row, 3).tolist() for code, row in _known(met)},
     }

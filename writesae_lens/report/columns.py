@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from writesae_lens.experiments.features.sides import firings_by_feature
 from writesae_lens.experiments.swaps import above_floor
 from writesae_lens.report.atoms import Profiles
 
@@ -139,13 +140,6 @@ def columns_of(partition: pd.DataFrame) -> tuple[Column, ...]:
     return (COLUMNS[0], _SIDE, *COLUMNS[1:]) if of_codes else COLUMNS
 
 
-def by_feature(replacement: pd.DataFrame) -> pd.DataFrame:
-    """Records of the replacement test, one row a firing and dominant feature: codes have two a firing."""
-    keys = replacement["key_code"] if "key_code" in replacement else pd.Series(-1, replacement.index)
-    of_keys = replacement.assign(atom=keys)[keys >= 0]
-    return pd.concat([of_keys, replacement], ignore_index=True) if len(of_keys) else replacement
-
-
 def table_of_atoms(
     partition: pd.DataFrame, replacement: pd.DataFrame, contexts: pd.DataFrame, profiles: Profiles
 ) -> pd.DataFrame:
@@ -157,7 +151,7 @@ def table_of_atoms(
         contexts: records of `top_contexts`.
         profiles: of all atoms.
     """
-    tested = by_feature(replacement)
+    tested = firings_by_feature(replacement)
     win = (tested.kl_atom < tested.kl_delete).astype(float)
     recovered, moves = 1 - tested.kl_atom / tested.kl_delete, above_floor(tested)
     # mean() and median() leave out what is missing

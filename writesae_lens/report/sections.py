@@ -16,6 +16,7 @@ from writesae_lens.experiments.catalogue import find_experiment
 from writesae_lens.experiments.features.sides import PLURALS
 from writesae_lens.experiments.origin import sentence
 from writesae_lens.experiments.result import ExperimentResult, read_table
+from writesae_lens.experiments.stand_ins import TITLES
 from writesae_lens.saelens import history
 
 # Win rates of the paper by architecture, and the models that they were measured on.
@@ -23,12 +24,6 @@ PAPER_WIN_RATES = {
     "gated_delta_net": (0.924, "Qwen3.5-0.8B"),
     "mamba2": (0.881, "Mamba-2-370M"),
     "rwkv7": (0.453, "RWKV-7-1.5B"),
-}
-STAND_INS = {
-    "lookup": "untrained lookup",
-    "mean_key": "mean key × native value",
-    "mean_value": "native key × mean value",
-    "random": "random control",
 }
 # Longer values of a summary, such as lists by token, are left to its summary.json.
 _LONGEST_VALUE = 200
@@ -60,7 +55,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
         answer += f", over the next {summary['horizon']} tokens {later:.1%}{between}"
     between = statistics.between(summary["win_rate_ci"], ".1%")
     answer += (
-        f"; by sum {statistics.share(summary['recovered'])}. Stand-ins, also small ones, do less harm than "
+        f"; pooled {statistics.share(summary['recovered'])}. Stand-ins, also small ones, do less harm than "
         f"the deletion at {statistics.share(summary['win_rate'])} of firings{between}"
     )
     if summary["architecture"] in PAPER_WIN_RATES:
@@ -80,18 +75,18 @@ def standings(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     figures = [
         (f"{name}{when}", f"{label}{where}")
         for when, where in (("", ""), ("_later", ", later"), ("_both", ", both"))
-        for name, label in (("median_recovered", "median recovered"), ("recovered", "by sum"),
+        for name, label in (("median_recovered", "median recovered"), ("recovered", "pooled"),
                             ("win_rate", "wins"))
         if summary.get(f"{name}{when}") is not None
     ]  # fmt: skip
-    rows = {"this SAE": summary, **{STAND_INS.get(n, n): row for n, row in _baselines(summary).items()}}
+    rows = {"this SAE": summary, **{TITLES.get(n, n): row for n, row in _baselines(summary).items()}}
     table = [[name, *(statistics.share(row.get(key)) for key, _ in figures)] for name, row in rows.items()]
     return ["stand-in", *(label for _, label in figures)], table
 
 
 def guards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the stand-ins cost, and what else the figures need beside them; only what the result has."""
-    said = [
+    """Values and labels of the guards and of figures that qualify the others, where the result has them."""
+    labels = [
         ("bits", "{:.1f}", "bits a write to name the features that are used (without their coefficients)"),
         ("free_dimensions", "{:.1f}", "free dimensions of the stand-in around a write"),
         ("n_features_active", "{:,}", "features active somewhere in this text"),
@@ -104,7 +99,7 @@ def guards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("n_at_floor", "{:,}", "firings left out, their deletion being at the floor of rounding"),
         ("n_without_horizon", "{:,}", "firings left out, too near to the end of their passage"),
     ]
-    return [(form.format(summary[key]), label) for key, form, label in said if summary.get(key) is not None]
+    return [(form.format(summary[key]), label) for key, form, label in labels if summary.get(key) is not None]
 
 
 def main_numbers(replacement: Mapping[str, Any], partition: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -69,7 +69,7 @@ def estimate(
         f"base model {source}: {n_parameters / 1e6:,.1f} M parameters; cell layer {paper.layer}, "
         f"{'all heads' if paper.head is None else f'head {paper.head}'} of the paper, {d_k} x {d_v}\n"
         f"dictionary: {_features(cfg)}, {n_sae / 1e6:,.2f} M parameters "
-        f"(a flat one of as many atoms: {2 * cfg.d_sae * d_k * d_v / 1e6:,.0f} M)\n"
+        f"(a flat SAE of as many features: {2 * cfg.d_sae * d_k * d_v / 1e6:,.0f} M)\n"
         f"training: {tokens:,} tokens; experiments: about {tested:,} tokens of forward passes\n"
         f"memory: {gib:,.2f} GiB for parameters and optimiser; activations come on top\n"
         f"time: about {operations / flops / 60:,.1f} minutes on {machine} ({operations / 1e15:,.2f} PFLOP)"

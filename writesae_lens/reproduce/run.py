@@ -36,16 +36,15 @@ N_DOCUMENTS = 6000
 _NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 Recipe = Literal["recommended", "paper"]
 VARIANTS = {
-    "recommended": "Ours: codes of writes, the formula with the network's own derivative and no fitted "
-    "number, and, for installs alone, directions by the derivative; the paper's figures are of SAEs on "
-    "states, the fitted gate product and installs along the unembedding. The sign test follows the "
-    "unembedding in both.",
-    "paper": "Both: SAEs on states, the fitted gate product, the unembedding's directions.",
+    "recommended": "This run: codes of writes, the formula with the network's own derivative and no fitted "
+    "number, installs along the derivative. The paper: SAEs on states, the fitted gate product, installs "
+    "along the unembedding. The sign test follows the unembedding in both.",
+    "paper": "This run and the paper: SAEs on states, the fitted gate product, the unembedding's directions.",
 }
 NOTE = (
-    "What a stand-in recovers, at its own position and over the next {horizon} tokens (_later; _both "
-    "together), stands first, and beside it the untrained stand-ins of the same firings (baselines): the "
-    "paper has no such figures."
+    "First what stand-ins recover at their own position, over the next {horizon} tokens (_later) and both "
+    "together (_both), beside untrained stand-ins at the same firings (baselines); the paper has no such "
+    "figures."
 )
 # Options of an experiment with every recipe: the paper tests a write's own position only.
 OPTIONS: dict[str, dict[str, int]] = {"replace": {"horizon": 32, "max_firings": 1024}}
@@ -112,7 +111,7 @@ def reproduce(
         name: of `CONFIGS`.
         out: folder for the SAE, a folder for each experiment, table.csv and table.md.
         model_name: another model in the base model's place; a shipped one brings its own text, and its
-            best cell where it does not have the paper's.
+            default cell where it does not have the paper's.
         recipe: ``paper`` trains on states with the paper's recipe and uses its formula and direction;
             ``recommended`` is this package's: codes of writes.
         training_tokens: (None: the paper's; on shipped models 350,000).
@@ -163,7 +162,7 @@ def training_config(recipe: Recipe) -> Callable[..., WriteSAETrainingConfig]:
 
 
 def find_cells(model: HookedRecurrent, model_name: str, paper: Paper) -> list[Cell]:
-    """The paper's cell, or all of its layer; a shipped model without it has its best cell, or that layer."""
+    """The paper's cell, or all of its layer; of a shipped model without it the default cell, or its layer."""
     layer, head = paper.layer, paper.head
     if model_name in zoo.SHIPPED and not any((c.layer, c.head) == (layer, head or 0) for c in model.cells):
         layer, best = zoo.DEFAULT_CELLS[model_name]

@@ -26,9 +26,6 @@ from writesae_lens.saes.rank1 import (
 from writesae_lens.saes.sae import MatrixSAE
 from writesae_lens.saes.whole import save_whole
 
-# Inputs whose cosine is above this count as one start: equal atoms would fire together.
-_SAME = 0.999
-
 
 class WriteTrainingSAE(MatrixSAE, TrainingSAE[Any]):  # type: ignore[misc]
     """A WriteSAE in training.

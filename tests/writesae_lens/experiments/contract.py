@@ -317,7 +317,7 @@ def check_nothing_fires(subject: Subject) -> None:
     """An SAE of which no atom is ever active is refused, or does not matter."""
     result = outcome(subject, sae=silenced(make_sae(subject.model)))
     if isinstance(result, str):
-        assert re.search(r"no atom fires in 2 passages of 20 tokens|at no position all of them", result)
+        assert re.search(r"nothing fires in 2 passages of 20 tokens|at no position all of them", result)
     else:
         strict_json(result.save(subject.folder / "silent"))
 

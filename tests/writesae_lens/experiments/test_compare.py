@@ -304,7 +304,7 @@ def test_saes_that_cannot_be_compared_are_refused(gdn, passages):
         ({"a": sae, "delete": make(gdn, seed=1)}, {}, "delete are reserved names"),
         ({"lookup": sae}, {}, "lookup are reserved names"),
         ({"a": sae}, {"horizon": 20}, "no firing that is tested has horizon=20 tokens after it"),
-        ({"a": sae, "b": silenced(make(gdn, seed=1))}, {}, "no atom fires"),
+        ({"a": sae, "b": silenced(make(gdn, seed=1))}, {}, "nothing fires"),
         ({"a": sae}, {"skip_positions": 20}, "left none"),
     ):
         with pytest.raises(WriteSAEError, match=message):

@@ -126,7 +126,7 @@ def test_a_passage_in_which_nothing_is_active(gdn, passages, tmp_path):
 
 def test_where_no_atom_fires_the_error_is_the_same_after_a_resume(gdn, passages, tmp_path):
     for _ in range(2):
-        with pytest.raises(WriteSAEError, match="no atom fires in 2 passages of 20 tokens"):
+        with pytest.raises(WriteSAEError, match="nothing fires in 2 passages of 20 tokens"):
             top_contexts(gdn, silenced(make_sae(gdn)), passages, progress_folder=str(tmp_path), verbose=False)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.writesae_lens.experiments.truth import atoms_of, encoded, make_sae, silenced, writes
+from tests.writesae_lens.experiments.truth import atoms_of, encoded, make_codes, make_sae, silenced, writes
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import stability
 
@@ -98,6 +98,53 @@ def test_lookups_are_writes_of_the_text_drawn_once(gdn, passages):
     assert result.summary["lookup_median_cosine"] == pytest.approx(pairs.cosine.median())
 
 
+def test_codes_are_matched_side_by_side_whatever_signs_each_sae_sees(gdn, passages):
+    """The same codes in another order, twice as long, of an SAE that sees every write as (-k)(-v)^T."""
+    one, other = make_codes(gdn, k_key=3, k_value=3), make_codes(gdn, seed=1, k_key=3, k_value=3)
+    generator = torch.Generator().manual_seed(3)
+    orders = {side: torch.randperm(16, generator=generator) for side in ("key", "value")}
+    with torch.no_grad():
+        for side, order in orders.items():
+            getattr(other, f"sign_{side}").copy_(-getattr(one, f"sign_{side}"))
+            for part in ("dec", "enc"):
+                scale = 2 if part == "dec" else 1
+                getattr(other, f"{part}_{side}")[order] = -scale * getattr(one, f"{part}_{side}")
+    result = stability(gdn, {"one": one, "other": other}, passages, verbose=False)
+    uses = [(encoded(gdn, sae, passages) > 0).sum((0, 1)) for sae in (one, other)]
+    found = result.records[result.records.second == "other"]
+    for side, first in (("key", 0), ("value", 16)):
+        part, order = found[found.side == side], first + orders[side]
+        assert uses[1][order].tolist() == uses[0][first : first + 16].tolist()
+        active = [i for i in range(16) if uses[0][first + i]]
+        assert part.feature.tolist() == [first + i for i in active]
+        assert part.match.tolist() == order[active].tolist()
+        np.testing.assert_allclose(part.cosine, 1, atol=1e-5)
+        assert part.uses.tolist() == part.match_uses.tolist() == uses[0][part.feature.tolist()].tolist()
+    assert {row["side"] for row in result.summary["table"]} == {"key", "value"}
+    assert result.summary["share_above_09"] == 1
+    assert result.summary["random_share_above_09"] == 0
+    assert "value codes with a partner above 0.7: 100.0%" in result.headline
+    with pytest.raises(WriteSAEError, match="b and a have features of different kinds"):
+        stability(gdn, {"a": make_sae(gdn), "b": one}, passages, verbose=False)
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_codes_are_matched_with_the_sides_of_writes_as_they_see_them(gdn, passages, side):
+    """The lookup's directions are unit keys or values, each with the sign that the SAE sees."""
+    sae = make_codes(gdn)
+    result = stability(gdn, [sae], passages, verbose=False)
+    left, _, right = torch.linalg.svd(writes(gdn, passages).flatten(0, 1), full_matrices=False)
+    key, value = left[:, :, 0], right[:, 0]
+    seen = key @ sae.sign_key.double() + value @ sae.sign_value.double()
+    native = torch.where(seen < 0, -1.0, 1.0)[:, None] * (key if side == "key" else value)
+    records, first = result.records, 0 if side == "key" else 16
+    part = records[(records["first"] == "SAE 1") & (records.second == "lookup") & (records.side == side)]
+    cosines = unit_rows(getattr(sae, f"dec_{side}").detach()) @ native.T
+    assert len(part)
+    for row in part.itertuples():
+        assert float((cosines[row.feature - first] - row.cosine).abs().min()) < 1e-5
+
+
 @pytest.mark.usefixtures("without_type_checks")
 def test_saes_that_cannot_be_matched_are_refused(gdn, passages):
     sae = make_sae(gdn)
@@ -105,7 +152,7 @@ def test_saes_that_cannot_be_matched_are_refused(gdn, passages):
         ({}, "no SAEs to match"),
         ({"a": sae, "b": make_sae(gdn, head=1)}, "^b belong to another cell"),
         ({"a": sae, "lookup": make_sae(gdn, seed=1)}, "lookup are reserved names"),
-        ({"a": sae, "b": silenced(make_sae(gdn, seed=1))}, "no atom fires"),
+        ({"a": sae, "b": silenced(make_sae(gdn, seed=1))}, "nothing fires"),
         (sae, "saes must be a list of SAEs or a dict of names and SAEs, got a WriteSAE"),
     ):
         with pytest.raises(WriteSAEError, match=message):

@@ -282,7 +282,7 @@ def test_the_words_of_a_verdict():
     no = RATES | {"median_recovered": -0.2, "median_recovered_ci": [-0.3, -0.1]}
     assert verdict(no) == (
         "No: at most firings deleting the write does less harm than the stand-in. Recovered in the median at "
-        "the write's own position -20.0% (-30.0% to -10.0%); by sum 30.0%. Stand-ins, also small ones, do "
+        "the write's own position -20.0% (-30.0% to -10.0%); pooled 30.0%. Stand-ins, also small ones, do "
         "less harm than the deletion at 21.9% of firings (15.6% to 28.1%); this is the paper's measure, and "
         "88.1% there on Mamba-2-370M."
     )
@@ -295,7 +295,7 @@ def test_the_words_of_a_verdict():
     lookup = {"baselines": [{"name": "lookup", "median_recovered": 0.6}]}
     assert verdict(one_passage | lookup).startswith("No more than an untrained lookup: ")
     later = {"median_recovered_later": 0.25, "horizon": 32}
-    assert "50.0%, over the next 32 tokens 25.0%; by sum" in verdict(one_passage | later)
+    assert "50.0%, over the next 32 tokens 25.0%; pooled" in verdict(one_passage | later)
     # Of an architecture that the paper does not have, nothing is said of the paper.
     assert "paper" not in verdict(one_passage | {"architecture": "kda"})
     assert verdict(RATES | {"median_recovered": None}).startswith("No answer")

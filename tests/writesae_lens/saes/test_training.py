@@ -488,7 +488,7 @@ BASE = {"d_k": D_K, "d_v": D_V, "d_sae": 16, "k": 2}
     ("options", "message"),
     [
         ({"k": 0}, "1 <= k <= d_sae"),
-        ({"k": 17}, "k=17 atoms cannot be active out of d_sae=16"),
+        ({"k": 17}, "k=17 features cannot be active out of d_sae=16"),
         ({"rank": 0}, "must be positive"),
         ({"d_k": -1}, "must be positive"),
         ({"d_sae": 0}, "must be positive"),

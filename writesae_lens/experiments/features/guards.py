@@ -1,8 +1,8 @@
-"""Guards: what a dictionary spends on its stand-ins, and whether it only repeats the writes of its training.
+"""Guards: figures that tell a dictionary from a copy of its input, to be read beside what is recovered.
 
-A stand-in can be near to every write and mean nothing: a copy of the write is. These figures stand beside
-what is recovered, so that a dictionary cannot buy it by many bits a write, by free numbers, by features that
-are used once, or by writes that it has seen.
+A copy of the write recovers everything and explains nothing. So each result also gives how many bits a write
+the features take, how many free dimensions a stand-in has, how much of the use is of features that the text
+uses rarely, and how near the tested writes are to training writes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from writesae_lens.experiments.features.sides import features_by_side
 from writesae_lens.saes.rank1 import Factors, overlaps
 
 SEEN_OFTEN = 5
-"""A feature with fewer uses than this in a text is rare there."""
+"""A feature with fewer uses than this in a text counts as rarely used (`seen_share`)."""
 # Cosines of writes to training writes that are computed at once: bounds memory.
 _COSINES = 2**26
 

@@ -17,7 +17,7 @@ from hooked_models.recordings import later_reads_of_head
 from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite, unembedding_directions
 
 DISTANCES = (0, 1, 2, 4, 8, 16, 32)
-"""Tokens from a write to the reads that are looked at; 0 is the write's own token."""
+"""Distances, in tokens, from a write to the reads that are measured; 0 is the write's own token."""
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def reads_met(
 
 
 def met_by_distance(met: pd.DataFrame) -> pd.DataFrame:
-    """For how long each key code is read: the share of its squared meetings at each distance.
+    """For how long each key code is read: the share of <read, code>^2 at each distance.
 
     Args:
         met: rows of `reads_met`, of any number of passages.

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor, nn
 
 from writesae_lens.experiments import swaps
-from writesae_lens.experiments.firings import Activity, check_any_fires, is_codes
+from writesae_lens.experiments.firings import is_codes
 from writesae_lens.saes.codes import split
 from writesae_lens.saes.rank1 import Factors
 
-PLURALS = {"atom": "atoms", "key": "key codes", "value": "value codes"}
+NAMES = {"atom": "atom", "key": "key code", "value": "value code"}
+"""How headlines and figures call one feature of each side."""
+PLURALS = {side: f"{name}s" for side, name in NAMES.items()}
 
 
 def features_by_side(sae: SAE[Any]) -> dict[str, range]:
@@ -41,7 +43,7 @@ def side_cosines(
 ) -> Float[Tensor, " firing"]:
     """Cosines of codes with their own side of the writes that they take part in, signs as the codes see them.
 
-    A write k v^T is also (-k) (-v)^T; which of the two the codes see, `saes.codes.split` says.
+    A write k v^T is also (-k) (-v)^T; `saes.codes.split` decides between the two, as in the encoder.
 
     Args:
         sae: an SAE of codes.
@@ -60,26 +62,23 @@ def side_cosines(
     )
 
 
-def draw_contents(
-    activities: Sequence[Activity],
-    passages: Int[Tensor, "passage pos"],
-    n_atoms: int,
-    rng: torch.Generator,
-) -> Int[Tensor, " atom"]:
-    """A random choice of the atoms, or of the value codes, that fire (all, where there are fewer), sorted.
+def firings_by_feature(records: pd.DataFrame) -> pd.DataFrame:
+    """A row for each feature that a firing counts for: its atom, or its dominant key and value code.
 
-    Raises:
-        WriteSAEError: nothing fires.
+    Args:
+        records: of the replacement test (those of earlier versions have no ``key_code``: they are of atoms).
+
+    Returns:
+        the rows, with the feature's number as ``atom`` and its ``side``; of codes two for each firing.
     """
-    found = torch.cat([x.dominant for x in activities])
-    found = found[found >= 0]
-    check_any_fires(len(found), len(found), passages)
-    alive = found.unique().cpu()
-    return alive[torch.randperm(len(alive), generator=rng)[:n_atoms]].sort().values
+    if "key_code" not in records or not (records.key_code >= 0).any():
+        return records.assign(side="atom")
+    of_keys = records.assign(atom=records.key_code, side="key")
+    return pd.concat([of_keys, records.assign(side="value")], ignore_index=True)
 
 
 def randomized(sae: SAE[Any], features: Int[Tensor, " write"], own: Factors, rng: torch.Generator) -> Factors:
-    """A random matrix for each of some features' matrices, of the same norm: what else could stand there.
+    """The random control of some features: for each of their matrices a random one of the same norm.
 
     For an atom a Gaussian rank-1 matrix; for a code a Gaussian vector in its place, with the other side as
     it is (a matrix that is random on both sides would hardly be read, and be no control of the code).
