@@ -317,7 +317,7 @@ def report(
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Write one self-contained HTML page: overview, results, and a browser of all atoms.
+    """Write one self-contained HTML page: overview, results, and a browser of all atoms or codes.
 
     The replacement test, the partition and the top contexts are run if they are not among the results given.
     """

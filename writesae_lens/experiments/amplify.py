@@ -35,7 +35,7 @@ STATISTICS = ("newlines_per_400", "distinct_tokens", "repeated_4grams", "charact
 @experiment(
     "amplify",
     paper=9,
-    question="How does a continuation change when an atom is written at every token?",
+    question="How does a continuation change when a feature is written at every token?",
     row="a continuation",
     table=("by_condition.native.newlines_per_400", "by_condition.10x.newlines_per_400"),
     max_passages=16,

@@ -33,7 +33,7 @@ from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.replace import thin
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.experiments.stand_ins import UNTRAINED, Untrained, untrained
+from writesae_lens.experiments.stand_ins import TITLES, UNTRAINED, Untrained, untrained
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, KL_FLOOR, RANDOM, new_figure
 
@@ -68,9 +68,9 @@ def compare(
 ) -> ExperimentResult:
     """The replacement test of several dictionaries of one cell, at the positions where all of them fire.
 
-    Beside them stand stand-ins that nobody trained (`writesae_lens.experiments.stand_ins`) and random
-    controls. Firings whose deletion is at the floor of rounding (see `replacement_test`) are counted and left
-    out of every figure.
+    Beside them are untrained stand-ins (`writesae_lens.experiments.stand_ins`) and random controls. Firings
+    whose deletion is at the floor of rounding (see `replacement_test`) are counted and left out of every
+    figure.
 
     Args:
         model: the model that the SAEs were trained on.
@@ -235,7 +235,7 @@ def _test(
 
 
 def _about(firings: Firings | None, first: Firings) -> dict[str, Tensor]:
-    """The features and coefficient of an SAE's firings; of other stand-ins that there are none."""
+    """The features and coefficient of an SAE's firings; for other stand-ins -1 and NaN."""
     nothing = torch.full_like(first.atom, NO_ATOM)
     if firings is None:
         missing = torch.full_like(first.coefficient, float("nan"))
@@ -251,7 +251,7 @@ def _frame(columns: Mapping[str, Tensor]) -> pd.DataFrame:
 
 
 def _in_order(records: pd.DataFrame) -> pd.DataFrame:
-    """What was replaced by what, then the KLs."""
+    """The records with the firing and its stand-in in the first columns, then the KLs."""
     first = ["position", "token", "name", "atom", "key_code", "coefficient", "cosine"]
     return records[[*first, *sorted(set(records) - set(first))]]
 
@@ -300,7 +300,7 @@ def _headline(summary: Mapping[str, Any], saes: list[str]) -> str:
     later = any(row["median_recovered_both"] is not None for row in summary["table"])
     when = "_both" if later else ""
     recovered = ", ".join(
-        f"{name.replace('_', ' ')} {statistics.share(rows[name][f'median_recovered{when}'])}"
+        f"{TITLES.get(name, name)} {statistics.share(rows[name][f'median_recovered{when}'])}"
         for name in (*saes, *UNTRAINED)
         if name in rows
     )

@@ -40,7 +40,7 @@ _N_PROMOTED = 5
 @experiment(
     "contexts",
     paper=11,
-    question="In which contexts is each atom most active?",
+    question="In which contexts is each feature most active?",
     row="an atom and position",
     table=("n_atoms_active", "token_purity"),
     max_passages=64,

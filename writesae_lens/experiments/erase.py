@@ -46,7 +46,7 @@ _COLUMNS = (
 @experiment(
     "erase",
     paper=5,
-    question="What does the token that an atom promotes lose when the atom is taken out of the writes?",
+    question="What does the token that a feature promotes lose when it is taken out of the writes?",
     row="a position, condition and dose",
     table=("median_delta_logp_firing", "median_delta_logp_elsewhere", "median_delta_logp_random"),
     max_passages=64,

@@ -44,7 +44,7 @@ EPSILONS = (0.1, 0.3, 1.0, 3.0)
 @experiment(
     "formula",
     paper=4,
-    question="Does the logit formula predict how an added atom shifts later logits?",
+    question="Does the logit formula predict how an added feature shifts later logits?",
     row="a prediction: one passage, atom, size, token and horizon",
     table=("median_r2", "median_r2_by_eps.0.1", "median_r2_by_eps.1"),
     max_passages=16,

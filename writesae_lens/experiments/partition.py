@@ -45,7 +45,7 @@ THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 @experiment(
     "partition",
     paper=3,
-    question="Which atoms look like native writes (registers), and which less so (bundles)?",
+    question="Which features look like native writes (registers), and which less so (bundles)?",
     row="an atom of the dictionary",
     table=("n_register", "n_bundle", "n_dead", "delta_bic", "register_median_cosine"),
     max_passages=64,

@@ -33,7 +33,7 @@ from writesae_lens.saes.rank1 import Factors
 @experiment(
     "selectivity",
     paper=11,
-    question="Does an atom move the same tokens everywhere, and other tokens than other atoms do?",
+    question="Does a feature move the same tokens everywhere, and other tokens than other features do?",
     row="a write: one position and matrix",
     table=("own_overlap_atom", "other_overlap_atom"),
 )

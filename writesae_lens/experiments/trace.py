@@ -35,7 +35,7 @@ _ROUNDING = 16 * float(np.finfo(np.float32).eps)
 @experiment(
     "trace",
     paper=11,
-    question="Which heads read an atom's write, and for how long?",
+    question="Which heads read a feature's write, and for how long?",
     row="a passage, write, head and horizon",
     table=("ratio_to_random",),
     max_passages=16,
@@ -65,7 +65,8 @@ def reader_trace(
 
     Args:
         model: the model that the SAE was trained on.
-        sae: any SAE on a cell's writes, or on its states; of atoms of higher rank the leading singular pair.
+        sae: any SAE on a cell's writes, or on its states; of atoms of higher rank the leading singular
+            pair, of codes each with the other side at the cell's mean.
         tokens: passages ``[passage, pos]``, or a text. In each passage t0 is one random position.
         n_atoms: number of atoms, drawn at random among those that fire in the passages.
         magnitude: Frobenius norm of the added matrix, in units of the cell's median native write norm.

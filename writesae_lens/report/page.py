@@ -53,7 +53,7 @@ def make_report(
     seed: int = 0,
     verbose: bool = True,
 ) -> Path:
-    """Write report.html: an overview, every given result, and a browser of all atoms.
+    """Write report.html: an overview, every given result, and a browser of all atoms or codes.
 
     The page is one file that needs no network. The replacement test, the partition and the top contexts are
     run on ``tokens`` if they are not among ``results``, and saved in ``out``/results; an interrupted call
