@@ -19,6 +19,7 @@ from hooked_models import HookedModelError, HookedRecurrent, zoo
 from tests.interruptions.harness import contents
 from tests.writesae_lens.cli.command_line import run
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAETrainingConfig, demo
+from writesae_lens.experiments import stand_ins
 from writesae_lens.experiments.catalogue import EXPERIMENTS
 from writesae_lens.report import page
 from writesae_lens.reproduce import run as run_of_the_paper
@@ -76,6 +77,7 @@ def make_small(patch: pytest.MonkeyPatch) -> None:
     training, testing = zoo.shipped_text()
     short = ([text[:2000] for text in training[:20]], [text[:2000] for text in testing[:2]])
     patch.setattr(zoo, "shipped_text", lambda: short)
+    patch.setattr(stand_ins, "_LEAST_WRITES", 64)
     patch.setattr(demo, "TEST_PASSAGES", 2)
     patch.setattr(demo, "MAX_FIRINGS", 8)
     patch.setitem(run_of_the_paper.OPTIONS, "replace", {"horizon": 4, "max_firings": 8})
