@@ -138,6 +138,22 @@ def test_a_tenth_of_a_dictionary_loses_in_every_headline_measure(in_float32):
     )
 
 
+def test_an_sae_that_fires_rarely_says_so(gdn, passages):
+    sae = make_sae(gdn, activation="jumprelu")
+    with torch.no_grad():
+        sae.activation_fn.log_threshold.fill_(-30.0)
+        strongest = (encoded(gdn, sae, passages) * sae.get_W_dec_norm()).amax(-1)
+        sae.activation_fn.log_threshold.fill_(float(strongest.quantile(0.8).log()))
+        share = float((encoded(gdn, sae, passages) > 0).any(-1).double().mean())
+    result = replacement_test(gdn, sae, passages, baselines=False, verbose=False)
+    assert 0 < share < 0.5
+    assert result.summary["coverage"] == pytest.approx(share)
+    assert f"the SAE fires at {share:.1%} of the positions" in result.headline
+    always = replacement_test(gdn, make_sae(gdn), passages[:1], max_firings=2, baselines=False, verbose=False)
+    assert always.summary["coverage"] == 1
+    assert "fires at" not in always.headline
+
+
 def test_thinning_keeps_a_subset(gdn):
     sae, passages = make_sae(gdn), read_passages(gdn, 3, 40)
     how = {"baselines": False, "verbose": False}
