@@ -35,7 +35,7 @@ OWN = {
     "selectivity": ("--n-atoms", 3),
     "trace": ("--n-atoms", 2),
     "contexts": ("--n-contexts", 2),
-    "compare": ("--max-firings", 10, "--random", "atom"),
+    "compare": ("--max-firings", 10, "--random", "atom", "--no-baselines"),
 }
 
 
@@ -272,7 +272,8 @@ def test_text_that_the_sae_was_trained_on_is_warned_of(sae_folder, tmp_path):
 def test_several_saes_are_compared_by_the_names_given(sae_folder, tmp_path, results):
     os.symlink(sae_folder, tmp_path / "other")
     saes = ("--sae", "other", "--sae", sae_folder)
-    done = run("compare", *saes, "--random", "orthogonal", "--max-firings", 10, *SMALL, cwd=tmp_path)
+    few = (*SMALL, "--max-firings", 10, "--no-baselines")
+    done = run("compare", *saes, "--random", "orthogonal", *few, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = results[0].summary["table"]
     assert [row["name"] for row in table] == ["other", str(sae_folder), "orthogonal", "delete"]

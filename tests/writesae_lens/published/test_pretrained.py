@@ -496,7 +496,7 @@ def test_replace_of_an_sae_of_the_hub(client, hub, tiny, tmp_path):
     for reference in ("user/tiny2:writesae/tiny-gdn/L1_H2", str(tiny), str(tiny.parent)):
         code, out, said = run(client, "replace", "--sae", reference, *options)
         assert code == 0, said
-        assert out.splitlines()[-1].startswith("win rate")
+        assert out.splitlines()[-1].startswith("recovered in the median")
     said = fails(client, "replace", "--sae", str(tiny), *options, "--scale", "huge")
     assert "--scale" in said
     assert "matched_norm" in said
