@@ -94,7 +94,7 @@ def test_the_recommended_recipe_is_the_default(model, tmp_path, monkeypatch, cel
     schedule = RECOMMENDED_SCHEDULE
     assert {name: getattr(runner.cfg, name) for name in schedule} == schedule
     saes = [runner.sae] if len(cells) == 1 else runner.saes.values()
-    assert {(sae.cfg.decoder, sae.cfg.d_sae, sae.cfg.k) for sae in saes} == {("codes", 2048, 16)}
+    assert {(sae.cfg.decoder, sae.cfg.d_sae, sae.cfg.k) for sae in saes} == {("codes", 2048, 32)}
     assert (runner.cfg.context_size, runner.cfg.prepend_bos, runner.cfg.checkpoint_path) == (256, False, None)
     assert not runner.cfg.logger.log_to_wandb
 
