@@ -61,8 +61,8 @@ def population_test(
         tokens: passages ``[passage, pos]``, or a text.
         max_firings_per_atom: firings of an atom to test (None: all).
         min_firings: atoms with fewer tested firings above the floor are counted as too rare and left out.
-        baselines: test the untrained stand-ins too. No figure here is theirs: only a `replacement_test` that
-            reads the same ``progress_folder`` has any use of them.
+        baselines: test the untrained stand-ins too. No figure here is theirs: they are of use only to a
+            `replacement_test` that reads the same ``progress_folder``.
         seed: seed of the thinning, the random matrices, the bootstrap and the mixture.
         progress_folder: keeps finished passages, and resumes from them; `replacement_test` with the same
             settings, ``baselines`` among them, reads the same folder.
