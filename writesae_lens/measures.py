@@ -13,11 +13,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from writesae_lens import statistics
-from writesae_lens.experiments.stand_ins import UNTRAINED
+from writesae_lens.experiments.stand_ins import TITLES, UNTRAINED
 from writesae_lens.experiments.swaps import floor_note
 
 CONDITIONS = ("atom", "delete", "random")
 """The paper's stand-ins: the dictionary's own, nothing, and the control."""
+# The untrained stand-ins that the headline names: the others keep one side of the write as it is.
+_IN_HEADLINE = ("lookup", "pursuit")
 WHEN = ("", "_later", "_both")
 """Suffixes of the figures: at the own position, over the next ``horizon``, over both."""
 
@@ -165,7 +167,7 @@ def summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
 
 
 def headline(summary: dict[str, Any], horizon: int) -> str:
-    """The summary in a line: medians first, pooled beside them, then the lookup, and the paper's win rate."""
+    """The summary in a line: medians first, pooled beside them, then untrained stand-ins, then win rates."""
 
     def recovered(of: dict[str, Any], when: str) -> str:
         median, pooled = (statistics.share(of[f"{name}recovered{when}"]) for name in ("median_", ""))
@@ -175,9 +177,11 @@ def headline(summary: dict[str, Any], horizon: int) -> str:
     words = f"recovered in the median {recovered(summary, '')}"
     words += f", over the next {horizon} tokens {recovered(summary, '_later')}" if horizon else ""
     for baseline in summary["baselines"]:
-        if baseline["name"] == "lookup":
-            words += f"; untrained lookup {recovered(baseline, '')}"
+        if baseline["name"] in _IN_HEADLINE:
+            words += f"; {TITLES[baseline['name']]} {recovered(baseline, '')}"
             words += f", over the next {horizon} {recovered(baseline, '_later')}" if horizon else ""
+            if baseline.get("bits") is not None and summary.get("bits") is not None:
+                words += f", at {baseline['bits']:.0f} bits a write (the SAE {summary['bits']:.0f})"
     rates = [statistics.share(summary[name]) for name in ("win_rate", "win_rate_matched_norm")]
     interval = statistics.between(summary["win_rate_ci"], ".1%")
     words += f"; win rate {rates[0]}{interval}, at matched norm {rates[1]}; {summary['n_firings']} firings"

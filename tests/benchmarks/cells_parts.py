@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from sae_lens import SAE
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -20,11 +20,13 @@ from writesae_lens import measures
 from writesae_lens.experiments import ExperimentResult, swaps
 from writesae_lens.experiments.firings import Firings, find_firings, is_codes, native_of, stand_in
 from writesae_lens.experiments.later import later_divergences
+from writesae_lens.experiments.pursuit import Pursuit
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.saes.rank1 import Factors, inner
 
 AS_TRAINED = "as trained"
 KEY, VALUE, SIZE, PURSUIT = "key exact", "value exact", "size exact", "choice and size by pursuit"
+UNTRAINED_PURSUIT = "pursuit, untrained codes"
 CONDITIONS = (KEY, VALUE, SIZE, PURSUIT)
 
 
@@ -44,7 +46,7 @@ def parts_of_the_error(
         condition to ``median_recovered`` and ``recovered``, at the own position, ``_later`` and ``_both``.
         Conditions: as trained; key exact, the native key times the coded value; value exact; size exact, the
         stand-in's projection onto the write; and of codes: choice and size by orthogonal matching pursuit
-        (as many of the same codes a side, chosen one by one with their best coefficients).
+        (as many of the same codes a side), beside the test's own pursuit with untrained codes.
     """
     site, parts = find_site(model, sae), []
     for number, of_passage in result.records.groupby("passage"):
@@ -56,6 +58,7 @@ def parts_of_the_error(
         parts.append(of_passage.reset_index(drop=True).join(kls))
     records = pd.concat(parts, ignore_index=True)
     names = {AS_TRAINED: "atom"} | {name: name for name in CONDITIONS if f"kl_{name}" in records}
+    names |= {UNTRAINED_PURSUIT: "pursuit"} if measures.measured(records, "pursuit") else {}
     return {name: measures.standing(records, column) for name, column in names.items()}
 
 
@@ -76,25 +79,9 @@ def conditions_of(sae: SAE[Any], firings: Firings) -> dict[str, Factors]:
         SIZE: swaps.scaled(own, size),
     }
     if is_codes(sae):
-        sides = ((unit, sae.dec_key, sae.cfg.k_key), (content, sae.dec_value, sae.cfg.k_value))
-        pursued = [matching_pursuit(x, codes.float(), k)[:, None] for x, codes, k in sides]
-        conditions[PURSUIT] = Factors(*pursued)
+        codes = (x.detach().float() for x in (sae.dec_key, sae.dec_value))
+        conditions[PURSUIT] = Pursuit(*codes, sae.cfg.k_key, sae.cfg.k_value).of(native)
     return conditions
-
-
-def matching_pursuit(
-    x: Float[Tensor, "firing d"], codes: Float[Tensor, "code d"], k: int
-) -> Float[Tensor, "firing d"]:
-    """The sum of k codes near to each x: each in turn the one nearest to what is left, all fitted again."""
-    units = normalize(codes, dim=-1)
-    chosen = torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
-    fitted = torch.zeros_like(x)
-    for _ in range(k):
-        scores = (x - fitted) @ units.T
-        chosen = torch.cat([chosen, scores.scatter(1, chosen, -torch.inf).argmax(1, keepdim=True)], dim=1)
-        active = units[chosen].mT  # [firing, d, active]
-        fitted = (active @ torch.linalg.lstsq(active, x[..., None]).solution)[..., 0]
-    return fitted
 
 
 def _measure(

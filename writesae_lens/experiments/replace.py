@@ -26,6 +26,7 @@ from writesae_lens.experiments.firings import (
     activity,
     check_any_fires,
     firings_of,
+    is_codes,
     native_cosines,
     native_of,
     stand_in,
@@ -42,6 +43,8 @@ from writesae_lens.saes.rank1 import Factors
 
 # Conditions of the win rate at matched norm and of the chain's ceiling, which are for the own position only.
 _OWN_ONLY = ("native_random", "atom_matched")
+# The firings, of all in the text, on which the bits of the untrained pursuit are counted, at most.
+_PURSUED = 2048
 
 
 @experiment(
@@ -98,10 +101,13 @@ def replacement_test(
     chain* is stand-in < delete < random. Every KL equals that of a full forward pass with hooks on
     ``hook_write`` and ``hook_erase``.
 
-    The baselines are untrained stand-ins, tested at the same firings: a lookup among as many
-    training writes as the SAE has features, and the native write with its key or its value at the training
-    writes' mean (`writesae_lens.experiments.stand_ins`). No SAE of this package chooses among its active
-    features by the output, so the control of such a rule (the same rule over random atoms) is not among them.
+    The baselines are untrained stand-ins, tested at the same firings: a lookup among as many training writes
+    as the SAE has features; beside an SAE of codes, sides of as many training writes as it has codes, as many
+    active, by matching pursuit, an encoder that no SAE has: where that recovers more, training has bought the
+    one-shot encoder, not better codes (`writesae_lens.experiments.pursuit`); and the native write with its
+    key or its value at the training writes' mean (`writesae_lens.experiments.stand_ins`). No SAE of this
+    package chooses among its active features by the output, so the control of such a rule (the same rule over
+    random atoms) is not among them.
 
     A firing is *at the floor* where the deletion's KL is not above what rounding alone gives there
     (`swaps.divergences`; on the shipped models about 1e-11 nats in float32, 3e-5 to 3e-4 in bfloat16):
@@ -139,17 +145,16 @@ def replacement_test(
     Returns:
         a result. ``records`` has one row per firing: passage, position, token, atom, key_code (-1: no codes),
         coefficient, write_norm, cosine, kl_atom, kl_delete, kl_random, kl_native_random (the random matrix at
-        the native norm), kl_atom_matched (the stand-in at the native norm), kl_lookup, kl_mean_key,
-        kl_mean_value, kl_floor (KLs in nats); with ``horizon`` also kl_atom_later, kl_delete_later, ..., the
-        sums over the following positions. ``summary`` has, at the own position, later (``_later``) and both
-        (``_both``): recovered, median_recovered and win_rate with 95% intervals over passages (``_ci``), the
-        same of each baseline in the list ``baselines``; win_rate_matched_norm, strict_chain_rate,
-        chain_ceiling (the exact native write in place) and chain_over_ceiling, own_share (median share of the
-        own position in what a deletion does), n_at_floor, n_without_horizon, coverage (share of all positions
-        at which the SAE fires: figures of firings alone can be raised by firing where it is easy); the guards
-        bits,
-        free_dimensions, seen_share, nearest_train_cosine and n_features_active
-        (`writesae_lens.experiments.features.guards`); medians of KLs, cosine and write norm over all firings.
+        the native norm), kl_atom_matched (the stand-in at the native norm), kl_lookup, kl_pursuit (SAEs of
+        codes), kl_mean_key, kl_mean_value, kl_floor (KLs in nats); with ``horizon`` also kl_atom_later,
+        kl_delete_later, ..., the sums over the following positions. ``summary`` has, at the own position,
+        later (``_later``) and both (``_both``): recovered, median_recovered and win_rate with 95% intervals
+        over passages (``_ci``), the same of each baseline in the list ``baselines``, of the pursuit with its
+        bits; win_rate_matched_norm, strict_chain_rate, chain_ceiling (that of the exact native write) and
+        chain_over_ceiling, own_share (median share of the own position in what a deletion does), n_at_floor,
+        n_without_horizon, coverage (share of all positions at which the SAE fires: figures of firings alone
+        can be raised by firing where it is easy); the guards (`writesae_lens.experiments.features.guards`);
+        medians of KLs, cosine and write norm over all firings.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, a text is too short, or nothing fires.
@@ -163,7 +168,8 @@ def replacement_test(
     last = passages.shape[1] - 1 - horizon
     kept = thin(firings, skip_positions, max_firings, max_firings_per_atom, seed, last)
     _check_any_kept(firings, kept, passages, horizon)
-    source = untrained(model, site.cell, sae.cfg.d_sae, train_tokens, seed) if baselines else None
+    codes: Any = sae.cfg if is_codes(sae) else None
+    source = untrained(model, site.cell, sae.cfg.d_sae, train_tokens, seed, codes) if baselines else None
     made_from = {"train_text": source.text, "train_text_hash": source.text_hash} if source else {}
     run = Run("replace", model, sae, passages, locals(), **made_from)
     how = _How(scale, random, kl, replaces == "write", horizon)
@@ -179,10 +185,18 @@ def replacement_test(
         "coverage": sum(len(f.position) for f in firings) / passages.numel(),
         **guards.summary(source.train if source else None),
     }
+    for row in summary["baselines"]:
+        if source and source.pursuit and row["name"] == "pursuit":
+            row["bits"] = source.pursuit.bits(_some(guards.native, generator(seed)))
     result = run.result(records, summary, measures.headline(summary, horizon))
     # `Run.result` writes the option ``baselines`` (True or False) over the list of their figures.
     result.summary["baselines"] = summary["baselines"]
     return result
+
+
+def _some(writes: Factors, rng: torch.Generator) -> Factors:
+    """A random choice of the writes at firings, for the pursuit's bits: it is slow."""
+    return writes[torch.randperm(len(writes.key), generator=rng)[:_PURSUED].to(writes.key.device)]
 
 
 _PLACES = {"": "At the write's own token", "_later": "Over the next {} tokens", "_both": "Both together"}

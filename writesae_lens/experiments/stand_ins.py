@@ -1,6 +1,8 @@
 """Untrained stand-ins: baselines that a dictionary must beat, made from writes of the training text.
 
 - ``lookup``: the most similar of as many training writes as the dictionary has features, at its projection;
+- ``pursuit``, beside dictionaries of codes: as many keys and values of training writes as the dictionary has
+  codes a side, as many active, by matching pursuit (`writesae_lens.experiments.pursuit`): the strongest;
 - ``mean_key``: the native value at the training writes' mean key, ``mean_value``: the native key at their
   mean value; each is the native write projected onto that side's mean direction, so its size fits best.
 """
@@ -19,15 +21,17 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.origin import fingerprint
 from writesae_lens.experiments.passages import as_passages
 from writesae_lens.experiments.passes import check_finite, run_to_cell
+from writesae_lens.experiments.pursuit import Pursuit
 from writesae_lens.experiments.run import generator
 from writesae_lens.saes.config import WriteSAEConfig
 from writesae_lens.saes.rank1 import Factors
 from writesae_lens.saes.sae import WriteSAE
 
-UNTRAINED = ("lookup", "mean_key", "mean_value")
-"""Names of the stand-ins that `Untrained.of` makes."""
+UNTRAINED = ("lookup", "pursuit", "mean_key", "mean_value")
+"""Names of the stand-ins that `Untrained.of` makes; "pursuit" only where it has codes."""
 TITLES = {
     "lookup": "untrained lookup",
+    "pursuit": "untrained codes, matching pursuit",
     "mean_key": "mean key × native value",
     "mean_value": "native key × mean value",
     "random": "random control",
@@ -46,20 +50,24 @@ class Untrained:
         lookup: an SAE whose atoms are some of them (`lookup_of`).
         text: name of the text that they are from.
         text_hash: a hash of the tokens that were read.
+        pursuit: codes that are sides of some of them; None: the dictionary beside it has no codes.
     """
 
     train: Factors
     lookup: WriteSAE
     text: str
     text_hash: str
+    pursuit: Pursuit | None = None
 
     @torch.no_grad()
     def of(self, native: Factors) -> dict[str, Factors]:
         """What each of `UNTRAINED` puts in the place of native writes of rank 1."""
         acts = self.lookup.encode_factors(native.key[:, 0], native.value[:, 0])
         key_side, value_side = (_mean_direction(side[:, 0]) for side in self.train)
+        coded = {} if self.pursuit is None else {"pursuit": self.pursuit.of(native)}
         return {
             "lookup": Factors(*(f.float() for f in self.lookup.stand_in_of(acts))),
+            **coded,
             "mean_key": Factors(_projected(native.key, key_side), native.value),
             "mean_value": Factors(native.key, _projected(native.value, value_side)),
         }
@@ -82,6 +90,7 @@ def untrained(
     n_features: int,
     train_tokens: Int[Tensor, "passage pos"] | str | None = None,
     seed: int = 0,
+    codes: WriteSAEConfig | None = None,
 ) -> Untrained:
     """The stand-ins for a cell, from a random choice of training writes.
 
@@ -91,6 +100,8 @@ def untrained(
         n_features: size of the lookup: as many features as the dictionary beside it has.
         train_tokens: passages ``[passage, pos]`` or a text (None: the training part of the shipped text).
         seed: of the choice.
+        codes: settings of the dictionary of codes beside it, whose numbers of codes the pursuit has (None:
+            no pursuit).
 
     Raises:
         WriteSAEError: the model has no tokenizer to read the shipped text with, or the text is too short.
@@ -110,7 +121,11 @@ def untrained(
     parts = [_writes(model, cell, part) for part in some.split(max(1, _LEAST_WRITES // some.shape[1]))]
     train = Factors(*(torch.cat(side) for side in zip(*parts, strict=True)))
     lookup = lookup_of(model, cell, train, n_features, rng)
-    return Untrained(train, lookup, passages.text, fingerprint(some))
+    pursuit = None
+    if codes is not None:
+        sizes = codes.n_key, codes.n_value, codes.k_key, codes.k_value
+        pursuit = Pursuit.of_writes(train, *sizes, rng)
+    return Untrained(train, lookup, passages.text, fingerprint(some), pursuit)
 
 
 def _writes(model: HookedRecurrent, cell: Cell, passages: Int[Tensor, "passage pos"]) -> Factors:

@@ -63,6 +63,11 @@ class Guards:
         any_active = active.any(0).cpu()
         self._active = self._active | any_active if len(self._active) else any_active
 
+    @property
+    def native(self) -> Factors:
+        """The writes at all firings."""
+        return Factors(*(torch.cat(x) for x in zip(*self._native, strict=True)))
+
     def summary(self, train: Factors | None = None) -> dict[str, Any]:
         """The guards' figures; those of which there is nothing are None.
 
@@ -90,8 +95,7 @@ class Guards:
             summary["seen_share"] = sum(seen) / len(seen)
         nearest = None
         if train is not None and n_firings:
-            native = Factors(*(torch.cat(x) for x in zip(*self._native, strict=True)))
-            nearest = float(nearest_cosines(native, train).quantile(0.5))
+            nearest = float(nearest_cosines(self.native, train).quantile(0.5))
         return summary | {"nearest_train_cosine": nearest, "n_features_active": int(self._active.sum())}
 
 
