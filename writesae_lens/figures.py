@@ -52,8 +52,8 @@ def plot_training(history: pd.DataFrame) -> Figure:
         ("loss", "loss", (0, None)),
         ("unexplained", "share of |X|² unexplained", (0, 1.05)),
         ("cosine", "cosine of dominant atom", (0, 1.02)),
-        ("l0", "atoms per write (L0)", (0, None)),
-        ("dead", "dead atoms", (0, None)),
+        ("l0", "features per write (L0)", (0, None)),
+        ("dead", "dead features", (0, None)),
     )
     recorded = [
         panel for panel in panels if panel[0] in history and bool(history[panel[0]].notna().to_numpy().any())
