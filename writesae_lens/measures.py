@@ -105,7 +105,8 @@ def chain(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     """The strict chain, stand-in < delete < random, and its ceiling: the chain of the exact native write.
 
     The native write has a KL of 0, so its chain holds wherever a random matrix of its norm is worse than
-    nothing: that share is the ceiling.
+    nothing: that share is the ceiling. It is a reference, not a bound: the chain's random matrix has the norm
+    of the stand-in, the ceiling's that of the native write, so a larger stand-in can be above it.
     """
     counted = moves(records)
     deleted = kl(records, "delete")

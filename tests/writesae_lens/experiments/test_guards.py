@@ -51,14 +51,19 @@ def test_every_figure_is_a_loop_over_the_firings(gdn, monkeypatch, kind):
         sum(-math.log2(uses[side].count(i) / len(uses[side])) for side in sides for i in firing[side])
         for firing in firings
     ]
-    seen = [np.mean([uses[side].count(i) >= 5 for i in uses[side]]) for side in sides]
-    free = [1 if kind == "atom" else len(firing[0]) + len(firing[1]) - 1 for firing in firings]
+    seen = [all(uses[side].count(i) >= 5 for side in sides for i in firing[side]) for firing in firings]
+    # Writes are 5 x 7.
+    free = [
+        1 if kind == "atom" else min(len(firing[0]), 5) + min(len(firing[1]), 7) - 1 for firing in firings
+    ]
     summary = counted.summary(train)
     assert 0 < len(firings) < 120
     assert summary["bits"] == pytest.approx(np.mean(bits), rel=1e-9)
     assert summary["free_dimensions"] == pytest.approx(np.mean(free))
     assert summary["seen_share"] == pytest.approx(np.mean(seen))
     assert 0 < summary["seen_share"] < 1
+    assert summary["free_dimensions_of_a_write"] == 11
+    assert summary["n_train_writes"] == 40
     assert summary["n_features_active"] == len(active)
     assert summary["nearest_train_cosine"] == pytest.approx(np.median(cosines), abs=1e-5)
     assert counted.summary()["nearest_train_cosine"] is None
@@ -74,9 +79,10 @@ def test_features_that_are_used_equally_have_the_bits_of_their_number(gdn):
 def test_no_firing_has_no_figures(gdn):
     counted = Guards()
     counted.add(make_sae(gdn), torch.zeros(3, 32), rank_1(3, torch.Generator().manual_seed(0)))
-    none = dict.fromkeys(("bits", "free_dimensions", "seen_share", "nearest_train_cosine"))
-    for train in (None, rank_1(2, torch.Generator().manual_seed(1))):
-        assert counted.summary(train) == none | {"n_features_active": 0}
+    names = "bits", "free_dimensions", "free_dimensions_of_a_write", "seen_share", "nearest_train_cosine"
+    for train, n in ((None, None), (rank_1(2, torch.Generator().manual_seed(1)), 2)):
+        expected = dict.fromkeys(names) | {"n_train_writes": n, "n_features_active": 0}
+        assert counted.summary(train) == expected
 
 
 def test_a_write_among_the_others_is_its_own_nearest(monkeypatch):

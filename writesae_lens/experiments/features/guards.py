@@ -1,8 +1,8 @@
 """Guards: figures that tell a dictionary from a copy of its input, to be read beside what is recovered.
 
 A copy of the write recovers everything and explains nothing. So each result also gives how many bits a write
-the features take, how many free dimensions a stand-in has, how much of the use is of features that the text
-uses rarely, and how near the tested writes are to training writes.
+naming the features takes, how many free dimensions a stand-in has beside those of a write, how many firings
+use features that all recur in the text, and how near the tested writes are to training writes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Guards:
 
     def __init__(self) -> None:
         self._uses: dict[str, Tensor] = {}
-        self._used: list[Int[Tensor, "firing used"]] = []
+        self._used: list[tuple[Int[Tensor, " use"], Int[Tensor, " use"]]] = []
+        self._n_firings = 0
         self._active = torch.zeros(0, dtype=torch.bool)
         self._free = 0
         self._native: list[Factors] = []
@@ -57,9 +58,15 @@ class Guards:
             self._free += len(acts)
         else:
             used = active
-            self._free += int((active.sum(-1) - 1).sum())
+            numbers = [used[:, side].sum(-1) for side in sides.values()]
+            # Active codes span no more than their side has dimensions.
+            free = [n.clamp(max=x.shape[-1]) for n, x in zip(numbers, native, strict=True)]
+            self._free += int((free[0] + free[1] - 1).sum())
         for name, side in sides.items():
             self._uses[name] = self._uses.get(name, 0) + used[:, side].sum(0).cpu()
+        firing, feature = used.cpu().nonzero(as_tuple=True)
+        self._used.append((firing.int() + self._n_firings, feature.int()))
+        self._n_firings += len(acts)
         any_active = active.any(0).cpu()
         self._active = self._active | any_active if len(self._active) else any_active
 
@@ -77,26 +84,41 @@ class Guards:
         Returns:
             bits: mean over firings of the sum over used features of log2(1 / share), where share is the
             feature's share of all uses on its side: how many bits naming the features takes, without their
-            coefficients. free_dimensions: how many numbers of a write x -> stand_in(x) follows while the
-            active features stay the same (1 for an atom, n + m - 1 for n key codes and m value codes), mean.
-            seen_share: share of uses, mean over sides, of features that the text uses at least 5 times.
-            nearest_train_cosine: median over firings of the write's cosine to the nearest of ``train``.
+            coefficients. It is an upper bound: the order in which a firing's features are named is not
+            discounted, nor that some come together. free_dimensions: how many numbers of a write
+            x -> stand_in(x) follows while the active features stay the same, mean: 1 for an atom,
+            min(n, d_k) + min(m, d_v) - 1 for n key codes and m value codes; free_dimensions_of_a_write:
+            d_k + d_v - 1, those of a copy. seen_share: share of firings whose rarest used feature the text
+            uses at least 5 times. nearest_train_cosine: median over firings of the write's cosine to the
+            nearest of the n_train_writes in ``train``; both None without those.
             n_features_active: features that are active at one firing at least.
         """
         counts = {name: uses.double() for name, uses in self._uses.items() if bool(uses.any())}
-        n_firings = sum(len(native.key) for native in self._native)
-        summary: dict[str, Any] = dict.fromkeys(("bits", "free_dimensions", "seen_share"))
+        n_firings = self._n_firings
+        summary: dict[str, Any] = dict.fromkeys(
+            ("bits", "free_dimensions", "free_dimensions_of_a_write", "seen_share")
+        )
         if n_firings:
             # A sum over firings of their features' bits is one over features of their uses' bits.
             bits = sum(float(-torch.xlogy(uses, uses / uses.sum()).sum()) for uses in counts.values())
-            seen = [float(uses[uses >= SEEN_OFTEN].sum() / uses.sum()) for uses in counts.values()]
             summary["bits"] = bits / math.log(2) / n_firings
             summary["free_dimensions"] = self._free / n_firings
-            summary["seen_share"] = sum(seen) / len(seen)
+            summary["free_dimensions_of_a_write"] = sum(x.shape[-1] for x in self._native[0]) - 1
+            summary["seen_share"] = float((self._rarest() >= SEEN_OFTEN).double().mean())
         nearest = None
         if train is not None and n_firings:
             nearest = float(nearest_cosines(self.native, train).quantile(0.5))
-        return summary | {"nearest_train_cosine": nearest, "n_features_active": int(self._active.sum())}
+        return summary | {
+            "nearest_train_cosine": nearest,
+            "n_train_writes": None if train is None else len(train.key),
+            "n_features_active": int(self._active.sum()),
+        }
+
+    def _rarest(self) -> Int[Tensor, " firing"]:
+        """How often the text uses the feature of each firing that it uses least."""
+        firing, feature = (torch.cat(x).long() for x in zip(*self._used, strict=True))
+        uses = feature.bincount()[feature]
+        return uses.new_zeros(self._n_firings).scatter_reduce(0, firing, uses, "amin", include_self=False)
 
 
 def nearest_cosines(writes: Factors, others: Factors) -> Float[Tensor, " write"]:
