@@ -39,7 +39,7 @@ def test_the_table_has_a_row_a_cell_and_the_mean():
     assert table["0:1 *"]["median recovered: own / later / both"] == "50 / 50 / 50"
     assert table["mean of 2"]["median recovered: own / later / both"] == "65 / 65 / 65"
     assert table["3:2"]["lookup, median"] == "- / - / -"
-    assert table["mean of 2"]["lookup, median"] == "20 / 20 / 20"
+    assert table["mean of 2"]["lookup, median"] == "20 (1) / 20 (1) / 20 (1)"
     assert table["3:2"]["bits to name the codes: this / pursuit"] == "12.3 / -"
     assert table["3:2"]["win rate: own / both"] == "- / -"
     assert table["3:2"]["at the floor: own / later / both"] == "3 / - / -"

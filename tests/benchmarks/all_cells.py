@@ -148,7 +148,8 @@ def tables(model: HookedRecurrent, cells: Sequence[Cell], options: argparse.Name
     about = (
         f"{options.model}, recipe {options.recipe}, seed {options.seed}, {options.part} part: "
         f"{options.firings} firings a cell, horizon {options.horizon}. In %, but for bits, dimensions and "
-        "counts; * layer 0: an n-gram table by construction."
+        "counts; in brackets, of how many cells a mean is, where not of all; * layer 0: an n-gram table by "
+        "construction."
     )
     pieces = [
         about,

@@ -36,7 +36,8 @@ COLUMNS = (
     Column("chain / ceiling / ratio", ("strict_chain_rate", "chain_ceiling", "chain_over_ceiling")),
     Column("own share", ("own_share",)),
     Column("bits to name the codes: this / pursuit", ("bits", "pursuit.bits"), percent=False),
-    Column("free dimensions", ("free_dimensions",), percent=False),
+    Column("free dimensions / of a write", ("free_dimensions", "free_dimensions_of_a_write"), percent=False),
+    Column("coverage", ("coverage",)),
     Column("at the floor: own / later / both", _everywhere("n_at_floor"), percent=False),
 )
 
@@ -85,15 +86,17 @@ def flat(summary: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def cells_table(summaries: Mapping[tuple[int, int], Mapping[str, Any]]) -> str:
-    """A row a cell, layer-0 cells with an asterisk, and the mean over cells last."""
+    """A row a cell, layer-0 cells with an asterisk, and the mean over cells last.
+
+    A mean of fewer cells, where some have no figure, says of how many.
+    """
     rows = [[f"{layer}:{head}{'' if layer else ' *'}"] for layer, head in summaries]
     numbers = [flat(summary) for summary in summaries.values()]
     for column in COLUMNS:
         for row, of_cell in zip(rows, numbers, strict=True):
             row.append(_text([of_cell.get(figure) for figure in column.figures], column.percent))
-    mean = [f"mean of {len(rows)}"]
-    mean += [_text([mean_of(numbers, f) for f in column.figures], column.percent) for column in COLUMNS]
-    return markdown(["cell", *(column.title for column in COLUMNS)], [*rows, mean])
+    mean = [_means(numbers, column.figures, column.percent) for column in COLUMNS]
+    return markdown(["cell", *(column.title for column in COLUMNS)], [*rows, [f"mean of {len(rows)}", *mean]])
 
 
 def targets_table(summaries: Mapping[tuple[int, int], Mapping[str, Any]]) -> str:
@@ -111,7 +114,8 @@ def targets_table(summaries: Mapping[tuple[int, int], Mapping[str, Any]]) -> str
             [
                 target.title,
                 f"{target.wanted:.1%}",
-                f"{np.mean(list(known.values())):.1%}",
+                f"{np.mean(list(known.values())):.1%}"
+                + (f" ({len(known)})" if len(known) < len(values) else ""),
                 f"{known[worst]:.1%} ({worst[0]}:{worst[1]})",
                 f"{reached} of {len(values)}",
             ]
@@ -131,10 +135,7 @@ def parts_table(parts: Mapping[tuple[int, int], Mapping[str, Mapping[str, float 
     for (layer, head), of_cell in parts.items():
         texts = [_text([of_cell.get(name, {}).get(f) for f in figures], True) for name in names]
         rows.append([f"{layer}:{head}{'' if layer else ' *'}", *texts])
-    means = [
-        _text([mean_of([dict(of.get(name, {})) for of in parts.values()], f) for f in figures], True)
-        for name in names
-    ]
+    means = [_means([of.get(name, {}) for of in parts.values()], figures, True) for name in names]
     return markdown(["cell", *names], [*rows, [f"mean of {len(rows)}", *means]])
 
 
@@ -153,14 +154,18 @@ def stability_table(summaries: Mapping[tuple[int, int], Mapping[str, Any]]) -> s
         [f"{layer}:{head}", *(_text([of_cell.get(f) for f in c.figures], True) for c in columns)]
         for (layer, head), of_cell in zip(summaries, numbers, strict=True)
     ]
-    mean = [f"mean of {len(rows)}", *(_text([mean_of(numbers, f) for f in c.figures], True) for c in columns)]
+    mean = [f"mean of {len(rows)}", *(_means(numbers, c.figures, True) for c in columns)]
     return markdown(["cell", *(c.title for c in columns)], [*rows, mean])
 
 
-def mean_of(numbers: Sequence[Mapping[str, float | None]], figure: str) -> float | None:
-    """The mean of a figure over the cells that have it."""
-    known = [x for of_cell in numbers if (x := of_cell.get(figure)) is not None]
-    return float(np.mean(known)) if known else None
+def _means(numbers: Sequence[Mapping[str, float | None]], figures: Sequence[str], percent: bool) -> str:
+    """Means of some figures over the cells that have them, with their number where it is not all."""
+    texts = []
+    for figure in figures:
+        known = [x for of_cell in numbers if (x := of_cell.get(figure)) is not None]
+        few = f" ({len(known)})" if 0 < len(known) < len(numbers) else ""
+        texts.append(_text([float(np.mean(known)) if known else None], percent) + few)
+    return " / ".join(texts)
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,6 +25,7 @@ from writesae_lens.saes.rank1 import Factors
 # Writes that are coded at once: bounds memory. Of a code, the share outside the span of earlier ones that is
 # taken for rounding.
 _AT_ONCE, _IN_SPAN = 4096, 1e-4
+_COUNTED = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,13 @@ class Pursuit:
         key, value = (coded for coded, _ in self._sides(native))
         return Factors(key[:, None], value[:, None])
 
-    def bits(self, native: Factors) -> float:
-        """Bits to name the codes of a write, counted as `experiments.features.guards` does for an SAE."""
-        total = 0.0
+    def bits(self, native: Factors, rng: torch.Generator) -> float:
+        """Bits to name the codes of a write, counted as `experiments.features.guards` does for an SAE.
+
+        They are counted on 2,048 of the writes, chosen at random, where there are more.
+        """
+        some = torch.randperm(len(native.key), generator=rng)[:_COUNTED].to(native.key.device)
+        native, total = native[some], 0.0
         for _, chosen in self._sides(native):
             uses = chosen.flatten().bincount().double()
             total += float(-torch.xlogy(uses, uses / uses.sum()).sum()) / math.log(2)

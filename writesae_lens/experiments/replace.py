@@ -43,8 +43,6 @@ from writesae_lens.saes.rank1 import Factors
 
 # Conditions of the win rate at matched norm and of the chain's ceiling, which are for the own position only.
 _OWN_ONLY = ("native_random", "atom_matched")
-# The firings, of all in the text, on which the bits of the untrained pursuit are counted, at most.
-_PURSUED = 2048
 
 
 @experiment(
@@ -154,7 +152,8 @@ def replacement_test(
         chain_over_ceiling, own_share (median share of the own position in what a deletion does), n_at_floor,
         n_without_horizon, coverage (share of all positions at which the SAE fires: figures of firings alone
         can be raised by firing where it is easy); the guards (`writesae_lens.experiments.features.guards`);
-        medians of KLs, cosine and write norm over all firings.
+        n_lookup (writes that the lookup has; where they are fewer than the SAE's features, it warns); medians
+        of KLs, cosine and write norm over all firings.
 
     Raises:
         WriteSAEError: SAE and cell do not fit, a text is too short, or nothing fires.
@@ -184,19 +183,17 @@ def replacement_test(
         "n_without_horizon": sum(int((f.position > last).sum()) for f in firings),
         "coverage": sum(len(f.position) for f in firings) / passages.numel(),
         **guards.summary(source.train if source else None),
+        "n_lookup": source.lookup.cfg.d_sae if source else None,
     }
+    if source and (few := source.fewer_than(sae.cfg.d_sae)):
+        run.warn(few)
     for row in summary["baselines"]:
         if source and source.pursuit and row["name"] == "pursuit":
-            row["bits"] = source.pursuit.bits(_some(guards.native, generator(seed)))
+            row["bits"] = source.pursuit.bits(guards.native, generator(seed))
     result = run.result(records, summary, measures.headline(summary, horizon))
     # `Run.result` writes the option ``baselines`` (True or False) over the list of their figures.
     result.summary["baselines"] = summary["baselines"]
     return result
-
-
-def _some(writes: Factors, rng: torch.Generator) -> Factors:
-    """A random choice of the writes at firings, for the pursuit's bits: it is slow."""
-    return writes[torch.randperm(len(writes.key), generator=rng)[:_PURSUED].to(writes.key.device)]
 
 
 _PLACES = {"": "At the write's own token", "_later": "Over the next {} tokens", "_both": "Both together"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +21,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens.experiments.catalogue import EXPERIMENTS
 from writesae_lens.experiments.origin import (
     ORIGIN,
+    ResultWarning,
     fingerprint,
     fingerprint_sae,
     now,
@@ -106,6 +108,11 @@ class Run:
         for number in tqdm(numbers, desc=what, unit=unit, disable=not self.verbose):
             parts.append(self._progress.part(number, lambda n=number: compute(n)))
         return pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
+
+    def warn(self, warning: str) -> None:
+        """Warn of something else that speaks against the figures, also in the result and its headline."""
+        self._origin["warnings"].append(warning)
+        warnings.warn(warning, ResultWarning, stacklevel=4)
 
     def result(self, records: pd.DataFrame, summary: dict[str, Any], headline: str) -> ExperimentResult:
         """The result, with the settings and what it was measured on in its summary."""

@@ -59,6 +59,13 @@ class Untrained:
     text_hash: str
     pursuit: Pursuit | None = None
 
+    def fewer_than(self, n_features: int) -> str | None:
+        """A warning where the lookup has fewer writes than a dictionary has features."""
+        n = self.lookup.cfg.d_sae
+        if n >= n_features:
+            return None
+        return f"the lookup has only {n} training writes for {n_features} features: give more train_tokens"
+
     @torch.no_grad()
     def of(self, native: Factors) -> dict[str, Factors]:
         """What each of `UNTRAINED` puts in the place of native writes of rank 1."""

@@ -67,7 +67,7 @@ def test_codes_are_sides_of_training_writes_and_bits_those_of_their_uses(gdn):
         uses = Counter(code for _, chosen in rows for code in chosen)
         bits -= sum(n * math.log2(n / uses.total()) for n in uses.values()) / len(rows)
         coded.append(np.stack([x for x, _ in rows]))
-    assert pursuit.bits(native) == pytest.approx(bits)
+    assert pursuit.bits(native, rng) == pytest.approx(bits)
     expected = coded[0][:, :, None] * coded[1][:, None]
     np.testing.assert_allclose(pursuit.of(native).matrix(), expected, atol=1e-5)
     turned = Factors(-2 * native.key, native.value)

@@ -7,8 +7,9 @@ import torch
 from hooked_models import zoo
 from tests.writesae_lens.experiments.truth import HEAD, LAYER, make_codes, make_sae, read_passages, writes
 from writesae_lens import WriteSAEError
-from writesae_lens.experiments import swaps
+from writesae_lens.experiments import replacement_test, swaps
 from writesae_lens.experiments.firings import activity, contribution, find_firings, native_of, stand_in
+from writesae_lens.experiments.origin import ResultWarning
 from writesae_lens.experiments.stand_ins import untrained
 from writesae_lens.saes.rank1 import Factors
 
@@ -120,3 +121,14 @@ def test_random_codes_are_others_of_the_same_side_at_the_same_coefficients(gdn, 
         ]
         nearest = min(float((found - matrix).norm()) for matrix in moved)
         assert nearest < 1e-4 * float(found.norm())
+
+
+def test_a_lookup_of_fewer_writes_than_features_says_so(gdn, passages):
+    n, sae = passages.numel(), make_sae(gdn, d_sae=64)
+    assert n < 64
+    with pytest.warns(ResultWarning, match=f"only {n} training writes for 64 features"):
+        result = replacement_test(gdn, sae, passages, train_tokens=passages, max_firings=4, verbose=False)
+    assert result.summary["n_lookup"] == n
+    assert result.summary["n_train_writes"] == n
+    assert f"only {n} training writes" in result.summary["warnings"][-1]
+    assert f"only {n} training writes" in result.headline
