@@ -73,7 +73,7 @@ def run(model: HookedRecurrent, cells: Sequence[Cell], options: argparse.Namespa
     for name, settings in _settings(options).items():  # a folder with another run in it is refused
         with locked(options.out / name, wait=60.0):
             Progress(options.out / name, settings)
-    passages = as_passages(model, zoo.text(options.part), CONTEXT)
+    passages = as_passages(model, zoo.text(options.part), CONTEXT)[: options.passages]
     failed = 0
     for group in groups(cells)[number::of]:
         try:
@@ -167,7 +167,7 @@ def tables(model: HookedRecurrent, cells: Sequence[Cell], options: argparse.Name
 
 def _stability_table(model: HookedRecurrent, cells: Sequence[Cell], options: argparse.Namespace) -> str:
     """How many features of each cell are found again in the SAEs of the other folders, and in controls."""
-    passages = as_passages(model, zoo.text(options.part), CONTEXT)
+    passages = as_passages(model, zoo.text(options.part), CONTEXT)[: options.passages]
     summaries = {}
     for cell in cells:
         folder = _folder(cell, options)
@@ -190,6 +190,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cells", default="*:*", help="LAYER:HEAD, with * for all and commas between")
     parser.add_argument("--training-tokens", type=int, default=zoo.TRAINING_TOKENS)
     parser.add_argument("--firings", type=int, default=512, help="to test, of each cell")
+    parser.add_argument("--passages", type=int, help="of the part, from its start; all where not given")
     parser.add_argument("--horizon", type=int, default=32, help="tokens after a firing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
@@ -232,7 +233,9 @@ def _settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     del recipe["metadata"]
     return {
         "settings": training,
-        f"settings_{options.part}": {"firings": options.firings, "horizon": options.horizon},
+        f"settings_{options.part}": {
+            name: getattr(options, name) for name in ("firings", "horizon", "passages")
+        },
     }
 
 
