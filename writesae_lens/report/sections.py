@@ -86,16 +86,19 @@ def standings(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def guards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Values and labels of the guards and of figures that qualify the others, where the result has them."""
+    n = summary.get("n_train_writes")
+    n_train = "some training writes" if n is None else f"{n:,} training writes"
     labels = [
-        ("bits", "{:.1f}", "bits a write to name the features that are used (without their coefficients)"),
+        ("bits", "{:.1f}", "bits to name the features of a write (coefficients not counted; an upper bound)"),
         ("free_dimensions", "{:.1f}", "free dimensions of the stand-in around a write"),
+        ("free_dimensions_of_a_write", "{:,}", "free dimensions of a write"),
         ("n_features_active", "{:,}", "features active somewhere in this text"),
-        ("seen_share", "{:.1%}", "of uses are of features that this text uses at least 5 times"),
-        ("nearest_train_cosine", "{:.2f}", "median cosine of a write to the nearest training write"),
+        ("seen_share", "{:.1%}", "of firings use only features that this text uses at least 5 times"),
+        ("nearest_train_cosine", "{:.2f}", f"median cosine of a write to the nearest of {n_train}"),
         ("own_share", "{:.1%}", "of what deleting a write does happens at its own position (median)"),
         ("win_rate_matched_norm", "{:.1%}", "wins with stand-ins of the native write's norm"),
         ("strict_chain_rate", "{:.1%}", "strict chain: stand-in < deletion < random stand-in"),
-        ("chain_ceiling", "{:.1%}", "its ceiling: the chain of the exact native write"),
+        ("chain_ceiling", "{:.1%}", "its reference: the chain of the exact native write"),
         ("n_at_floor", "{:,}", "firings left out, their deletion being at the floor of rounding"),
         ("n_without_horizon", "{:,}", "firings left out, too near to the end of their passage"),
     ]
@@ -111,10 +114,13 @@ def main_numbers(replacement: Mapping[str, Any], partition: Mapping[str, Any]) -
     if (lookup := _baselines(replacement).get("lookup")) is not None:
         share = statistics.share(lookup["median_recovered"])
         cards.append((share, "recovered by an untrained lookup of equal size"))
+    if (pursuit := _baselines(replacement).get("pursuit")) is not None:
+        share = statistics.share(pursuit["median_recovered"])
+        cards.append((share, "recovered by untrained codes with matching pursuit"))
     interval = statistics.between(replacement["win_rate_ci"], ".1%")
     cards.append((statistics.share(replacement["win_rate"]), f"win rate over firings{interval}"))
     if (bits := replacement.get("bits")) is not None:
-        cards.append((f"{bits:.1f}", "bits a write"))
+        cards.append((f"{bits:.1f}", "bits to name the features of a write"))
     cards.append((f"{replacement['median_cosine']:.2f}", "median cosine of stand-in and write"))
     of_sides = partition.get("by_side") or {"atom": partition}
     for side, own in of_sides.items():

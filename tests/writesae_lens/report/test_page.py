@@ -329,7 +329,7 @@ def test_the_page_of_codes(model, of_codes, passages, chromium, tmp_path):
     assert shown == [f"{tested.summary[name]:.1%}" for name in figures]
     guards = tab.locator("#guards").inner_text()
     assert f"{tested.summary['bits']:.1f}" in guards
-    assert "bits a write" in guards
+    assert "bits to name the features of a write" in guards
     tab.click("text=Codes (64)")
     for side, number, title in (("key", 24, "Key code"), ("value", 40, "Value code")):
         tab.select_option("#side", side)
