@@ -133,7 +133,9 @@ def demo(
     ),
     cell: Annotated[
         str | None,
-        typer.Option(help="Cell to train on, LAYER:HEAD; default: 1:1, 2:7 or 3:3, by model.", show_default=False),
+        typer.Option(
+            help="Cell to train on, LAYER:HEAD; default: 1:1, 2:7 or 3:3, by model.", show_default=False
+        ),
     ] = None,
     d_sae: Annotated[
         int | None,
