@@ -66,7 +66,8 @@ def recovered_interval(
     frame = pd.DataFrame(
         {"kl": np.asarray(kl, dtype=float), "deleted": np.asarray(kl_delete, dtype=float), "at": clusters}
     )
-    sums = frame.groupby("at")[["kl", "deleted"]].sum().to_numpy()
+    per_cluster: Any = frame.groupby("at")[["kl", "deleted"]].sum()
+    sums: NDArray[np.float64] = per_cluster.to_numpy()
     if len(sums) < 2:
         return None
     draws = np.random.default_rng(seed).integers(0, len(sums), (N_RESAMPLES, len(sums)))

@@ -54,7 +54,8 @@ def _run(experiment: Experiment, given: dict[str, Any]) -> None:
     if _subject_of(experiment).name == "saes":
         subject = loaded.saes
         annotation = _subject_of(experiment).annotation
-        if Mapping in map(get_origin, (annotation, *get_args(annotation))):
+        origins: list[Any] = [get_origin(x) for x in (annotation, *get_args(annotation))]
+        if Mapping in origins:
             subject = dict(zip(references, loaded.saes, strict=True))
     out: Path = given.pop("out")
     progress = out / "progress"

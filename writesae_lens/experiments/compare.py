@@ -130,7 +130,8 @@ def compare(
             f"{passages.shape[1]} tokens: give longer passages or a smaller horizon"
         )
     check_any_fires(sum(len(f.position) for f in heads), sum(map(len, kept)), passages)
-    others, about = None, {}
+    about: dict[str, Any] = {}
+    others = None
     if baselines:
         others = untrained(model, cell, first.cfg.d_sae, train_tokens, seed)
         about = {"train_text": others.text, "train_text_hash": others.text_hash}
@@ -253,7 +254,7 @@ def _frame(columns: Mapping[str, Tensor]) -> pd.DataFrame:
 def _in_order(records: pd.DataFrame) -> pd.DataFrame:
     """The records with the firing and its stand-in in the first columns, then the KLs."""
     first = ["position", "token", "name", "atom", "key_code", "coefficient", "cosine"]
-    return records[[*first, *sorted(set(records) - set(first))]]
+    return pd.DataFrame(records[[*first, *sorted(set(records) - set(first))]])
 
 
 def _summarize(

@@ -46,7 +46,8 @@ class Firings(NamedTuple):
 
     def subset(self, index: Tensor) -> Firings:
         """The firings of some indices, or of a mask."""
-        return Firings(*(x if x is None else x[index] for x in self))
+        parts: list[Any] = [x if x is None else x[index] for x in self]
+        return Firings(*parts)
 
 
 def native_of(firings: Firings | Activity) -> Factors:

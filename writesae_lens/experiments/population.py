@@ -159,7 +159,7 @@ def _by_feature(firings: pd.DataFrame) -> pd.DataFrame:
     }
     figures = {name: how for name, how in figures.items() if how[0] in counted}
     groups = counted.loc[swaps.above_floor(counted)].groupby(["side", "atom"]).agg(**figures)
-    every = counted.groupby(["side", "atom"], as_index=False).size()[["atom", "side"]]
+    every: Any = counted.groupby(["side", "atom"], as_index=False).size()[["atom", "side"]]
     table = every.join(groups, on=["side", "atom"])
     return table.assign(n_firings=table.n_firings.fillna(0).astype(int)).sort_values(
         "atom", ignore_index=True
@@ -178,7 +178,8 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     summary["mean_strict_chain_rate"] = float(records.strict_chain_rate.mean())
     summary["share_of_atoms_above_half"] = float((rate > 0.5).mean())
     for side, own in records.groupby("side") if records.side.nunique() > 1 else []:
-        summary |= {f"mean_{name}_{side}": float(own[name].mean()) for name in ("recovered", "win_rate")}
+        means: Any = own[["recovered", "win_rate"]].mean()
+        summary |= {f"mean_{name}_{side}": float(value) for name, value in means.items()}
         summary[f"n_{side}"] = len(own)
     groups = {name: rate[(records["class"] == name).to_numpy()] for name in ("register", "bundle")}
     for name, values in groups.items():
@@ -205,7 +206,7 @@ def plot_population(result: ExperimentResult) -> Figure:
     colors = {"key codes": ATOM, "value codes": DELETE} if of_codes else CLASS_COLORS
     for axis, name in zip(axes, ("recovered", "win_rate"), strict=True):
         for group in sorted(groups.unique(), reverse=True):
-            part = records[groups == group]
+            part: pd.DataFrame = records.loc[groups == group]
             axis.scatter(
                 part.median_cosine, part[name].clip(lower=-1), s=4 + 1.2 * part.n_firings.clip(upper=60),
                 alpha=0.5, lw=0, color=colors.get(group, RANDOM), rasterized=True,

@@ -57,10 +57,10 @@ class Pursuit:
         """
         train = train[(train.norm() > 0).nonzero().squeeze(-1)]
         chosen = [torch.randperm(len(train.key), generator=rng)[:n] for n in (n_key, n_value)]
-        sides = (
+        key, value = (
             normalize(side[of.to(side.device), 0], dim=-1) for side, of in zip(train, chosen, strict=True)
         )
-        return Pursuit(*sides, k_key, k_value)
+        return Pursuit(key, value, k_key, k_value)
 
     def of(self, native: Factors) -> Factors:
         """The coded unit key times the coded value, which carries the norm, of writes of rank 1."""

@@ -169,7 +169,9 @@ def replacement_test(
     _check_any_kept(firings, kept, passages, horizon)
     codes: Any = sae.cfg if is_codes(sae) else None
     source = untrained(model, site.cell, sae.cfg.d_sae, train_tokens, seed, codes) if baselines else None
-    made_from = {"train_text": source.text, "train_text_hash": source.text_hash} if source else {}
+    made_from: dict[str, Any] = (
+        {"train_text": source.text, "train_text_hash": source.text_hash} if source else {}
+    )
     run = Run("replace", model, sae, passages, locals(), **made_from)
     how = _How(scale, random, kl, replaces == "write", horizon)
 

@@ -162,7 +162,7 @@ def training_sentence(sae: SAE[Any], settings: Mapping[str, str]) -> str:
     if settings.get("decoder") == "codes":
         sides = [f"{settings[f'n {side}']} {side} codes" for side in ("key", "value")]
         parts = [f"{' and '.join(sides)},"]
-        settings = settings | {"k": f"{settings['k key']} + {settings['k value']}"}
+        settings = dict(settings) | {"k": f"{settings['k key']} + {settings['k value']}"}
     else:
         parts = [f"{sae.cfg.d_sae:,} atoms"]
     if settings.get("decoder") == "factored":

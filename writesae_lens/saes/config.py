@@ -401,10 +401,8 @@ class WriteSAETrainingConfig(MatrixSAEConfig, TrainingSAEConfig):
         for name in ("init_from_writes", "encoder_bias", "decoder_bias"):
             if type(getattr(self, name)) is not bool:
                 raise WriteSAEError(f"{name} must be True or False, got {getattr(self, name)!r:.40}")
-        try:
-            self.later_reads = tuple(self.later_reads)  # a list, from JSON
-        except TypeError:
-            self.later_reads = (self.later_reads,)
+        given: Any = self.later_reads  # a list, from JSON
+        self.later_reads = tuple(given) if isinstance(given, (list, tuple)) else (given,)
         wrong = [h for h in self.later_reads if type(h) is not int or h < 1]
         if wrong or len(set(self.later_reads)) < len(self.later_reads):
             raise WriteSAEError(
