@@ -407,7 +407,7 @@ OTHERS = [
     Case("push, bad id", lambda g: sharing.push(g.sae, "me/mine", "../x"), ("'../x'", "such as L9_H4")),
     Case("push, no results", lambda g: sharing.push(g.sae, "me/mine", results=g.file), ("not what a repl",)),
     Case("no such run", lambda g: reproduce("qwen", g.folder), ("'qwen'", "mamba2-370m-L24H0")),
-    Case("no such recipe", lambda g: again(g, recipe="papers"), ("recipe='papers'", "default or paper")),
+    Case("no such recipe", lambda g: again(g, recipe="papers"), ("recipe='papers'", "recommended or paper")),
     Case(
         "no such experiment", lambda g: again(g, experiments=("replac",)), ("replac", "replace, population")
     ),

@@ -398,7 +398,7 @@ def test_the_papers_recipe_and_its_schedule():
 def test_the_named_recipes_and_a_schedule_for_any_length():
     config = WriteSAETrainingConfig.recommended(d_k=16, d_v=24)
     assert (config.decoder, config.n_key, config.n_value) == ("codes", 1024, 1024)
-    assert (config.k_key, config.k_value) == (8, 8)
+    assert (config.k_key, config.k_value) == (16, 16)
     smaller = WriteSAETrainingConfig.recommended(d_k=16, d_v=24, d_sae=64, k=8)
     assert (smaller.n_key, smaller.n_value, smaller.k_key, smaller.k_value) == (32, 32, 4, 4)
     atoms = WriteSAETrainingConfig.atoms(d_k=16, d_v=24)
@@ -408,7 +408,7 @@ def test_the_named_recipes_and_a_schedule_for_any_length():
         options = LanguageModelSAERunnerConfig(
             sae=config,
             hook_name="blocks.1.linear_attn.hook_write.2",
-            training_tokens=512 * steps,
+            training_tokens=256 * steps,
             device="cpu",
             **RECOMMENDED_SCHEDULE,
         ).to_sae_trainer_config()
