@@ -85,6 +85,7 @@ def test_matching_pursuit_finds_the_sum_of_few_codes():
     assert left == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_trains_tests_prints_and_goes_on(tmp_path, monkeypatch, capsys):
     texts = {part: zoo.text(part)[:12_000] for part in zoo.PARTS}
     monkeypatch.setattr(zoo, "text", lambda part: texts[part])

@@ -63,6 +63,7 @@ def test_demo_leaves_everything_it_promises(demo):
     assert len(curves) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", zoo.SHIPPED[1:])
 def test_demo_runs_on_every_shipped_model(model, few_firings, tmp_path):
     done = run("demo", "--model", model, "--out", tmp_path, "--training-tokens", 10_000, "--d-sae", 64)
