@@ -46,6 +46,15 @@ def moves(records: pd.DataFrame, when: str = "") -> NDArray[np.bool_]:
     return kl(records, "delete", when) > floor
 
 
+def _counted(records: pd.DataFrame, name: str, when: str) -> tuple[NDArray[Any], ...] | None:
+    """KL of a stand-in, of the deletion, and passage, of the firings above the floor; None if unmeasured."""
+    if not (measured(records, name, when) and measured(records, "delete", when)):
+        return None
+    counted = moves(records, when)
+    columns = kl(records, name, when), kl(records, "delete", when), records.passage.to_numpy()
+    return tuple(column[counted] for column in columns)
+
+
 def standing(records: pd.DataFrame, name: str) -> dict[str, Any]:
     """What one stand-in recovers of the deletions' KL, pooled and in the median, and its win rate.
 
@@ -60,9 +69,8 @@ def standing(records: pd.DataFrame, name: str) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for when in WHEN:
         pooled = median = rate = None
-        if measured(records, name, when) and measured(records, "delete", when):
-            counted = moves(records, when)
-            own, deleted = kl(records, name, when)[counted], kl(records, "delete", when)[counted]
+        if (counted := _counted(records, name, when)) is not None:
+            own, deleted, _ = counted
             pooled, median = statistics.recovered(own, deleted)
             rate = statistics.rate(own < deleted)
         figures[f"recovered{when}"] = pooled
@@ -76,10 +84,8 @@ def intervals(records: pd.DataFrame, name: str, seed: int) -> dict[str, Any]:
     ends: dict[str, Any] = {}
     for when in WHEN:
         pooled = median = rate = None
-        if measured(records, name, when) and measured(records, "delete", when):
-            counted = moves(records, when)
-            own, deleted = kl(records, name, when)[counted], kl(records, "delete", when)[counted]
-            passage = records.passage.to_numpy()[counted]
+        if (counted := _counted(records, name, when)) is not None:
+            own, deleted, passage = counted
             pooled = statistics.recovered_interval(own, deleted, passage, seed)
             median = statistics.median_interval(1 - own / deleted, passage, seed)
             rate = statistics.cluster_bootstrap(own < deleted, passage, seed)

@@ -23,6 +23,7 @@ from writesae_lens.experiments.firings import (
     Firings,
     check_any_fires,
     find_firings,
+    is_codes,
     native_cosines,
     native_of,
     stand_in,
@@ -83,7 +84,8 @@ def compare(
         kl: KL(patched || base), as in the paper, or the other way round.
         horizon: also measure the KL over so many positions after each firing (0: the own position alone).
         baselines: whether to compare with untrained stand-ins: a lookup among as many training writes as
-            the first SAE has features, mean key x native value, native key x mean value.
+            the first SAE has features, codes that nobody trained chosen by matching pursuit (as many as the
+            first SAE of codes has; none without one), mean key x native value, native key x mean value.
         max_firings: test a random choice of this many positions (None: all).
         skip_positions: leave out the first positions of every passage.
         context_size: length of a passage where ``tokens`` is text (None: that of the first SAE's training,
@@ -96,9 +98,10 @@ def compare(
 
     Returns:
         a result. ``records`` has one row per firing and stand-in: passage, position, token, name (of an
-        SAE, "lookup", "mean_key", "mean_value", a control, or "delete"), atom and key_code (of codes; -1:
-        none), coefficient, cosine (to the native write), kl, and of the firing kl_delete, kl_random (of the
-        first control), kl_native_random (of that control at the native write's norm), kl_floor; with a
+        SAE, "lookup", "pursuit", "mean_key", "mean_value", a control, or "delete"), atom and key_code
+        (of codes; -1: none), coefficient, cosine (to the native write), kl, and of the firing kl_delete,
+        kl_random (of the first control), kl_native_random (of that control at the native write's norm), kl_floor; with
+        a
         horizon the same with ``_later``, sums over the positions after the firing. ``summary`` has n_firings,
         n_at_floor, n_without_horizon (firings too near to the end of their passage for it, left out),
         chain_ceiling (see `replacement_test`) and ``table``, one row per stand-in: name, recovered,
@@ -133,9 +136,12 @@ def compare(
     about: dict[str, Any] = {}
     others = None
     if baselines:
-        others = untrained(model, cell, first.cfg.d_sae, train_tokens, seed)
+        codes: Any = next((sae.cfg for sae in saes.values() if is_codes(sae)), None)
+        others = untrained(model, cell, first.cfg.d_sae, train_tokens, seed, codes)
         about = {"train_text": others.text, "train_text_hash": others.text_hash}
     run = Run("compare", model, list(saes.values()), passages, locals(), names=list(saes), **about)
+    if others and (few := others.fewer_than(first.cfg.d_sae)):
+        run.warn(few)
 
     def test(n: int) -> pd.DataFrame:
         how = random, scale, kl, horizon, generator(seed, n)
