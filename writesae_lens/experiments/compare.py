@@ -100,9 +100,9 @@ def compare(
         a result. ``records`` has one row per firing and stand-in: passage, position, token, name (of an
         SAE, "lookup", "pursuit", "mean_key", "mean_value", a control, or "delete"), atom and key_code
         (of codes; -1: none), coefficient, cosine (to the native write), kl, and of the firing kl_delete,
-        kl_random (of the first control), kl_native_random (of that control at the native write's norm), kl_floor; with
-        a
-        horizon the same with ``_later``, sums over the positions after the firing. ``summary`` has n_firings,
+        kl_random (of the first control), kl_native_random (of that control at the native write's norm) and
+        kl_floor; with a horizon the same with ``_later``, sums over the positions after the firing.
+        ``summary`` has n_firings,
         n_at_floor, n_without_horizon (firings too near to the end of their passage for it, left out),
         chain_ceiling (see `replacement_test`) and ``table``, one row per stand-in: name, recovered,
         median_recovered and win_rate (against deletion) at the own position, with ``_later`` after it and
