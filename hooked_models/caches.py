@@ -253,21 +253,32 @@ def _seen(cache: Any) -> int | None:
         return None
 
 
-def repeated(cache: Any, count: int) -> Any:
-    """A copy of a cache (or None) with every row ``count`` times, one after another."""
+def repeated(cache: Any, count: int, unused: int = 0) -> Any:
+    """A copy of a cache (or None) with every row ``count`` times, one after another.
+
+    Args:
+        cache: the cache.
+        count: how often.
+        unused: the layers below this one are not run with the copy: their rows, if there is one row, are not
+            copied.
+    """
     if cache is None:
         return None
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
 
-    def repeat(value: Any) -> Any:
+    def repeat(value: Any, shared: bool = False) -> Any:
         if isinstance(value, dict):
-            return {name: repeat(item) for name, item in value.items()}
-        return value.repeat_interleave(count, dim=0) if isinstance(value, Tensor) and value.ndim else value
+            return {name: repeat(item, shared) for name, item in value.items()}
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        if shared and len(value) == 1:
+            return value.expand(count, *value.shape[1:])
+        return value.repeat_interleave(count, dim=0)
 
-    for layer in twin.layers:
+    for number, layer in enumerate(twin.layers):
         for name, value in vars(layer).items():
-            setattr(layer, name, repeat(value))
+            setattr(layer, name, repeat(value, number < unused))
     past = getattr(cache, "hooked_past", None)
     if past is not None:
         rows = {name: repeat(getattr(past, name)) for name in ("mask", "last_position")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,14 @@ from torch.autograd import forward_ad
 from hooked_models.caches import repeated
 from hooked_models.edits import AddedWrites, SwappedWrites
 from hooked_models.errors import HookedModelError
-from hooked_models.unembedding import run_to_logits, run_to_residual
+from hooked_models.lower_layers import LowerLayers, run_lower_layers
+from hooked_models.unembedding import logits_of, run_to_logits, run_to_residual
 
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import Cell, HookedRecurrent
 
+# What one run with swapped writes holds in memory: branches, and attention scores of a layer.
+_BRANCHES_AT_ONCE, _SCORES_AT_ONCE = 2**12, 2**25
 # torch has one level of forward-mode differentiation, which all threads share.
 _DUAL_LEVEL = threading.RLock()
 
@@ -34,6 +38,36 @@ def run_with_swapped_writes(
     erase: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `HookedRecurrent.run_with_swapped_writes`."""
+    native, branches = residual_with_swapped_writes(model, tokens, cell, positions, keys, values, erase)
+    with torch.set_grad_enabled(branches.requires_grad):
+        return logits_of(model, native), logits_of(model, branches)
+
+
+def residual_with_swapped_writes(
+    model: HookedRecurrent,
+    tokens: Int[Tensor, " pos"],
+    cell: Cell,
+    positions: Int[Tensor, " branch"],
+    keys: Float[Tensor, "branch rank d_k"],
+    values: Float[Tensor, "branch rank d_v"],
+    erase: bool = True,
+    lower: LowerLayers | None = None,
+) -> tuple[Float[Tensor, "pos d_model"], Float[Tensor, "branch d_model"]]:
+    """The residual stream after the last layer in a run with swapped writes; nothing is unembedded.
+
+    `hooked_models.unembedding.logits_of` gives the logits of the positions and branches that are wanted. The
+    layers below the cell's are run for the native tokens alone.
+
+    Args:
+        model: the model.
+        tokens: one passage.
+        cell: the cell.
+        positions, keys, values, erase: as for `HookedRecurrent.run_with_swapped_writes`.
+        lower: what the layers below the cell's make of the passage (`run_lower_layers`), where it is known.
+
+    Raises:
+        HookedModelError: shapes or positions that do not fit, or anything is hooked.
+    """
     rank = keys.shape[1] if keys.ndim > 1 else 1
     positions = _checked(tokens, cell, positions, keys, values, (rank,))
     if model.busy_hooks:
@@ -42,17 +76,32 @@ def run_with_swapped_writes(
             f"a run with swapped writes cannot honour the hooks on {', '.join(model.busy_hooks[:3])}: remove "
             "them first (model.reset_hooks(), model.reset_saes())"
         )
+    if lower is None:
+        lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
     edit = SwappedWrites(model.mixers[cell.layer], cell.head, len(tokens), positions, keys, values, erase)
     differentiate = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
     with torch.set_grad_enabled(differentiate):
-        logits = run_to_logits(
+        residual = run_to_residual(
             model,
             torch.cat([tokens, tokens[positions]])[None],
             edit=edit,
+            lower=None if lower is None else lower.with_branches(positions),
             use_cache=False,
             **_attention_of_branches(model, len(tokens), positions),
         )[0]
-    return logits[: len(tokens)], logits[len(tokens) :]
+    return residual[: len(tokens)], residual[len(tokens) :]
+
+
+def branches_at_once(model: HookedRecurrent, length: int) -> int:
+    """How many branches one run with swapped writes should have beside a passage, for what memory holds.
+
+    Without attention 4,096. Softmax attention builds a matrix of all native tokens and branches; the number
+    is such that one has at most 2^25 entries over its heads, but no fewer branches than there are tokens.
+    """
+    if not model.has_attention:
+        return _BRANCHES_AT_ONCE
+    side = math.isqrt(_SCORES_AT_ONCE // model.cfg.n_heads)
+    return min(_BRANCHES_AT_ONCE, max(length, side - length))
 
 
 @torch.no_grad()
@@ -87,14 +136,16 @@ def residual_with_added_writes(
     keys: Float[Tensor, "row *rank d_k"],
     values: Float[Tensor, "row *rank d_v"],
     past_key_values: Any = None,
+    lower: LowerLayers | None = None,
 ) -> Float[Tensor, "row pos d_model"]:
     """The residual stream after the last layer in a run with added writes; nothing is unembedded.
 
     `hooked_models.unembedding.logits_of` gives the logits of the positions that are wanted. The arguments are
-    those of `HookedRecurrent.run_with_added_writes`.
+    those of `HookedRecurrent.run_with_added_writes`, and ``lower``, what the layers below the cell's make of
+    the tokens (`run_lower_layers`), where it is known.
     """
     rows, options = _rows_with_added_writes(
-        model, tokens, cell, positions, keys, values, False, past_key_values
+        model, tokens, cell, positions, keys, values, False, past_key_values, lower
     )
     return run_to_residual(model, rows, **options)
 
@@ -108,21 +159,30 @@ def _rows_with_added_writes(
     values: Tensor,
     linear: bool,
     past_key_values: Any,
+    lower: LowerLayers | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The tokens of all rows, and the options of a forward pass of them with the edit."""
+    """The tokens of all rows, and the options of a forward pass of them with the edit.
+
+    The layers below the cell's are run for one row.
+    """
     rank = tuple(keys.shape[1:2]) if keys.ndim == 3 else ()
     positions = _checked(tokens, cell, positions, keys, values, rank)
-    mixer = model.mixers[cell.layer]
-    past: dict[str, Any] = {"use_cache": False}
-    if past_key_values is not None:
-        cached_rows = len(mixer.cached_state(past_key_values))
-        if cached_rows != 1:
-            raise HookedModelError(
-                f"past_key_values must hold one row, which all rows share; it holds {cached_rows}"
-            )
-        past = {"use_cache": True, "past_key_values": repeated(past_key_values, len(positions))}
+    mixer, count = model.mixers[cell.layer], len(positions)
+    if past_key_values is not None and (cached_rows := len(mixer.cached_state(past_key_values))) != 1:
+        raise HookedModelError(
+            f"past_key_values must hold one row, which all rows share; it holds {cached_rows}"
+        )
+
+    def past(rows: int, unused: int = 0) -> dict[str, Any]:
+        if past_key_values is None:
+            return {"use_cache": False}
+        return {"use_cache": True, "past_key_values": repeated(past_key_values, rows, unused)}
+
+    if lower is None:
+        lower = run_lower_layers(model, tokens[None], cell.layer, **past(1))
     edit = AddedWrites(mixer, cell.head, positions, keys, values, linear)
-    return tokens.expand(len(positions), -1), past | {"edit": edit}
+    options = {"edit": edit, "lower": None if lower is None else lower.rows(count)}
+    return tokens.expand(count, -1), options | past(count, 0 if lower is None else lower.layer)
 
 
 def _checked(

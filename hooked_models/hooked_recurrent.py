@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hooked_models import calls, edited_runs, edits, upstream, zoo
+from hooked_models import calls, edited_runs, edits, lower_layers, upstream, zoo
 from hooked_models.architectures import adapters
 from hooked_models.bridge import copies
 from hooked_models.caches import CACHE_ARGUMENTS, pop_cache, refuse_unknown
@@ -103,6 +103,7 @@ class HookedRecurrent(upstream.CheckedBridge):
                 f"{', '.join(adapters.ADAPTERS)}; for other models use TransformerLens itself"
             )
         calls.watch(model)
+        lower_layers.make_blocks_skippable(model)
         copies.keep_names(model.original_model)
         model.cfg.model_name = model_name
         if model_name in zoo.SHIPPED:  # TransformerLens's defaults differ by architecture
@@ -149,7 +150,14 @@ class HookedRecurrent(upstream.CheckedBridge):
                 "HookedRecurrent.for_sae(sae) loads it"
             )
 
-    def forward(self, input: Any, *args: Any, edit: edits.Edit | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input: Any,
+        *args: Any,
+        edit: edits.Edit | None = None,
+        lower: lower_layers.LowerLayers | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As `TransformerBridge.forward`; a cache is ``past_key_values`` on every architecture.
 
         transformers names Mamba-2's ``cache_params``, and would ignore one of another name.
@@ -159,6 +167,8 @@ class HookedRecurrent(upstream.CheckedBridge):
             *args: as for `TransformerBridge.forward`.
             edit: swapped or added writes that this call carries; see `run_with_swapped_writes` and
                 `run_with_added_writes`.
+            lower: what the lower layers make of the tokens (`hooked_models.lower_layers`): the call leaves
+                these layers out.
             **kwargs: as for `TransformerBridge.forward`.
 
         Raises:
@@ -190,7 +200,7 @@ class HookedRecurrent(upstream.CheckedBridge):
             kwargs["use_cache"] = True
         if cache is not None:
             kwargs[next(name for name in CACHE_ARGUMENTS if name in of_model)] = cache
-        with calls.reading(), edits.edit_in_force(edit):
+        with calls.reading(), edits.edit_in_force(edit), lower_layers.given(lower):
             output = super().forward(input, *args, **kwargs)
         return (output[0], cache) if wants_cache else output
 

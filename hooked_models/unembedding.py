@@ -80,27 +80,41 @@ def logits_of(
 ) -> Float[Tensor, "*batch d_vocab"]:
     """Last norm and unembedding of the residual stream after the last layer, in float32 at least.
 
-    The unembedding is converted in cuts of the vocabulary, and again in the backward pass, so that no second
-    copy of it is kept.
+    An unembedding in half precision is converted in cuts of the vocabulary, and again in the backward pass,
+    so that no second copy of it is kept.
     """
     hidden, parts = _normed(model, residual), []
     differentiate = torch.is_grad_enabled() and hidden.requires_grad
-    for weight, bias in _cuts(model):
+    for weight, bias in _cuts(model, hidden.dtype):
         parts.append(
             checkpoint(_unembedded, hidden, weight, bias, use_reentrant=False)
-            if differentiate
+            if differentiate and weight.dtype != hidden.dtype
             else _unembedded(hidden, weight, bias)
         )
     logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     return model.adapter.apply_output_logits_transform(logits)
 
 
+def token_logits(
+    model: HookedRecurrent, residual: Float[Tensor, "*batch d_model"], tokens: Int[Tensor, "*batch"]
+) -> Float[Tensor, "*batch"]:
+    """The logit of one token at each place, in float32 at least, without those of all others.
+
+    Args:
+        model: the model.
+        residual: the residual stream after the last layer.
+        tokens: ids.
+    """
+    hidden, unembed = _normed(model, residual), _unembedding(model)
+    logits = (hidden * unembed.weight[tokens].to(hidden)).sum(-1)
+    if unembed.bias is not None:
+        logits = logits + unembed.bias[tokens].to(hidden)
+    return model.adapter.apply_output_logits_transform(logits)
+
+
 @torch.no_grad()
 def rounding_kl(
-    model: HookedRecurrent,
-    tokens: Int[Tensor, " pos"],
-    layer: int,
-    positions: Int[Tensor, " position"],
+    model: HookedRecurrent, residual: Float[Tensor, "position d_model"], layer: int
 ) -> Float[Tensor, " position"]:
     """KL between two runs that differ by nothing but how they round the residual stream; 0 from 32 bits on.
 
@@ -114,19 +128,17 @@ def rounding_kl(
 
     Args:
         model: the model.
-        tokens: one passage.
+        residual: the native residual stream after the last layer.
         layer: of the edit.
-        positions: of the passage.
     """
     if not in_half_precision(model):
-        return torch.zeros(len(positions), device=positions.device)
-    residual = run_to_residual(model, tokens[None], use_cache=False)[0, positions]
+        return torch.zeros(len(residual), device=residual.device)
     eps = torch.finfo(_unembedding(model).weight.dtype).eps
     in_half = torch.finfo(residual.dtype).bits < 32
     n_roundings = len(model.blocks) - layer if in_half else 1
     p, x = logits_of(model, residual).softmax(-1), _normed(model, residual)
     mean, square, start = torch.zeros_like(x), torch.zeros_like(x), 0
-    for weight, _ in _cuts(model):
+    for weight, _ in _cuts(model, x.dtype):
         part = p[:, start : start + len(weight)]
         mean += part @ weight.float()
         square += part @ weight.float().square()
@@ -138,7 +150,10 @@ def rounding_kl(
 def _normed(model: HookedRecurrent, residual: Float[Tensor, "*batch d_model"]) -> Tensor:
     """The last norm, in float32 at least."""
     wide = torch.promote_types(_unembedding(model).weight.dtype, torch.float32)
-    return copy.deepcopy(model.ln_final.original_component).to(wide)(residual.to(wide))
+    norm = model.ln_final.original_component
+    if _unembedding(model).weight.dtype != wide:
+        norm = copy.deepcopy(norm).to(wide)
+    return norm(residual.to(wide))
 
 
 def _unembedding(model: HookedRecurrent) -> Any:
@@ -147,10 +162,11 @@ def _unembedding(model: HookedRecurrent) -> Any:
     return hf_model.get_output_embeddings()
 
 
-def _cuts(model: HookedRecurrent) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The unembedding's weight and bias, in cuts of the vocabulary."""
+def _cuts(model: HookedRecurrent, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The unembedding's weight and bias; in cuts of the vocabulary, if they are to be converted."""
     unembed = _unembedding(model)
-    step = max(1, _WEIGHTS_AT_ONCE // unembed.weight.shape[1])
+    at_once = _WEIGHTS_AT_ONCE if unembed.weight.dtype != dtype else unembed.weight.numel()
+    step = max(1, at_once // unembed.weight.shape[1])
     weights = unembed.weight.split(step)
     return zip(weights, [None] * len(weights) if unembed.bias is None else unembed.bias.split(step))
 

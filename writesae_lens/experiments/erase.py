@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
+from writesae_lens.divergences import log_probability_change
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.features.sides import NAMES, randomized, side_of
@@ -29,6 +31,7 @@ from writesae_lens.experiments.firings import (
 )
 from writesae_lens.experiments.options import Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages, token_id
+from writesae_lens.experiments.passes import check_finite
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.subjects import find_site
@@ -37,10 +40,6 @@ from writesae_lens.saes.rank1 import Factors
 
 DOSES = (0.25, 0.5, 1.0, 2.0)
 CONDITIONS = ("firing", "elsewhere", "random")
-_COLUMNS = (
-    *("position", "token", "condition", "dose"),
-    *("coefficient", "delta_logp", "kl", "kl_floor"),
-)
 
 
 @experiment(
@@ -130,13 +129,9 @@ def erase_atom(
     tested = [f.subset(tests[every == n]) for n, f in enumerate(firings)]
     if watched is None:
         chooses = ~tests if len(every) > 1 else tests
-        fall = 0
-        for n, f in enumerate(firings):
-            part = f.subset(chooses[every == n])
-            if len(part.position):
-                fall = fall + _fall(model, site.cell, passages[n], part)
-        assert isinstance(fall, Tensor)
-        watched = int(fall.argmax())
+        parts = [f.subset(chooses[every == n]) for n, f in enumerate(firings)]
+        falls = [_fall(model, site.cell, passages[n], p) for n, p in enumerate(parts) if len(p.position)]
+        watched = int(torch.stack(falls).sum(0).argmax())
     about = {"atom": chosen, "preferred_token": watched, "token_given": token is not None}
     run = Run("erase", model, sae, passages, locals(), **about)
 
@@ -144,12 +139,7 @@ def erase_atom(
         features = torch.full_like(tested[n].position, chosen)
         random = randomized(sae, features, tested[n].taken, generator(seed, n))
         taken = (tested[n], elsewhere[n], tested[n]._replace(taken=random))
-        parts = [
-            _erase(model, site.cell, passages[n], places, watched, doses).assign(condition=condition)
-            for condition, places in zip(CONDITIONS, taken, strict=True)
-            if len(places.position)
-        ]
-        frame = pd.concat(parts, ignore_index=True).reindex(columns=list(_COLUMNS))
+        frame = _erase(model, site.cell, passages[n], taken, watched, doses)
         frame.insert(0, "passage", n)
         return frame
 
@@ -201,24 +191,23 @@ def _places(
     sae: SAE[Any], cell: Cell, found: list[Activity], atom: int, max_firings: int | None, seed: int
 ) -> tuple[list[_Places], list[_Places]]:
     """Positions where the atom is active, and in each passage as many (if there are) where it is not."""
-    mean = torch.cat([x.acts[x.acts[:, atom] > 0, atom] for x in found]).float().mean()
-    active = torch.cat([x.acts[:, atom] > 0 for x in found])
+    sizes = [x.of_feature(atom) for x in found]
+    active = torch.cat(sizes) > 0
+    mean = torch.cat(sizes)[active].float().mean()
     order = torch.randperm(int(active.sum()), generator=generator(seed, 0, 2))[:max_firings]
     kept_rows = active.nonzero().squeeze(-1)[order.to(active.device)]
     tested = torch.zeros_like(active)
     tested[kept_rows] = True
-    chosen = tested.split([len(x.acts) for x in found])
+    chosen = tested.split([len(x) for x in found])
     firing, elsewhere = [], []
-    for n, activities in enumerate(found):
-        acts = activities.acts
-        at, silent = chosen[n].nonzero().squeeze(-1), (acts[:, atom] <= 0).nonzero().squeeze(-1)
+    for n, (activities, sizes_here) in enumerate(zip(found, sizes, strict=True)):
+        at, silent = chosen[n].nonzero().squeeze(-1), (sizes_here <= 0).nonzero().squeeze(-1)
         order = torch.randperm(len(silent), generator=generator(seed, n, 1))
         other = silent[order[: len(at)].to(silent.device)].sort().values
-        for where, kept, size in ((at, firing, acts[at, atom]), (other, elsewhere, mean)):
-            of_size = acts[where].clone()
-            of_size[:, atom] = size.to(of_size.dtype)
-            taken = contribution(sae, of_size, atom, cell)
-            kept.append(_Places(where, of_size[:, atom].float(), native_of(activities)[where], taken))
+        for where, kept, size in ((at, firing, sizes_here[at]), (other, elsewhere, mean.expand(len(other)))):
+            there = activities.at(where).with_coefficients(atom, size)
+            taken = contribution(sae, there, atom, cell)
+            kept.append(_Places(where, there.of_feature(atom).float(), native_of(there), taken))
     return firing, elsewhere
 
 
@@ -226,14 +215,12 @@ def _places(
 def _fall(
     model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, " pos"], places: _Places
 ) -> Float[Tensor, " d_vocab"]:
-    """log p(native) - log p(erased) of every token, summed over the places."""
-    falls = 0
-    for base, (patched,) in swaps.swapped_logits(
-        model, cell, tokens, places.position, [_erased(places, 1.0)]
-    ):
-        for b, p in zip(base.split(64), patched.split(64), strict=True):
-            falls = falls + (swaps.log_probabilities(b) - swaps.log_probabilities(p)).sum(0)
-    assert isinstance(falls, Tensor)
+    """How much each logit falls by the erasing, summed over the places; so does log p, but for a constant."""
+    falls = torch.zeros(model.cfg.d_vocab, dtype=torch.float64)
+    for swapped in swaps.swapped_logits(model, cell, tokens, places.position, [_erased(places, 1.0)]):
+        fall = (swapped.base - swapped.patched[0]).sum(0)
+        check_finite("logits", fall)
+        falls += fall.to(falls)
     return falls
 
 
@@ -246,30 +233,37 @@ def _erase(
     model: HookedRecurrent,
     cell: Cell,
     tokens: Int[Tensor, " pos"],
-    places: _Places,
+    taken: Sequence[_Places],
     watched: int,
     doses: tuple[float, ...],
 ) -> pd.DataFrame:
-    written = [_erased(places, dose) for dose in doses]
+    """Rows of all conditions and doses, from one run of the passage."""
+    numbers = np.repeat(np.arange(len(taken)), [len(places.position) for places in taken])
+    position, coefficient = (torch.cat([getattr(p, name) for p in taken]) for name in _Places._fields[:2])
+    written = [swaps.joined(*(_erased(places, dose) for places in taken)) for dose in doses]
     changes, kls, floors = [], [], []
-    for base, patched in swaps.swapped_logits(model, cell, tokens, places.position, written):
-        before = swaps.log_probabilities(base)[:, watched]
-        changes.append(torch.stack([swaps.log_probabilities(p)[:, watched] - before for p in patched]))
-        kls.append(torch.stack([swaps.divergence(p, base) for p in patched]))
-        floors.append(swaps.logits_floor(base))
-    floor = torch.cat(floors) + swaps.residual_floor(model, cell, tokens, places.position)
-    count = len(places.position)
-    return pd.DataFrame(
+    for swapped in swaps.swapped_logits(model, cell, tokens, position, written):
+        found = [log_probability_change(p, swapped.base, watched) for p in swapped.patched]
+        change, kl = (torch.stack(column) for column in zip(*found, strict=True))
+        check_finite("logits", kl)
+        changes.append(change)
+        kls.append(kl)
+        floors.append(swapped.floor)
+    count = len(doses)
+    rows = pd.DataFrame(
         {
-            "position": places.position.repeat(len(doses)).cpu().numpy(),
-            "token": tokens[places.position].repeat(len(doses)).cpu().numpy(),
-            "dose": np.repeat(doses, count),
-            "coefficient": places.coefficient.repeat(len(doses)).cpu().numpy().astype(float),
+            "number": np.tile(numbers, count),
+            "position": position.repeat(count).cpu().numpy(),
+            "token": tokens[position].repeat(count).cpu().numpy(),
+            "condition": np.tile(np.array(CONDITIONS)[numbers], count),
+            "dose": np.repeat(doses, len(position)),
+            "coefficient": coefficient.repeat(count).cpu().numpy().astype(float),
             "delta_logp": torch.cat(changes, dim=1).flatten().cpu().numpy(),
             "kl": torch.cat(kls, dim=1).flatten().cpu().numpy(),
-            "kl_floor": floor.repeat(len(doses)).cpu().double().numpy(),
+            "kl_floor": torch.cat(floors).repeat(count).cpu().double().numpy(),
         }
     )
+    return rows.sort_values("number", kind="stable", ignore_index=True).drop(columns="number")
 
 
 def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:

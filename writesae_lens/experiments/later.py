@@ -12,22 +12,17 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.edited_runs import residual_with_added_writes
 from hooked_models.hooked_recurrent import Cell
+from hooked_models.lower_layers import LowerLayers, run_lower_layers
 from hooked_models.unembedding import logits_of, run_to_residual
-from writesae_lens.experiments.passes import check_finite, native_factors, wide
-from writesae_lens.experiments.swaps import (
-    divergence_of,
-    log_probabilities,
-    logits_floor,
-    one_after_another,
-    residual_floor,
-    summed,
-)
+from writesae_lens.divergences import divergence, wide
+from writesae_lens.experiments.passes import check_finite, native_factors
+from writesae_lens.experiments.swaps import floor_of, joined, summed
 from writesae_lens.saes.rank1 import Factors, factor_rank1
 
 # Firings within as many tokens are run together, from one cache of what comes before the first of them.
 _SPAN = 16
 # Tokens that one pass reads over all its rows (each has a copy of the cache), and logits unembedded at once.
-_TOKENS_PER_PASS, _LOGITS_AT_ONCE = 2**11, 2**22
+_TOKENS_PER_PASS, _LOGITS_AT_ONCE = 2**11, 2**25
 
 
 @torch.no_grad()
@@ -41,6 +36,7 @@ def later_divergences(
     horizon: int,
     kl: str = "patched_base",
     erase: bool = True,
+    lower: LowerLayers | None = None,
 ) -> tuple[Float[Tensor, "condition firing"], Float[Tensor, " firing"]]:
     """KL of each condition over the tokens after each firing, and the KL that rounding alone gives, in nats.
 
@@ -59,30 +55,35 @@ def later_divergences(
         horizon: how many positions after the firing count.
         kl: direction of the KL divergence, as in `swaps.divergences`.
         erase: whether the token's native erase still happens.
+        lower: what the layers below the cell's make of the passage, where it is known.
 
     Raises:
         WriteSAEError: the logits are not finite.
     """
+    if lower is None:
+        lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
     minus = [Factors(-native.key, native.value)]
     if not erase and model.mixers[cell.layer].erases:
         minus.append(_minus_erases(model, cell, tokens, positions))
-    changes = one_after_another(*(summed(swap, *minus) for swap in swaps))
+    changes = joined(*(summed(swap, *minus) for swap in swaps))
     n, count = len(swaps), len(positions)
     # Row by row, all conditions of one firing after another.
     keys, values = (f.unflatten(0, (n, count)).transpose(0, 1).flatten(0, 1) for f in changes)
     kls, floors = [], []
     for firings, start, cache in _shared_prefixes(model, tokens, positions):
-        window = tokens[start : int(positions[firings][-1]) + horizon + 1]
+        stop = int(positions[firings][-1]) + horizon + 1
+        window = tokens[start:stop]
+        below = None if lower is None else lower.window(start, stop)
         rows = torch.arange(firings.start * n, firings.stop * n, device=tokens.device)
         for part in rows.split(max(1, _TOKENS_PER_PASS // len(window) - 1)):
-            residual = _run(
-                model, cell, window, positions[part // n] - start, keys[part], values[part], cache
-            )
-            found = _divergences(model, residual, positions[part // n] - start, horizon, kl)
+            at = positions[part // n] - start
+            # A native row is read in the same batch, so that both are rounded alike.
+            with_native = [torch.cat([torch.zeros_like(x[:1]), x]) for x in (at, keys[part], values[part])]
+            residual = residual_with_added_writes(model, window, cell, *with_native, cache, below)
+            found = _divergences(model, cell, residual, at, horizon, kl)
             kls.append(found[0])
             floors.append(found[1])
-    floor = torch.cat(floors)[::n] + _residual_floors(model, cell, tokens, positions, horizon)
-    return torch.cat(kls).unflatten(0, (count, n)).T, floor
+    return torch.cat(kls).unflatten(0, (count, n)).T, torch.cat(floors)[::n]
 
 
 def _minus_erases(
@@ -112,53 +113,31 @@ def _shared_prefixes(
         first = stop
 
 
-def _run(
-    model: HookedRecurrent,
-    cell: Cell,
-    window: Int[Tensor, " pos"],
-    positions: Int[Tensor, " row"],
-    keys: Float[Tensor, "row rank d_k"],
-    values: Float[Tensor, "row rank d_v"],
-    cache: Any,
-) -> Float[Tensor, "native_and_row pos d_model"]:
-    """The last residual stream of a native row, and of a row for each change.
-
-    The native row is read in the same batch, so that both are rounded alike.
-    """
-    with_native = [torch.cat([torch.zeros_like(x[:1]), x]) for x in (positions, keys, values)]
-    return residual_with_added_writes(model, window, cell, *with_native, past_key_values=cache)
-
-
 def _divergences(
     model: HookedRecurrent,
+    cell: Cell,
     residual: Float[Tensor, "native_and_row pos d_model"],
     positions: Int[Tensor, " row"],
     horizon: int,
     kl: str,
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
     """KL and its floor for each row, summed over the ``horizon`` positions after the row's own."""
-    base = logits_of(model, residual[0])
-    check_finite("logits", base)
-    log_base, floors = log_probabilities(base), wide(logits_floor(base))
     after = positions[:, None] + torch.arange(1, horizon + 1, device=positions.device)  # [row, later]
-    sums = []
-    rows = torch.arange(len(positions), device=positions.device)
-    for part in rows.split(max(1, _LOGITS_AT_ONCE // base.shape[-1] // horizon)):
-        patched = logits_of(model, residual[part[:, None] + 1, after[part]])
-        check_finite("logits", patched)
-        for logits, first in zip(patched, (positions[part] + 1).tolist(), strict=True):
-            compared = log_probabilities(logits), log_base[first : first + horizon]
-            sums.append(divergence_of(*compared, kl).sum())
-    return torch.stack(sums), floors[after].sum(-1)
+    first = int(after.min())
+    read = residual[0, first : int(after.max()) + 1]
+    kls, floors = wide(torch.zeros_like(after, dtype=read.dtype)), []
+    # Some positions at a time, with all rows that count them: the native logits there are made once.
+    for start in range(first, first + len(read), step := _positions_at_once(model, len(positions))):
+        base = logits_of(model, residual[0, start : start + step])
+        floors.append(floor_of(model, cell, base, residual[0, start : start + step]))
+        rows, later = ((after >= start) & (after < start + step)).nonzero(as_tuple=True)
+        at = after[rows, later]
+        patched = logits_of(model, residual[rows + 1, at])
+        kls[rows, later] = divergence(patched, base[at - start], kl)
+    check_finite("logits", kls)
+    return kls.sum(-1), wide(torch.cat(floors))[after - first].sum(-1)
 
 
-def _residual_floors(
-    model: HookedRecurrent,
-    cell: Cell,
-    tokens: Int[Tensor, " pos"],
-    positions: Int[Tensor, " firing"],
-    horizon: int,
-) -> Float[Tensor, " firing"]:
-    """What the rounding of the residual stream adds to the floor (`swaps.residual_floor`), summed."""
-    every = residual_floor(model, cell, tokens, torch.arange(len(tokens), device=tokens.device))
-    return wide(every)[1:].unfold(0, horizon, 1).sum(-1)[positions]
+def _positions_at_once(model: HookedRecurrent, n_rows: int) -> int:
+    """At how many positions the logits of all rows may be in memory."""
+    return max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab // (n_rows + 1))

@@ -13,23 +13,24 @@ from sae_lens import SAE
 from torch import Tensor, nn
 
 from hooked_models import HookedRecurrent
+from hooked_models.edited_runs import residual_with_swapped_writes
 from hooked_models.hooked_recurrent import Cell
+from hooked_models.lower_layers import run_lower_layers
+from hooked_models.unembedding import logits_of, token_logits
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.options import Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages
-from writesae_lens.experiments.passes import (
-    LOGITS_PER_PASS,
-    check_finite,
-    native_factors,
-    unembedding_directions,
-)
+from writesae_lens.experiments.passes import check_finite, native_factors, unembedding_directions
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.subjects import find_cell
 from writesae_lens.figures import ATOM, DELETE, INK, RANDOM, new_figure
 from writesae_lens.saes.rank1 import Factors
+
+# Trials whose logits are ranked at once, and whose derivatives are taken from one graph.
+_RANKED_AT_ONCE, _TRIALS_AT_ONCE = 64, 256
 
 
 @experiment(
@@ -163,14 +164,14 @@ def _trials(
     added = swaps.with_norm(Factors(keys[:, None], values[:, None]), size)
     linear = (added.key[:, 0] * read).sum(-1) * (added.value[:, 0] * slope).sum(-1)
     measured, rank = [], []
-    start = 0
-    with torch.no_grad():
-        for base, (patched,) in swaps.swapped_logits(model, cell, tokens, at, [swaps.summed(native, added)]):
-            row, followed = torch.arange(len(base)), target[start : start + len(base)]
-            before = base[row, followed]
-            measured.append(patched[row, followed] - before)
-            rank.append((base > before[:, None]).sum(-1) + 1)
-            start += len(base)
+    changed = [swaps.summed(native, added)]
+    for some, residual, (patched,) in swaps.swapped_residuals(model, cell, tokens, at, changed):
+        followed, residual = target[some], residual[at[some]]
+        with torch.no_grad():
+            before, after = (token_logits(model, x, followed) for x in (residual, patched))
+        check_finite("logits", before, after)
+        measured.append(after - before)
+        rank.append(_ranks(model, residual, followed))
     return pd.DataFrame(
         {
             "position": at.cpu().numpy(),
@@ -181,6 +182,18 @@ def _trials(
             "measured": torch.cat(measured).cpu().double().numpy(),
         }
     )
+
+
+@torch.no_grad()
+def _ranks(
+    model: HookedRecurrent, residual: Float[Tensor, "trial d_model"], targets: Int[Tensor, " trial"]
+) -> Int[Tensor, " trial"]:
+    """The rank of each target among the logits of its place, 1 for the largest."""
+    ranks = []
+    for some in torch.arange(len(targets), device=targets.device).split(_RANKED_AT_ONCE):
+        logits = logits_of(model, residual[some])
+        ranks.append((logits > logits.gather(1, targets[some, None])).sum(-1) + 1)
+    return torch.cat(ranks)
 
 
 def output_gradient(
@@ -199,21 +212,20 @@ def output_gradient(
     """
     # A matrix with key q / |q|^2 adds exactly its value side to the read S_t^T q_t.
     inverse = read / read.square().sum(-1, keepdim=True).clamp(min=1e-30)
-    step = max(1, LOGITS_PER_PASS // 4 // model.cfg.d_vocab)  # the graph holds several such tensors
+    lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
     slopes = []
-    for start in range(0, len(positions), step):
-        here = slice(start, start + step)
+    for here in torch.arange(len(positions), device=positions.device).split(_TRIALS_AT_ONCE):
         added = torch.zeros_like(native.value[here, 0]).requires_grad_()
         with torch.enable_grad():
             written = swaps.summed(
                 Factors(native.key[here], native.value[here]),
                 Factors(inverse[here, None].detach(), added[:, None]),
             )
-            _, logits = model.run_with_swapped_writes(
-                tokens, cell.layer, cell.head, positions[here], written.key, written.value
+            _, residual = residual_with_swapped_writes(
+                model, tokens, cell, positions[here], *written, lower=lower
             )
-            check_finite("logits", logits)
-            total = logits.gather(1, targets[here, None]).sum()
+            total = token_logits(model, residual, targets[here]).sum()
+            check_finite("logits", total)
             slopes.append(torch.autograd.grad(total, added)[0])
     check_finite("derivatives of the logits", *slopes)
     return torch.cat(slopes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,17 +15,20 @@ from sae_lens import SAE
 from torch import Tensor, nn
 
 from hooked_models import HookedRecurrent
+from hooked_models.edited_runs import branches_at_once, residual_with_swapped_writes
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.unembedding import rounding_kl
+from hooked_models.lower_layers import LowerLayers, run_lower_layers
+from hooked_models.unembedding import logits_of, rounding_kl
+from writesae_lens.divergences import divergence, logits_floor
 from writesae_lens.experiments.firings import Firings, atom_factors, is_codes
-from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite, wide
+from writesae_lens.experiments.passes import check_finite
 from writesae_lens.saes.rank1 import Factors
 from writesae_lens.saes.sae import MatrixSAE
 
 Random = Literal["gaussian", "atom", "orthogonal", "native_marginals"]
 RANDOM: tuple[Random, ...] = get_args(Random)
-# Of the floor of rounding: units in the last place of a logit, and multiples of the expected KL.
-_UNITS, _TIMES_EXPECTED = 6, 4
+# Logits that are in memory at once; the floor of rounding as a multiple of the expected KL.
+_LOGITS_AT_ONCE, _TIMES_EXPECTED = 2**25, 4
 
 
 def zeros_like(swap: Factors) -> Factors:
@@ -42,7 +46,7 @@ def summed(*swaps: Factors) -> Factors:
     return Factors(torch.cat([s.key for s in swaps], dim=1), torch.cat([s.value for s in swaps], dim=1))
 
 
-def one_after_another(*swaps: Factors) -> Factors:
+def joined(*swaps: Factors) -> Factors:
     """All matrices in one batch, first to last, padded to the largest rank among them."""
     rank = max(s.key.shape[1] for s in swaps)
     padded = [[nn.functional.pad(f, (0, 0, 0, rank - f.shape[1])) for f in s] for s in swaps]
@@ -109,6 +113,89 @@ def _other_codes(sae: SAE[Any], firings: Firings, rng: torch.Generator) -> Facto
     return Factors(*(f.float() for f in sae.stand_in_of(acts)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Swapped:
+    """Logits at some firings of a passage, natively and with swapped writes, in float32 at least.
+
+    Args:
+        base: native logits.
+        patched: those with each condition's matrix in the write's place.
+        floor: the KL that rounding alone gives, nats (`floor_of`).
+    """
+
+    base: Float[Tensor, "firing d_vocab"]
+    patched: Float[Tensor, "condition firing d_vocab"]
+    floor: Float[Tensor, " firing"]
+
+    def divergences(self, kl: str = "patched_base") -> Float[Tensor, "condition firing"]:
+        """KL of each condition, nats.
+
+        Raises:
+            WriteSAEError: one is not finite, as then the logits are not.
+        """
+        kls = torch.stack([divergence(p, self.base, kl) for p in self.patched])
+        check_finite("logits", kls)
+        return kls
+
+
+def floor_of(
+    model: HookedRecurrent,
+    cell: Cell,
+    base: Float[Tensor, "place d_vocab"],
+    residual: Float[Tensor, "place d_model"],
+) -> Float[Tensor, " place"]:
+    """The KL that rounding alone gives, nats: a KL that is not above it says nothing about an edit.
+
+    It is the sum of `writesae_lens.divergences.logits_floor` and of four times what the rounding of the
+    residual stream is expected to give (`hooked_models.unembedding.rounding_kl`), which rounding exceeds in
+    fewer than 1 of 20 cases.
+
+    Args:
+        model: the model.
+        cell: where the edit is.
+        base: native logits.
+        residual: the native residual stream after the last layer, of which they are.
+    """
+    return logits_floor(base) + _TIMES_EXPECTED * rounding_kl(model, residual, cell.layer)
+
+
+@torch.no_grad()
+def swapped_residuals(
+    model: HookedRecurrent,
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    positions: Int[Tensor, " firing"],
+    swaps: Sequence[Factors],
+    erase: bool = True,
+    lower: LowerLayers | None = None,
+) -> Iterator[
+    tuple[Int[Tensor, " some"], Float[Tensor, "pos d_model"], Float[Tensor, "condition some d_model"]]
+]:
+    """The last residual stream of a passage, and at its firings with each condition's matrix written.
+
+    All firings run at once, unless there are more than memory holds; then which they are is said first, by
+    their indices. The layers below the cell's run once. The arguments are those of `swapped_logits`.
+    """
+    every = joined(*swaps)
+    keys, values = (f.unflatten(0, (len(swaps), len(positions))) for f in every)
+    if lower is None:
+        lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
+    at_once = max(1, branches_at_once(model, len(tokens)) // len(swaps))
+    for some in torch.arange(len(positions), device=positions.device).split(at_once):
+        native, branches = residual_with_swapped_writes(
+            model,
+            tokens,
+            cell,
+            positions[some].repeat(len(swaps)),
+            keys[:, some].flatten(0, 1),
+            values[:, some].flatten(0, 1),
+            erase,
+            lower,
+        )
+        yield some, native, branches.unflatten(0, (len(swaps), -1))
+
+
+@torch.no_grad()
 def swapped_logits(
     model: HookedRecurrent,
     cell: Cell,
@@ -116,35 +203,28 @@ def swapped_logits(
     positions: Int[Tensor, " firing"],
     swaps: Sequence[Factors],
     erase: bool = True,
-) -> Iterator[tuple[Float[Tensor, "firing d_vocab"], Float[Tensor, "condition firing d_vocab"]]]:
+    lower: LowerLayers | None = None,
+) -> Iterator[Swapped]:
     """Logits at the firings, natively and with each condition's matrix in the write's place, in batches.
 
-    They are in float32 at least, whatever the model's dtype.
+    Logits are made of the firings and their branches alone, for as many firings at a time as memory holds.
 
     Args:
+        model: the model.
+        cell: the cell.
+        tokens: one passage.
+        positions: of the firings; they may repeat.
         swaps: for each condition a matrix for every firing, of any rank.
         erase: whether the token's native erase still happens.
-
-    Raises:
-        WriteSAEError: the logits are not finite.
+        lower: what the layers below the cell's make of the passage, where it is known.
     """
-    every = one_after_another(*swaps)
-    keys, values = (f.unflatten(0, (len(swaps), len(positions))) for f in every)
-    step = max(1, LOGITS_PER_PASS // model.cfg.d_vocab // len(swaps))
-    for start in range(0, len(positions), step):
-        here = slice(start, start + step)
-        at = positions[here]
-        base, patched = model.run_with_swapped_writes(
-            tokens,
-            cell.layer,
-            cell.head,
-            at.repeat(len(swaps)),
-            keys[:, here].flatten(0, 1),
-            values[:, here].flatten(0, 1),
-            erase,
-        )
-        check_finite("logits", base, patched)
-        yield base[at], patched.unflatten(0, (len(swaps), -1))
+    cut = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab // (1 + len(swaps)))
+    for some, native, branches in swapped_residuals(model, cell, tokens, positions, swaps, erase, lower):
+        for part in torch.arange(len(some), device=some.device).split(cut):
+            at, of = positions[some[part]].unique(return_inverse=True)
+            base = logits_of(model, native[at])
+            floor = floor_of(model, cell, base, native[at])
+            yield Swapped(base[of], logits_of(model, branches[:, part]), floor[of])
 
 
 def divergences(
@@ -155,60 +235,20 @@ def divergences(
     swaps: Sequence[Factors],
     kl: str = "patched_base",
     erase: bool = True,
+    lower: LowerLayers | None = None,
 ) -> tuple[Float[Tensor, "condition firing"], Float[Tensor, " firing"]]:
     """KL of each condition at each firing, and the KL that rounding alone gives there, in nats.
 
-    A KL that is not above that floor says nothing about the swap. The floor is the sum of `logits_floor` and
-    `residual_floor`. The arguments are those of `swapped_logits`.
+    The arguments are those of `swapped_logits`.
+
+    Raises:
+        WriteSAEError: the logits are not finite.
     """
     kls, floors = [], []
-    for base, patched in swapped_logits(model, cell, tokens, positions, swaps, erase):
-        kls.append(torch.stack([divergence(p, base, kl) for p in patched]))
-        floors.append(logits_floor(base))
-    return torch.cat(kls, dim=1), torch.cat(floors) + residual_floor(model, cell, tokens, positions)
-
-
-def divergence(
-    patched: Float[Tensor, "firing d_vocab"], base: Float[Tensor, "firing d_vocab"], kl: str = "patched_base"
-) -> Float[Tensor, " firing"]:
-    """KL in nats. It is second order in the shift of the logits, so small KLs need float64 sums."""
-    values = []
-    for p, b in zip(patched.split(64), base.split(64), strict=True):
-        values.append(divergence_of(log_probabilities(p), log_probabilities(b), kl))
-    return torch.cat(values)
-
-
-def divergence_of(
-    log_patched: Float[Tensor, "firing d_vocab"], log_base: Float[Tensor, "firing d_vocab"], kl: str
-) -> Float[Tensor, " firing"]:
-    """`divergence` of log-probabilities."""
-    log_p, log_b = (log_base, log_patched) if kl == "base_patched" else (log_patched, log_base)
-    return (log_p.exp() * (log_p - log_b)).sum(-1).clamp(min=0)
-
-
-def logits_floor(base: Float[Tensor, "firing d_vocab"]) -> Float[Tensor, " firing"]:
-    """KL in nats, to second order, if every logit is wrong by six units in its last place, independently.
-
-    Half the variance of such errors under the predicted distribution, sum_j p_j (1 - p_j) (6 eps l_j)^2 / 2:
-    about 1e-11 in float32. One unit is what two passes differ by that do the same sums in another order; six
-    are more than any of 4,600 swaps of writes that reach no logit gave, on the shipped models.
-    """
-    values = []
-    for b in base.split(64):
-        p = b.softmax(-1)
-        values.append((p * (1 - p) * (_UNITS * torch.finfo(b.dtype).eps * b).square()).sum(-1) / 2)
-    return torch.cat(values)
-
-
-def residual_floor(
-    model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, " pos"], positions: Int[Tensor, " firing"]
-) -> Float[Tensor, " firing"]:
-    """Four times the KL that the rounding of the residual stream is expected to give; 0 from 32 bits on.
-
-    Rounding exceeds four times its expectation in fewer than 1 of 20 cases. See
-    `hooked_models.unembedding.rounding_kl`.
-    """
-    return _TIMES_EXPECTED * rounding_kl(model, tokens, cell.layer, positions)
+    for swapped in swapped_logits(model, cell, tokens, positions, swaps, erase, lower):
+        kls.append(swapped.divergences(kl))
+        floors.append(swapped.floor)
+    return torch.cat(kls, dim=1), torch.cat(floors)
 
 
 def above_floor(records: pd.DataFrame, column: str = "kl_delete") -> NDArray[np.bool_]:
@@ -223,8 +263,3 @@ def above_floor(records: pd.DataFrame, column: str = "kl_delete") -> NDArray[np.
 def floor_note(n_at_floor: int) -> str:
     """What a headline says of the rows that are left out; nothing where there are none."""
     return f"; {n_at_floor} at the floor of rounding left out" if n_at_floor else ""
-
-
-def log_probabilities(logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
-    """Log-softmax, in float64 where the device has it."""
-    return wide(logits).log_softmax(-1)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from hooked_models import HookedRecurrent, zoo
-from tests.writesae_lens.experiments.truth import Edits, Step, read_passages, recorded_edits, recorded_steps
+from tests.writesae_lens.experiments.truth import (
+    Edits,
+    Step,
+    read_passages,
+    recorded_edits,
+    recorded_steps,
+    recorded_swaps,
+)
 from writesae_lens import statistics
 
 
@@ -40,8 +47,8 @@ def passages(gdn: Any) -> Tensor:
 
 @pytest.fixture
 def swapped(monkeypatch: pytest.MonkeyPatch) -> list[Edits]:
-    """The calls of `HookedRecurrent.run_with_swapped_writes`."""
-    return recorded_edits(monkeypatch, "run_with_swapped_writes")
+    """The calls of `hooked_models.edited_runs.residual_with_swapped_writes` by the experiments."""
+    return recorded_swaps(monkeypatch)
 
 
 @pytest.fixture

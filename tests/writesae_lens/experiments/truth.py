@@ -14,8 +14,9 @@ import torch
 from sae_lens import TopKSAE, TopKSAEConfig
 from torch import Tensor
 
-from hooked_models import HookedRecurrent, zoo
+from hooked_models import HookedRecurrent, edited_runs, zoo
 from writesae_lens import WriteSAE, WriteSAEConfig
+from writesae_lens.experiments import sign, swaps
 from writesae_lens.experiments.decoding import Prefix
 
 LAYER, HEAD = 1, 2
@@ -176,7 +177,7 @@ class Edits(NamedTuple):
 
 
 def recorded_edits(monkeypatch: pytest.MonkeyPatch, method: str) -> list[Edits]:
-    """Fills with the calls of ``run_with_swapped_writes`` or ``run_with_added_writes``, on any model."""
+    """Fills with the calls of a method such as ``run_with_added_writes``, on any model."""
     calls: list[Edits] = []
     run = getattr(HookedRecurrent, method)
 
@@ -188,6 +189,23 @@ def recorded_edits(monkeypatch: pytest.MonkeyPatch, method: str) -> list[Edits]:
         return run(self, passage, layer, head, positions, *factors, **options)
 
     monkeypatch.setattr(HookedRecurrent, method, spy)
+    return calls
+
+
+def recorded_swaps(monkeypatch: pytest.MonkeyPatch) -> list[Edits]:
+    """Fills with the runs with swapped writes of the experiments, on any model."""
+    calls: list[Edits] = []
+    run = edited_runs.residual_with_swapped_writes
+
+    def spy(
+        model: Any, passage: Tensor, cell: Any, positions: Tensor, keys: Tensor, values: Tensor, *options: Any,
+        **more: Any,
+    ):  # fmt: skip
+        calls.append(Edits(passage.tolist(), positions, (keys.mT @ values).detach().double()))
+        return run(model, passage, cell, positions, keys, values, *options, **more)
+
+    for module in (swaps, sign):
+        monkeypatch.setattr(module, "residual_with_swapped_writes", spy)
     return calls
 
 

@@ -1,0 +1,144 @@
+"""The layers below an edited one, run once and shared by all branches and rows of the edited runs.
+
+An edit of a layer's writes changes nothing below that layer: what the lower layers make of a token is the
+same in every branch and in every row. `run_lower_layers` runs them once; a call of `HookedRecurrent.forward`
+that is given the result leaves them out and starts at the edited layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from hooked_models.errors import HookedModelError
+
+if TYPE_CHECKING:
+    from hooked_models.hooked_recurrent import HookedRecurrent
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerLayers:
+    """What the layers below one return for some tokens.
+
+    Args:
+        layer: the lowest layer that is still to be run.
+        output: what the layer before it returns, as it returns it: the residual stream
+            ``[batch, pos, d_model]``, on RWKV-7 with the first layer's values beside it.
+    """
+
+    layer: int
+    output: Any
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LowerLayers:
+        """The same of other tokens, each tensor ``[batch, pos, ...]`` changed in the same way."""
+        if isinstance(self.output, Tensor):
+            return dataclasses.replace(self, output=change(self.output))
+        return dataclasses.replace(self, output=type(self.output)(map(change, self.output)))
+
+    def with_branches(self, positions: Int[Tensor, " branch"]) -> LowerLayers:
+        """Those of a passage, followed by those of branches at these positions."""
+        return self.map(lambda x: torch.cat([x, x[:, positions]], dim=1))
+
+    def rows(self, count: int) -> LowerLayers:
+        """Those of ``count`` equal rows, without copying them."""
+        return self.map(lambda x: x.expand(count, *x.shape[1:]))
+
+    def window(self, start: int, stop: int) -> LowerLayers:
+        """Those of the tokens from ``start`` to before ``stop``."""
+        return self.map(lambda x: x[:, start:stop])
+
+
+class _Kept:
+    """The output of one block, once it is there."""
+
+    def __init__(self, layer: int) -> None:
+        self.layer, self.output = layer, None
+
+
+class _Stopped(Exception):
+    """Ends a pass after the block whose output is kept."""
+
+
+_GIVEN: ContextVar[LowerLayers | None] = ContextVar("lower layers of the running forward pass", default=None)
+_KEPT: ContextVar[_Kept | None] = ContextVar("block whose output is kept", default=None)
+
+
+@contextmanager
+def given(lower: LowerLayers | None) -> Iterator[None]:
+    """While open, in this thread, forward passes leave out the layers below ``lower.layer``; None: none."""
+    if not isinstance(lower, (LowerLayers, type(None))):
+        raise HookedModelError(f"lower must be LowerLayers, got a {type(lower).__name__}")
+    token = _GIVEN.set(lower)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+@contextmanager
+def _kept(layer: int) -> Iterator[_Kept]:
+    """While open, in this thread, a forward pass ends before ``layer``, from 1 on, and what is there is kept.
+
+    TransformerLens's ``stop_at_layer`` would end the passes of other threads too.
+    """
+    keep = _Kept(layer - 1)
+    token = _KEPT.set(keep)
+    try:
+        yield keep
+    except _Stopped:
+        pass
+    finally:
+        _KEPT.reset(token)
+
+
+@torch.no_grad()
+def run_lower_layers(
+    model: HookedRecurrent, tokens: Int[Tensor, "batch pos"], layer: int, **options: Any
+) -> LowerLayers | None:
+    """Run the layers below one, without gradients; None where there is none, or one has hooks.
+
+    Such hooks are meant for all rows of a run, not for one.
+
+    Args:
+        model: the model.
+        tokens: passages.
+        layer: the lowest layer that is not run.
+        **options: as for `HookedRecurrent.forward`.
+    """
+    if not layer or _is_hooked_below(model, layer):
+        return None
+    with _kept(layer) as keep:
+        model.forward(tokens, return_type=None, **options)
+    return LowerLayers(layer, keep.output)
+
+
+def _is_hooked_below(model: HookedRecurrent, layer: int) -> bool:
+    """Whether anything is hooked in the embedding or in a layer below this one."""
+    above = "ln_final.", "unembed.", *(f"blocks.{n}." for n in range(layer, len(model.blocks)))
+    return any(not name.startswith(above) for name in model.busy_hooks)
+
+
+def make_blocks_skippable(model: HookedRecurrent) -> None:
+    """Let every block of a model look up whether it is left out; done once, when the model is loaded."""
+    for layer, block in enumerate(model.blocks):
+        vars(block)["forward"] = functools.partial(_forward, block, layer)
+
+
+def _forward(block: nn.Module, layer: int, *args: Any, **options: Any) -> Any:
+    """The block's own forward pass, unless the running pass is given what the block would return."""
+    lower, keep = _GIVEN.get(), _KEPT.get()
+    if lower is not None and layer < lower.layer:
+        return lower.output
+    output = type(block).forward(block, *args, **options)
+    if keep is not None and layer == keep.layer:
+        keep.output = output
+        raise _Stopped
+    return output
