@@ -62,9 +62,9 @@ def parts_of_the_error(
     return {name: measures.standing(records, column) for name, column in names.items()}
 
 
-def conditions_of(sae: SAE[Any], firings: Firings) -> dict[str, Factors]:
+def conditions_of(sae: SAE[Any], firings: Firings, cell: Cell) -> dict[str, Factors]:
     """The stand-ins of firings with one part put right."""
-    native, own = native_of(firings), stand_in(firings)
+    native, own = native_of(firings), stand_in(sae, firings, cell)
     key, value = own.key[:, 0], own.value[:, 0]
     if not is_codes(sae):  # an atom's norm belongs to neither side: give it to the value, as a code's
         value = value * key.norm(dim=-1, keepdim=True)
@@ -93,7 +93,7 @@ def _measure(
     horizon: int,
 ) -> pd.DataFrame:
     """KLs of one passage's firings with every condition, own and later, in columns as a test's records."""
-    conditions = conditions_of(sae, firings)
+    conditions = conditions_of(sae, firings, cell)
     patches, at = list(conditions.values()), (tokens, firings.position)
     own = swaps.divergences(model, cell, *at, patches)[0]
     later = later_divergences(model, cell, *at, native_of(firings), patches, horizon)[0]

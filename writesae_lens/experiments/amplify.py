@@ -101,11 +101,12 @@ def amplify(
         raise WriteSAEError("prompts of one token are too short: give 2 tokens or more")
     found = [activity(model, sae, site, p) for p in passages]
     chosen = choose_atom(atom, found, passages)
-    acts = torch.cat([x.acts.float() for x in found])
-    mean = float(acts[acts[:, chosen] > 0, chosen].mean())
-    mean_norm = float(contribution(sae, acts[acts[:, chosen] > 0], chosen, site.cell).norm().mean())
+    where = [x.at((x.of_feature(chosen) > 0).nonzero().squeeze(-1)) for x in found]
+    mean = float(torch.cat([x.of_feature(chosen).float() for x in where]).mean())
+    mean_norm = float(torch.cat([contribution(sae, x, chosen, site.cell).norm() for x in where]).mean())
     same_side = features_by_side(sae)[side_of(sae, chosen)]
-    others = [x for x in (acts > 0).any(0).nonzero().flatten().tolist() if x in same_side and x != chosen]
+    uses = torch.stack([x.uses() for x in found]).sum(0)
+    others = [x for x in uses.nonzero().flatten().tolist() if x in same_side and x != chosen]
     rng = torch.Generator().manual_seed(seed)
     control = others[int(torch.randint(0, len(others), (), generator=rng))] if others else None
     about = {"atom": chosen, "control_atom": control, "mean_coefficient": mean, "mean_norm": mean_norm}

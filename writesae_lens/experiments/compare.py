@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
+from hooked_models.lower_layers import run_lower_layers
 from writesae_lens import measures, statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
@@ -208,7 +209,7 @@ def _test(
     first = next(iter(firings.values()))
     native, conditions = native_of(first), {}
     for name, f in firings.items():
-        own = stand_in(f)
+        own = stand_in(saes[name], f, cell)
         conditions[name] = own if scale == "coefficient" else swaps.with_norm(own, native.norm())
     norm = next(iter(conditions.values())).norm()
     conditions |= {} if others is None else others.of(native)
@@ -220,9 +221,12 @@ def _test(
     if random:
         conditions[_NATIVE_RANDOM] = swaps.with_norm(conditions[random[0]], native.norm())
     given = list(conditions.values())
-    kls = {"": swaps.divergences(model, cell, tokens, first.position, given, kl)}
+    lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
+    kls = {"": swaps.divergences(model, cell, tokens, first.position, given, kl, lower=lower)}
     if horizon:
-        kls["_later"] = later_divergences(model, cell, tokens, first.position, native, given, horizon, kl)
+        kls["_later"] = later_divergences(
+            model, cell, tokens, first.position, native, given, horizon, kl, lower=lower
+        )
     about: dict[str, Any] = {"position": first.position, "token": tokens[first.position]}
     for when, (values, floor) in kls.items():
         by_name = dict(zip(conditions, values, strict=True))

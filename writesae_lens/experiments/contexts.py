@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
@@ -21,10 +21,9 @@ from writesae_lens.experiments.features.sides import PLURALS, features_by_side, 
 from writesae_lens.experiments.firings import (
     Firings,
     activity,
-    atom_factors,
+    atom_cosines,
     check_any_fires,
     is_codes,
-    native_cosines,
     native_of,
 )
 from writesae_lens.experiments.options import Count, Natural, Seed
@@ -140,47 +139,31 @@ def _strongest(
 ) -> pd.DataFrame:
     """The ``n_contexts`` strongest positions in a passage of each atom that is active in it."""
     active = activity(model, sae, site, tokens)
-    acts, key, value = active
-    atoms = (acts.amax(0) > 0).nonzero().squeeze(-1)
-    # topk over positions; the padding of atoms that are active less often is cut off below.
-    values, at = acts[:, atoms].topk(min(n_contexts, len(acts)), dim=0)
-    kept = values > 0
-    at, atom = at[kept], atoms.expand(len(values), -1)[kept]
-    firings = Firings(at, atom, values[kept].float(), key[at], value[at])
+    atom, at, size = active.strongest(n_contexts)
+    firings = Firings(at, atom, size.float(), active.write_key[at], active.write_value[at])
     frame = pd.DataFrame(
         {
             "atom": atom.cpu().numpy(),
             "position": at.cpu().numpy(),
             "coefficient": firings.coefficient.cpu().numpy().astype(float),
-            "dominant": _is_largest(sae, acts[at], atom).cpu().numpy(),
+            "dominant": (active.largest[:, at] == atom).any(0).cpu().numpy(),
             "cosine": _cosines(sae, site, firings).cpu().numpy().astype(float),
             "token": tokens[at].cpu().numpy(),
-            "n_positions": (acts > 0).sum(0)[atom].cpu().numpy(),
+            "n_positions": active.uses()[atom].cpu().numpy(),
         }
     )
     if not is_codes(sae):
         return frame
-    met = reads_met(model, sae, site.cell, tokens, acts).rename(columns={"code": "atom"})
+    met = reads_met(model, sae, site.cell, tokens, active).rename(columns={"code": "atom"})
     nearest = met.loc[met.assign(size=met.met.abs()).groupby(["atom", "position"])["size"].idxmax()]
     nearest = nearest[["atom", "position", "distance"]].rename(columns={"distance": "read_at"})
     return frame.merge(nearest, on=["atom", "position"], how="left")
 
 
-def _is_largest(
-    sae: SAE[Any], acts: Float[Tensor, "context d_sae"], features: Int[Tensor, " context"]
-) -> Bool[Tensor, " context"]:
-    """Whether each feature is the most active one of its side."""
-    largest = torch.zeros_like(features, dtype=torch.bool)
-    for side in features_by_side(sae).values():
-        largest |= acts[:, side.start : side.stop].argmax(-1) + side.start == features
-    return largest
-
-
 def _cosines(sae: SAE[Any], site: Site, firings: Firings) -> Float[Tensor, " context"]:
     """Of atoms with the native writes, of codes with their side of them."""
     if not is_codes(sae):
-        atoms = atom_factors(sae, firings.atom, site.cell.d_k, site.cell.d_v)
-        return native_cosines(firings, atoms)
+        return atom_cosines(sae, firings, site.cell)
     cosines, native = torch.zeros_like(firings.coefficient), native_of(firings)
     for side, features in features_by_side(sae).items():
         own = (firings.atom >= features.start) & (firings.atom < features.stop)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell, Site, sides_of
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.features.activity import NUMBERS_AT_ONCE, Activity
 from writesae_lens.experiments.options import is_whole
 from writesae_lens.experiments.passes import check_finite, native_factors
 from writesae_lens.saes.rank1 import Factors, inner
@@ -21,7 +21,7 @@ from writesae_lens.saes.sae import MatrixSAE
 
 
 class Firings(NamedTuple):
-    """Some firings of one passage: what is active, the native write there, and what stands in for it.
+    """Some firings of one passage: what is active, and the native write there.
 
     A firing of atoms is a position where one is active; the dominant one is its ``atom``. A firing of codes
     is a position where codes of both sides are active; its ``atom`` is the number of the dominant value code,
@@ -37,8 +37,6 @@ class Firings(NamedTuple):
     write_value: Float[Tensor, "firing d_v"]
     key_code: Int[Tensor, " firing"] | None = None
     """-1 at the firings of atoms."""
-    stand_key: Float[Tensor, "firing rank d_k"] | None = None
-    stand_value: Float[Tensor, "firing rank d_v"] | None = None
     features: Int[Tensor, "firing active"] | None = None
     """The features that the stand-in is made of: the dominant atom, or all active codes."""
     activations: Float[Tensor, "firing active"] | None = None
@@ -55,50 +53,30 @@ def native_of(firings: Firings | Activity) -> Factors:
     return Factors(firings.write_key[:, None].float(), firings.write_value[:, None].float())
 
 
-def stand_in(firings: Firings) -> Factors:
+@torch.no_grad()
+def stand_in(sae: SAE[Any], firings: Firings, cell: Cell) -> Factors:
     """What takes the place of each firing's native write, at the size that the SAE gives it.
 
     Atoms: the dominant one times its coefficient, whole, also where it is not of rank 1. Codes: the product
     of what the active key codes and the active value codes sum to (`MatrixSAE.stand_in_of`), of rank 1.
     """
-    assert firings.stand_key is not None
-    assert firings.stand_value is not None
-    return Factors(firings.stand_key, firings.stand_value)
+    if is_codes(sae):
+        assert firings.features is not None
+        assert firings.activations is not None
+        return _of_codes(sae, firings.features, firings.activations)
+    atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
+    return Factors(atoms.key * firings.coefficient[:, None, None], atoms.value)
 
 
-@dataclasses.dataclass(frozen=True)
-class Activity:
-    """Coefficients of all features at every position of one passage, and the native writes.
-
-    It unpacks as ``acts, write_key, write_value``.
-    """
-
-    acts: Float[Tensor, "pos d_sae"]
-    write_key: Float[Tensor, "pos d_k"]
-    write_value: Float[Tensor, "pos d_v"]
-    n_key: int = 0
-    """How many of the features, the first ones, are key codes; 0 for atoms."""
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.acts, self.write_key, self.write_value))
-
-    @property
-    def dominant(self) -> Int[Tensor, " pos"]:
-        """The atom (of codes: the value code) with the largest coefficient; -1 where nothing fires."""
-        own = self.acts[:, self.n_key :]
-        return torch.where(self._fires, own.argmax(dim=-1) + self.n_key, -1)
-
-    @property
-    def dominant_key(self) -> Int[Tensor, " pos"]:
-        """The key code with the largest coefficient; -1 where nothing fires, and with atoms."""
-        if not self.n_key:
-            return torch.full_like(self.acts[:, 0], -1, dtype=torch.long)
-        return torch.where(self._fires, self.acts[:, : self.n_key].argmax(dim=-1), -1)
-
-    @property
-    def _fires(self) -> Bool[Tensor, " pos"]:
-        sides = self.acts[:, : self.n_key], self.acts[:, self.n_key :]
-        return torch.stack([side.amax(dim=-1) > 0 for side in sides if side.shape[1]]).all(dim=0)
+def _of_codes(
+    sae: Any, features: Int[Tensor, "row active"], coefficients: Float[Tensor, "row active"]
+) -> Factors:
+    """The rank-1 matrices of active codes, for some rows at a time."""
+    step, parts = max(1, NUMBERS_AT_ONCE // sae.cfg.d_sae), []
+    for of, size in zip(features.split(step), coefficients.split(step), strict=True):
+        acts = size.new_zeros(len(size), sae.cfg.d_sae).scatter_add_(1, of, size)
+        parts.append([side.float() for side in sae.stand_in_of(acts)])
+    return Factors(*(torch.cat(side) for side in zip(*parts, strict=True)))
 
 
 def is_codes(sae: SAE[Any]) -> bool:
@@ -117,46 +95,47 @@ def activity(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tens
     state_name = model.state_hook_name(cell.layer, cell.head)
     on_states = site.kind == "state"
     key, value, _, cache = native_factors(model, cell, tokens, [state_name] * on_states)
-    if on_states:
-        acts = sae.encode(cache[state_name][0])
-    elif isinstance(sae, MatrixSAE):
-        acts = sae.encode_factors(key, value)
-    else:
-        acts = sae.encode((key[:, :, None] * value[:, None, :]).flatten(1))
-    check_finite("coefficients of the SAE's features", acts)
-    return Activity(acts, key, value, sae.cfg.n_key if is_codes(sae) else 0)
+    key, value = key.clone(), value.clone()  # they are views of all heads' sides
+
+    def encode(rows: slice) -> Tensor:
+        if on_states:
+            return sae.encode(cache[state_name][0, rows])
+        if isinstance(sae, MatrixSAE):
+            return sae.encode_factors(key[rows], value[rows])
+        return sae.encode((key[rows, :, None] * value[rows, None, :]).flatten(1))
+
+    # Of an SAE whose activation looks at the whole batch, a batch is what is encoded at once.
+    step = max(1, NUMBERS_AT_ONCE // max(sae.cfg.d_sae, sae.cfg.d_in))
+    parts = (encode(slice(start, start + step)) for start in range(0, len(key), step))
+    active = Activity.of(parts, key, value, sae.cfg.n_key if is_codes(sae) else 0)
+    check_finite("coefficients of the SAE's features", active.coefficient)
+    return active
 
 
 def find_firings(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tensor, " pos"]) -> Firings:
     """The firings of one passage; see `Firings`."""
-    return firings_of(sae, site.cell, activity(model, sae, site, tokens))
+    return firings_of(sae, activity(model, sae, site, tokens))
 
 
 @torch.no_grad()
-def firings_of(sae: SAE[Any], cell: Cell, active: Activity) -> Firings:
+def firings_of(sae: SAE[Any], active: Activity) -> Firings:
     """The firings among the positions of one passage."""
     at = (active.dominant >= 0).nonzero().squeeze(-1)
-    atom, acts = active.dominant[at], active.acts[at]
+    active = active.at(at)
+    writes = active.write_key, active.write_value
     if is_codes(sae):
-        assert isinstance(sae, MatrixSAE)
-        stand = Factors(*(f.float() for f in sae.stand_in_of(acts)))
-        coefficient = stand.norm()
-        count = int((acts != 0).sum(dim=-1).max()) if len(at) else 1
-        activations, features = acts.float().topk(count, dim=-1)
+        features, activations = active.by_position()
+        coefficient = _of_codes(sae, features, activations).norm()
     else:
-        coefficient = acts.gather(-1, atom[:, None]).squeeze(-1).float()
-        atoms = atom_factors(sae, atom, cell.d_k, cell.d_v)
-        stand = Factors(atoms.key * coefficient[:, None, None], atoms.value)
-        features, activations = atom[:, None], coefficient[:, None]
-    keys, values = active.write_key[at], active.write_value[at]
-    key_code = active.dominant_key[at]
-    return Firings(at, atom, coefficient, keys, values, key_code, *stand, features, activations)
+        features, activations = active.dominant[:, None], active.greatest()[:, None]
+        coefficient = activations[:, 0].float()
+    return Firings(
+        at, active.dominant, coefficient, *writes, active.dominant_key, features, activations.float()
+    )
 
 
 @torch.no_grad()
-def contribution(
-    sae: SAE[Any], acts: Float[Tensor, "pos d_sae"], feature: int, cell: Cell | None = None
-) -> Factors:
+def contribution(sae: SAE[Any], active: Activity, feature: int, cell: Cell | None = None) -> Factors:
     """The matrix with which one feature takes part in the stand-in at each position; zero where inactive.
 
     An atom: itself times its coefficient. A value code j: key^ (b_j w_j)^T, with key^ the sum of the active
@@ -164,7 +143,7 @@ def contribution(
 
     Args:
         sae: the SAE.
-        acts: coefficients of all its features.
+        active: what is active, of all its features.
         feature: number of the feature.
         cell: the SAE's cell, for a flat SAE that does not say what sides its atoms have.
 
@@ -173,17 +152,13 @@ def contribution(
     """
     check_atom(sae, feature)
     if is_codes(sae):
-        assert isinstance(sae, MatrixSAE)
-        side = sae.key_codes if feature in sae.key_codes else sae.value_codes
-        alone = acts.clone()
-        alone[:, side.start : side.stop] = 0
-        alone[:, feature] = acts[:, feature]
-        return Factors(*(f.float() for f in sae.stand_in_of(alone)))
+        return _of_codes(sae, *active.alone(feature).by_position())
     sides = (cell.d_k, cell.d_v) if cell is not None else sides_of(sae)
     if sides is None:
         raise WriteSAEError("this flat SAE does not say which sides its atoms have: give its cell too")
-    atom = atom_factors(sae, torch.tensor([feature], device=acts.device), *sides)
-    return Factors(atom.key * acts[:, feature, None, None].float(), atom.value.expand(len(acts), -1, -1))
+    atom = atom_factors(sae, torch.tensor([feature], device=active.position.device), *sides)
+    coefficients = active.of_feature(feature)[:, None, None].float()
+    return Factors(atom.key * coefficients, atom.value.expand(len(active), -1, -1))
 
 
 def check_any_fires(n_firings: int, n_tested: int, passages: Int[Tensor, "passage pos"]) -> None:
@@ -263,7 +238,7 @@ def choose_atom(
     """
     if atom is None:
         atom = int(_dominant(activities, passages).bincount().argmax())
-    if not any(bool((x.acts[:, atom] > 0).any()) for x in activities):
+    if not any(bool((x.of_feature(atom) > 0).any()) for x in activities):
         what = "code" if any(x.n_key for x in activities) else "atom"
         raise WriteSAEError(f"{what} {atom} is active at no position of these {len(passages)} passages")
     return int(atom)
@@ -298,6 +273,17 @@ def atom_factors(sae: SAE[Any], atoms: Int[Tensor, " atom"], d_k: int, d_v: int)
 
 
 def native_cosines(firings: Firings, atoms: Factors) -> Float[Tensor, " firing"]:
-    """Signed cosine between each firing's native write and its own atom, as matrices (0: either is zero)."""
+    """Signed cosine between each firing's native write and a matrix (0: either is zero)."""
     writes = native_of(firings)
     return inner(writes, atoms) / (writes.norm().clamp(min=1e-30) * atoms.norm().clamp(min=1e-30))
+
+
+def atom_cosines(sae: SAE[Any], firings: Firings, cell: Cell) -> Float[Tensor, " firing"]:
+    """`native_cosines` with each firing's own atom, for some at a time: the atoms of a flat SAE are whole."""
+    step = max(1, NUMBERS_AT_ONCE // (cell.d_k * cell.d_v))
+    return torch.cat(
+        [
+            native_cosines(firings.subset(rows), atom_factors(sae, firings.atom[rows], cell.d_k, cell.d_v))
+            for rows in torch.arange(len(firings.atom), device=firings.atom.device).split(step)
+        ]
+    )

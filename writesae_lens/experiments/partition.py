@@ -21,11 +21,10 @@ from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.features.sides import PLURALS, features_by_side, side_cosines
 from writesae_lens.experiments.firings import (
     Firings,
-    atom_factors,
+    atom_cosines,
     check_any_fires,
     find_firings,
     is_codes,
-    native_cosines,
     native_of,
 )
 from writesae_lens.experiments.options import Count, Natural, Seed
@@ -164,8 +163,7 @@ def _alignments(sae: SAE[Any], cell: Cell, firings: Firings) -> pd.DataFrame:
         found = {"key": firings.key_code, "value": firings.atom}
         chosen = [(codes, side_cosines(sae, side, codes, native)) for side, codes in found.items()]
     else:
-        atoms = atom_factors(sae, firings.atom, cell.d_k, cell.d_v)
-        chosen = [(firings.atom, native_cosines(firings, atoms))]
+        chosen = [(firings.atom, atom_cosines(sae, firings, cell))]
     frames = [
         {
             "position": firings.position.cpu().numpy(),

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
+from hooked_models.lower_layers import run_lower_layers
 from writesae_lens import measures, statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
@@ -162,8 +163,8 @@ def replacement_test(
     guards, firings = Guards(), []
     for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose):
         active = activity(model, sae, site, passage)
-        guards.add(sae, active.acts, native_of(active))
-        firings.append(firings_of(sae, site.cell, active))
+        guards.add(active)
+        firings.append(firings_of(sae, active))
     last = passages.shape[1] - 1 - horizon
     kept = thin(firings, skip_positions, max_firings, max_firings_per_atom, seed, last)
     _check_any_kept(firings, kept, passages, horizon)
@@ -286,8 +287,9 @@ def _test_passage(
     native = native_of(firings)
     conditions = _conditions(sae, cell, every, kept, how, source, rng)
     position = firings.position
+    lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
     kls, floor = swaps.divergences(
-        model, cell, tokens, position, list(conditions.values()), how.kl, erase=how.erase
+        model, cell, tokens, position, list(conditions.values()), how.kl, how.erase, lower
     )
     columns: dict[str, Any] = {
         "passage": number,
@@ -297,7 +299,7 @@ def _test_passage(
         "key_code": firings.key_code,
         "coefficient": firings.coefficient.double(),
         "write_norm": native.norm().double(),
-        "cosine": native_cosines(firings, stand_in(firings)).double(),
+        "cosine": native_cosines(firings, conditions["atom"]).double(),
     }
     columns |= {f"kl_{name}": values for name, values in zip(conditions, kls, strict=True)}
     columns["kl_floor"] = floor.double()
@@ -305,7 +307,7 @@ def _test_passage(
         some = [name for name in conditions if name not in _OWN_ONLY]
         chosen = [conditions[name] for name in some]
         kls, floor = later_divergences(
-            model, cell, tokens, position, native, chosen, how.horizon, how.kl, how.erase
+            model, cell, tokens, position, native, chosen, how.horizon, how.kl, how.erase, lower
         )
         columns |= {f"kl_{name}_later": values for name, values in zip(some, kls, strict=True)}
         columns["kl_floor_later"] = floor.double()
@@ -323,7 +325,7 @@ def _conditions(
 ) -> dict[str, Factors]:
     """What each condition puts in the place of the kept firings' native writes, by its name."""
     firings = every.subset(kept)
-    native, stand = native_of(firings), stand_in(firings)
+    native, stand = native_of(firings), stand_in(sae, firings, cell)
     matched = swaps.with_norm(stand, native.norm())
     atom = stand if how.scale == "coefficient" else matched
     other = swaps.random_like(how.random, sae, every, kept, cell, rng)

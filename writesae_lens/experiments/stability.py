@@ -169,8 +169,8 @@ def _count(model: HookedRecurrent, saes: Mapping[str, SAE[Any]], tokens: Int[Ten
     """At how many positions of a passage each feature of each SAE is active; zeros too."""
     frames = []
     for name, sae in saes.items():
-        active = (activity(model, sae, find_site(model, sae), tokens).acts > 0).sum(0).cpu()
-        frames.append(pd.DataFrame({"name": name, "feature": range(len(active)), "uses": active.numpy()}))
+        uses = activity(model, sae, find_site(model, sae), tokens).uses().cpu().numpy()
+        frames.append(pd.DataFrame({"name": name, "feature": range(len(uses)), "uses": uses}))
     return pd.concat(frames, ignore_index=True)
 
 

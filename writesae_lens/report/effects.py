@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
-from hooked_models.hooked_recurrent import Site
+from hooked_models.hooked_recurrent import Cell, Site
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.firings import Firings, find_firings, is_codes, stand_in
 from writesae_lens.experiments.replace import thin
@@ -111,13 +111,16 @@ def _sums(
         here, index = some[number].subset(mine), kept[number][mine.cpu()]
         rng = generator(seed, number, int(atoms[0]))
         if is_codes(sae):
-            own, other = _contents(sae, here, rng)
+            own, other = _contents(sae, here, cell, rng)
         else:
-            own, other = stand_in(here), swaps.random_like("atom", sae, every[number], index, cell, rng)
+            own, other = (
+                stand_in(sae, here, cell),
+                swaps.random_like("atom", sae, every[number], index, cell, rng),
+            )
         conditions = [own, swaps.with_norm(other, own.norm()), swaps.zeros_like(own)]
         rows, start = torch.searchsorted(atoms, here.atom), 0
-        for _, patched in swaps.swapped_logits(model, cell, tokens, here.position, conditions):
-            atom, control = (x - patched[2] for x in patched[:2])
+        for swapped in swaps.swapped_logits(model, cell, tokens, here.position, conditions):
+            atom, control = (x - swapped.patched[2] for x in swapped.patched[:2])
             atom, control = (x - x.mean(-1, keepdim=True) for x in (atom, control))
             at = rows[start : start + len(atom)]
             start += len(atom)
@@ -128,10 +131,9 @@ def _sums(
     return n, shifts, positive, others
 
 
-def _contents(sae: SAE[Any], firings: Firings, rng: torch.Generator) -> tuple[Factors, Factors]:
+def _contents(sae: SAE[Any], firings: Firings, cell: Cell, rng: torch.Generator) -> tuple[Factors, Factors]:
     """The dominant value code of each firing at its stand-in's address, and another value code there."""
     codes: Any = sae
-    assert firings.stand_key is not None
     assert firings.features is not None
     assert firings.activations is not None
     size = (firings.activations * (firings.features == firings.atom[:, None])).sum(-1)
@@ -139,7 +141,8 @@ def _contents(sae: SAE[Any], firings: Firings, rng: torch.Generator) -> tuple[Fa
     further = torch.randint(1, max(2, len(vectors)), own.shape, generator=rng).to(own.device)
     other = vectors[(own + further) % len(vectors)]
     contents = (vectors[own] * size[:, None])[:, None]
-    return Factors(firings.stand_key, contents), Factors(firings.stand_key, other[:, None])
+    address = stand_in(sae, firings, cell).key
+    return Factors(address, contents), Factors(address, other[:, None])
 
 
 def _strongest(

@@ -159,7 +159,7 @@ def _met(
     model: HookedRecurrent, sae: SAE[Any], site: Site, passages: Int[Tensor, "passage pos"]
 ) -> pd.DataFrame:
     """How the reads that meet each key code are spread over the tokens that follow a write."""
-    met = [reads_met(model, sae, site.cell, p, activity(model, sae, site, p).acts) for p in passages]
+    met = [reads_met(model, sae, site.cell, p, activity(model, sae, site, p)) for p in passages]
     return met_by_distance(pd.concat(met, ignore_index=True))
 
 

@@ -32,6 +32,7 @@ from writesae_lens.experiments import (
     top_contexts,
 )
 from writesae_lens.experiments.features.meets import DISTANCES, met_by_distance, promoted_tokens, reads_met
+from writesae_lens.experiments.firings import activity
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 N_KEY = 16
@@ -161,7 +162,9 @@ def met_by_hand(model, passage, position, key, distance):
 def test_key_codes_meet_the_reads_that_their_writes_reach(model, tokens):
     sae, cell = make_codes(model), model.cell(LAYER, HEAD)
     acts = encoded(model, sae, tokens)[0]
-    met = reads_met(model, sae, cell, tokens[0], acts)
+    met = reads_met(
+        model, sae, cell, tokens[0], activity(model, sae, model.site(sae.cfg.metadata.hook_name), tokens[0])
+    )
     expected = {
         (i, t, h) for t, i in (acts[:, :N_KEY] > 0).nonzero().tolist() for h in DISTANCES if t + h < len(acts)
     }
@@ -181,7 +184,8 @@ def test_contexts_of_codes_are_of_their_own_side(gdn, passages):
     sae = make_codes(gdn)
     result = top_contexts(gdn, sae, passages, n_contexts=3, verbose=False)
     acts, records = encoded(gdn, sae, passages), result.records
-    met = [reads_met(gdn, sae, gdn.cell(LAYER, HEAD), passages[n], acts[n]) for n in range(2)]
+    site = gdn.site(sae.cfg.metadata.hook_name)
+    met = [reads_met(gdn, sae, site.cell, p, activity(gdn, sae, site, p)) for p in passages[:2]]
     w_o, w_u = output_weights(gdn, LAYER, HEAD)
     assert set(records.side) == {"key", "value"}
     for code, part in records.groupby("atom"):

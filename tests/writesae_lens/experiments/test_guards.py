@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.writesae_lens.experiments.truth import make_sae
 from writesae_lens.experiments.features import guards
+from writesae_lens.experiments.features.activity import Activity
 from writesae_lens.experiments.features.guards import Guards, nearest_cosines
 from writesae_lens.saes.rank1 import Factors
 
 SIDES = {"atom": {"atom": range(32)}, "codes": {"key": range(20), "value": range(20, 32)}}
+N_KEY = {"atom": 0, "codes": 20}
 
 
 def some_acts(seed, n=60):
@@ -27,21 +28,24 @@ def rank_1(n, rng):
     return Factors(torch.randn(n, 1, 5, generator=rng), torch.randn(n, 1, 7, generator=rng))
 
 
+def active(acts, native, n_key=0):
+    return Activity.of([acts], native.key[:, 0], native.value[:, 0], n_key)
+
+
 @pytest.mark.parametrize("kind", SIDES)
-def test_every_figure_is_a_loop_over_the_firings(gdn, monkeypatch, kind):
-    monkeypatch.setattr(guards, "features_by_side", lambda sae: SIDES[kind])
-    rng, sae, counted = torch.Generator().manual_seed(0), make_sae(gdn), Guards()
+def test_every_figure_is_a_loop_over_the_firings(kind):
+    rng, counted = torch.Generator().manual_seed(0), Guards()
     parts = [(some_acts(seed), rank_1(60, rng)) for seed in (1, 2)]
     train = rank_1(40, rng)
     for acts, native in parts:
-        counted.add(sae, acts, native)
-    firings, cosines, active = [], [], set()
+        counted.add(active(acts, native, N_KEY[kind]))
+    firings, cosines, alive = [], [], set()
     for acts, native in parts:
         for row, write in zip(acts.tolist(), native.matrix(), strict=True):
             on = [[i for i in side if row[i] > 0] for side in SIDES[kind].values()]
             if not all(on):
                 continue
-            active |= {i for side in on for i in side}
+            alive |= {i for side in on for i in side}
             firings.append([[max(range(32), key=row.__getitem__)]] if kind == "atom" else on)
             others = [torch.cosine_similarity(write.flatten(), x.flatten(), 0) for x in train.matrix()]
             cosines.append(float(max(others)))
@@ -64,21 +68,21 @@ def test_every_figure_is_a_loop_over_the_firings(gdn, monkeypatch, kind):
     assert 0 < summary["seen_share"] < 1
     assert summary["free_dimensions_of_a_write"] == 11
     assert summary["n_train_writes"] == 40
-    assert summary["n_features_active"] == len(active)
+    assert summary["n_features_active"] == len(alive)
     assert summary["nearest_train_cosine"] == pytest.approx(np.median(cosines), abs=1e-5)
     assert counted.summary()["nearest_train_cosine"] is None
 
 
-def test_features_that_are_used_equally_have_the_bits_of_their_number(gdn):
+def test_features_that_are_used_equally_have_the_bits_of_their_number():
     counted = Guards()
-    counted.add(make_sae(gdn), torch.eye(32), rank_1(32, torch.Generator().manual_seed(0)))
+    counted.add(active(torch.eye(32), rank_1(32, torch.Generator().manual_seed(0))))
     assert counted.summary()["bits"] == pytest.approx(5)
     assert counted.summary()["seen_share"] == 0
 
 
-def test_no_firing_has_no_figures(gdn):
+def test_no_firing_has_no_figures():
     counted = Guards()
-    counted.add(make_sae(gdn), torch.zeros(3, 32), rank_1(3, torch.Generator().manual_seed(0)))
+    counted.add(active(torch.zeros(3, 32), rank_1(3, torch.Generator().manual_seed(0))))
     names = "bits", "free_dimensions", "free_dimensions_of_a_write", "seen_share", "nearest_train_cosine"
     for train, n in ((None, None), (rank_1(2, torch.Generator().manual_seed(1)), 2)):
         expected = dict.fromkeys(names) | {"n_train_writes": n, "n_features_active": 0}

@@ -100,7 +100,7 @@ def partition_of(gdn, passages, monkeypatch):
         firings = Firings(atom, atom, cosines, nothing, nothing)
         module = "writesae_lens.experiments.partition"
         monkeypatch.setattr(f"{module}.find_firings", lambda *args: firings)
-        monkeypatch.setattr(f"{module}.native_cosines", lambda firings, atoms: firings.coefficient)
+        monkeypatch.setattr(f"{module}.atom_cosines", lambda sae, firings, cell: firings.coefficient)
         return partition_atoms(gdn, make_sae(gdn, d_sae=d_sae), passages[:1], verbose=False)
 
     return divide

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from hooked_models import zoo
-from tests.writesae_lens.experiments.truth import HEAD, LAYER, make_codes, make_sae, read_passages, writes
+from tests.writesae_lens.experiments.truth import (
+    HEAD,
+    LAYER,
+    encoded,
+    make_codes,
+    make_sae,
+    read_passages,
+    writes,
+)
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import replacement_test, swaps
 from writesae_lens.experiments.firings import activity, contribution, find_firings, native_of, stand_in
@@ -73,13 +81,14 @@ def test_contributions_sum_to_what_the_sae_decodes(gdn, passages, kind, options)
     """Of atoms all of them; of codes those of either side."""
     sae = sae_of(gdn, kind, options)
     site = gdn.site(sae.cfg.metadata.hook_name)
-    acts = activity(gdn, sae, site, passages[0]).acts
+    active = activity(gdn, sae, site, passages[0])
+    acts = encoded(gdn, sae, passages)[0].float()
     cell = gdn.cell(LAYER, HEAD)
     with torch.no_grad():
         expected = (sae.decode(acts) - sae.b_dec).view(-1, cell.d_k, cell.d_v)
     sides = [range(32)] if kind != "codes" else [range(16), range(16, 32)]
     for side in sides:
-        parts = [contribution(sae, acts, feature, cell).matrix() for feature in side]
+        parts = [contribution(sae, active, feature, cell).matrix() for feature in side]
         torch.testing.assert_close(sum(parts), expected, rtol=1e-4, atol=1e-5)
         for feature, part in zip(side, parts, strict=True):
             assert not part[acts[:, feature] == 0].any()
@@ -90,8 +99,8 @@ def test_a_firings_stand_in_is_its_dominant_atom_or_its_codes(gdn, passages, kin
     sae = sae_of(gdn, kind, options)
     site = gdn.site(sae.cfg.metadata.hook_name)
     firings = find_firings(gdn, sae, site, passages[0])
-    acts = activity(gdn, sae, site, passages[0]).acts[firings.position]
-    found = stand_in(firings).matrix()
+    acts = encoded(gdn, sae, passages)[0, firings.position].float()
+    found = stand_in(sae, firings, site.cell).matrix()
     if kind == "codes":
         with torch.no_grad():
             expected = sae.decode(acts).view_as(found)
@@ -112,7 +121,7 @@ def test_random_codes_are_others_of_the_same_side_at_the_same_coefficients(gdn, 
     firings = find_firings(gdn, sae, site, passages[0])
     kept = torch.arange(len(firings.position))[::2]
     drawn = swaps.random_like("atom", sae, firings, kept, site.cell, torch.Generator().manual_seed(0))
-    acts = activity(gdn, sae, site, passages[0]).acts[firings.position[kept]]
+    acts = encoded(gdn, sae, passages)[0, firings.position[kept]].float()
     for row, found in zip(acts, drawn.matrix(), strict=True):
         moved = [
             (row[:16].roll(i) @ sae.dec_key)[:, None] * (row[16:].roll(j) @ sae.dec_value)[None]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import SAE
 from torch import Tensor
 
-from writesae_lens.experiments.features.sides import features_by_side
+from writesae_lens.experiments.features.activity import Activity
+from writesae_lens.experiments.firings import native_of
 from writesae_lens.saes.rank1 import Factors, overlaps
 
 SEEN_OFTEN = 5
@@ -40,35 +40,29 @@ class Guards:
         self._native: list[Factors] = []
 
     @torch.no_grad()
-    def add(self, sae: SAE[Any], acts: Float[Tensor, "pos d_sae"], native: Factors) -> None:
-        """Count the firings among some positions.
-
-        Args:
-            sae: the SAE, the same in every call.
-            acts: coefficients of all features.
-            native: the writes there, of rank 1.
-        """
-        sides = {name: slice(side.start, side.stop) for name, side in features_by_side(sae).items()}
-        active = acts > 0
-        fires = torch.stack([active[:, side].any(-1) for side in sides.values()]).all(0)
-        acts, active = acts[fires], active[fires]
-        self._native.append(Factors(*(x[fires] for x in native)))
-        if "atom" in sides:
-            used = torch.zeros_like(active).scatter(1, acts.argmax(-1, keepdim=True), True)
-            self._free += len(acts)
+    def add(self, active: Activity) -> None:
+        """Count the firings among the positions of a passage, of the same SAE in every call."""
+        active = active.at((active.dominant >= 0).nonzero().squeeze(-1))
+        native = native_of(active)
+        self._native.append(native)
+        on = active.coefficient > 0
+        firing, feature = active.position[on].cpu(), active.feature[on].cpu()
+        any_active = feature.bincount(minlength=active.d_sae) > 0
+        self._active = self._active | any_active if len(self._active) else any_active
+        if "atom" in active.sides:
+            firing, feature = torch.arange(len(active), dtype=torch.int), active.dominant.cpu().int()
+            self._free += len(active)
         else:
-            used = active
-            numbers = [used[:, side].sum(-1) for side in sides.values()]
+            is_key = feature < active.n_key
+            numbers = [firing[side].bincount(minlength=len(active)) for side in (is_key, ~is_key)]
             # Active codes span no more than their side has dimensions.
             free = [n.clamp(max=x.shape[-1]) for n, x in zip(numbers, native, strict=True)]
             self._free += int((free[0] + free[1] - 1).sum())
-        for name, side in sides.items():
-            self._uses[name] = self._uses.get(name, 0) + used[:, side].sum(0).cpu()
-        firing, feature = used.cpu().nonzero(as_tuple=True)
-        self._used.append((firing.int() + self._n_firings, feature.int()))
-        self._n_firings += len(acts)
-        any_active = active.any(0).cpu()
-        self._active = self._active | any_active if len(self._active) else any_active
+        uses = feature.bincount(minlength=active.d_sae)
+        for name, side in active.sides.items():
+            self._uses[name] = self._uses.get(name, 0) + uses[side.start : side.stop]
+        self._used.append((firing + self._n_firings, feature))
+        self._n_firings += len(active)
 
     @property
     def native(self) -> Factors:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.recordings import later_reads_of_head
+from writesae_lens.experiments.features.activity import Activity
 from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite, unembedding_directions
 
 DISTANCES = (0, 1, 2, 4, 8, 16, 32)
@@ -26,7 +27,7 @@ def reads_met(
     sae: SAE[Any],
     cell: Cell,
     tokens: Int[Tensor, " pos"],
-    acts: Float[Tensor, "pos d_sae"],
+    active: Activity,
     distances: Sequence[int] = DISTANCES,
 ) -> pd.DataFrame:
     """How strongly later reads meet the key codes that are active in a passage.
@@ -40,7 +41,7 @@ def reads_met(
         sae: an SAE of codes.
         cell: its cell.
         tokens: one passage.
-        acts: coefficients of all features there.
+        active: what is active there.
         distances: h, in tokens.
 
     Returns:
@@ -51,7 +52,8 @@ def reads_met(
         WriteSAEError: reads are not finite.
     """
     codes: Any = sae
-    at, code = (acts[:, : codes.cfg.n_key] > 0).nonzero(as_tuple=True)
+    of_keys = (active.feature < active.n_key) & (active.coefficient > 0)
+    at, code = active.position[of_keys].long(), active.feature[of_keys].long()
     reads = later_reads_of_head(model, tokens[None], cell.layer, cell.head, list(distances))[0].float()
     check_finite(f"reads of layer {cell.layer} head {cell.head}", reads)
     unit = torch.nn.functional.normalize(codes.dec_key.float(), dim=-1)
