@@ -2,6 +2,8 @@
 
 Dense is the paper's: matrices in, einsum encoder, atoms and reconstruction built. Flat is SAELens's TopK.
 Codes are 1,024 of keys and 1,024 of values, 8 of each active, against both at 2,048 atoms.
+States are matrices of full rank: the paper's recipe on them, optimisers included, against SAELens's TopK, and
+their encoding against one product with as many built atoms. The dead-atom loss is timed with 30% dead.
 Memory is the peak of each side in a process of its own, above what was resident before the step.
 """
 
@@ -14,8 +16,9 @@ import torch
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput
 
-from tests.benchmarks.timing import Row, speedup, take_turns
+from tests.benchmarks.timing import Row, slowdown, speedup, take_turns
 from writesae_lens import WriteSAETrainingConfig, WriteTrainingSAE
+from writesae_lens.saes.packed import PackedWrites, Write
 
 D, K, BATCH = 128, 32, 256
 Step = Callable[[], list[torch.Tensor]]
@@ -56,14 +59,77 @@ def rows() -> list[Row]:
             )
             for side, against in (("dense", "dense formulation"), ("flat", "SAELens's flat TopK"))
         ]
+    return [*found, _state_step(), *map(_state_encoding, (2048, 16_384)), *_dead_atoms()]
+
+
+def _state_step() -> Row:
+    """A step of the paper's recipe, with its optimiser, on states."""
+    torch.manual_seed(0)
+    step_input = _step_input(torch.randn(BATCH, D * D))
+    ours = WriteTrainingSAE(WriteSAETrainingConfig.paper(d_k=D, d_v=D))
+    flat = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D * D, d_sae=2048, k=K))
+    seconds = take_turns({"ours": _optimised(ours, step_input), "flat": _optimised(flat, step_input)}, 3)
+    what = "the paper's recipe on states, a step with Adam"
+    return slowdown(what, seconds["ours"], seconds["flat"], "SAELens's flat TopK", "<= 0.5 x")
+
+
+def _state_encoding(d_sae: int) -> Row:
+    torch.manual_seed(0)
+    states, atoms = torch.randn(BATCH, D * D), torch.randn(d_sae, D * D)
+    sae = WriteTrainingSAE(WriteSAETrainingConfig.paper(d_k=D, d_v=D, d_sae=d_sae)).eval()
+    with torch.no_grad():
+        seconds = take_turns({"ours": lambda: sae.encode(states), "product": lambda: states @ atoms.T}, 2)
+    what, against = f"encoding {BATCH} states, d_sae {d_sae:,}", "one product with built atoms"
+    return slowdown(what, seconds["ours"], seconds["product"], against, "<= 2 x")
+
+
+def _dead_atoms() -> list[Row]:
+    """A step with its optimiser where 30% of 16,384 atoms, or codes, are dead, against one where none are."""
+    d_sae, found = 16_384, []
+    torch.manual_seed(0)
+    x = PackedWrites(Write(torch.randn(512, 1, D), torch.randn(512, 1, D)))
+    some = torch.rand(d_sae) < 0.3
+    for what, config in (
+        ("atoms of the paper's recipe", WriteSAETrainingConfig.paper(d_k=D, d_v=D, d_sae=d_sae)),
+        (
+            "codes",
+            WriteSAETrainingConfig.recommended(
+                d_k=D, d_v=D, d_sae=d_sae, init_from_writes=False, aux_loss_coefficient=0.01
+            ),
+        ),
+    ):
+        sae = WriteTrainingSAE(config)
+        steps = {
+            name: _optimised(sae, _step_input(x, dead))
+            for name, dead in (("some", some), ("none", torch.zeros_like(some)))
+        }
+        seconds = take_turns(steps, 3)
+        name = f"training step, 30% of {d_sae:,} {what} dead"
+        found.append(slowdown(name, seconds["some"], seconds["none"], "none dead", "<= 2 x"))
     return found
+
+
+def _optimised(sae: torch.nn.Module, step_input: TrainStepInput) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-4)
+
+    def step() -> None:
+        sae.training_forward_pass(step_input).loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def _inputs() -> TrainStepInput:
     torch.manual_seed(0)
     x = (torch.randn(BATCH, D, 1) * torch.randn(BATCH, 1, D)).flatten(1)
+    return _step_input(x)
+
+
+def _step_input(x: torch.Tensor, dead: torch.Tensor | None = None) -> TrainStepInput:
     return TrainStepInput(
-        sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
+        sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False
     )
 
 

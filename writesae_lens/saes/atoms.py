@@ -19,7 +19,6 @@ from writesae_lens.saes.rank1 import (
     Factors,
     Matrices,
     built,
-    combine,
     inner,
     leading_pairs,
     normalized,
@@ -27,6 +26,7 @@ from writesae_lens.saes.rank1 import (
     scores,
     squared_norms,
     tensors,
+    weighted_sums,
 )
 
 if TYPE_CHECKING:
@@ -122,13 +122,7 @@ class Atoms:
 
     def rebuild(self, acts: Float[Tensor, "row d_sae"]) -> Float[Tensor, "row d_in"]:
         """sum_i a_i A_i, flattened."""
-        active = max(1, int((acts != 0).sum(-1).max())) if len(acts) else 1
-        if (torch.is_grad_enabled() and acts.requires_grad) or active > self.cfg.d_sae // 8:
-            # A sparse product would drop the gradients of inactive atoms; and with many active atoms it is
-            # no cheaper than the flat product.
-            return acts @ built(self.matrices()).flatten(-2)
-        indices = acts.abs().topk(active, dim=-1).indices
-        return combine(self.matrices(), indices, acts.gather(-1, indices)).flatten(-2)
+        return weighted_sums(acts, self.matrices()).flatten(-2)
 
     def stand_in(self, acts: Float[Tensor, "row d_sae"]) -> Factors:
         """The largest coefficient times its atom, or times the atom's leading singular pair."""

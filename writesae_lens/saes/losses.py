@@ -17,17 +17,20 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from writesae_lens.saes.activations import Activation
 from writesae_lens.saes.config import WriteSAETrainingConfig
 from writesae_lens.saes.rank1 import (
     Factors,
     Matrices,
+    built,
     inner,
     overlaps,
     squared_errors,
     squared_errors_of_codes,
     squared_norms,
+    weighted_sums,
 )
 
 # The dead-atom loss costs the square of the atoms in it: at most this many times k_aux take part.
@@ -77,10 +80,14 @@ class Step:
         return self.squared.mean().sqrt().detach()
 
     @cached_property
+    def is_dense(self) -> bool:
+        """Whether too many atoms of a row are active, or have gradients, for work on these alone to pay."""
+        return self.activation.count(self.acts) > self.cfg.d_sae // 8
+
+    @cached_property
     def errors(self) -> Float[Tensor, " row"]:
         """|X_n - X^_n|^2."""
-        count = self.activation.count(self.acts)
-        if count > self.cfg.d_sae // 8:
+        if self.is_dense:
             along = overlaps(self.rows, self.atoms)
             error = squared_errors_of_codes(along, self.squared, self.atoms, self.acts)
         else:
@@ -117,10 +124,8 @@ def dead_atoms(step: Step) -> Tensor:
     if len(pool) > cfg.k_aux:
         values, indices = codes.topk(cfg.k_aux, dim=-1, sorted=False)
         codes = torch.zeros_like(codes).scatter(-1, indices, values)
-    dead, live = step.atoms[pool], step.atoms.detach()
-    left_over = overlaps(step.rows, dead) - step.acts.detach() @ overlaps(live, dead)
-    if step.bias is not None:
-        left_over = left_over - inner(dead, step.bias.detach())
+    dead = step.atoms[pool]
+    left_over = _left_over_along(step, dead)
     error = squared_errors_of_codes(left_over, step.errors.detach(), dead, codes).mean()
     return cfg.aux_loss_coefficient * min(1.0, n_dead / cfg.k_aux) * error
 
@@ -178,6 +183,28 @@ LOSSES: dict[str, Callable[[Step], Tensor | None]] = {
     "write_alignment_loss": write_alignment,
     "read_alignment_loss": read_alignment,
 }
+
+
+def _left_over_along(step: Step, dead: Matrices) -> Float[Tensor, "row dead"]:
+    """<X - X^, D_i> for dead atoms D_i, with gradients for these alone.
+
+    Of writes and atoms in factors it is <X, D_i> less a sum over the row's active atoms of their inner
+    products with D_i, each computed once a batch. Else X - X^ is built.
+    """
+    bias = None if step.bias is None else step.bias.detach()
+    acts, live = step.acts.detach(), step.atoms.detach()
+    if not (isinstance(step.rows, Factors) and isinstance(live, Factors)):
+        left_over = built(step.rows).detach() - weighted_sums(acts, live)
+        return overlaps(left_over if bias is None else left_over - bias, dead)
+    along = overlaps(step.rows, dead)
+    if step.is_dense:
+        along = along - acts @ overlaps(live, dead)
+    else:
+        values, indices = step.activation.chosen(acts)
+        active, places = indices.unique(return_inverse=True)
+        shared = overlaps(live[active], dead)
+        along = along - embedding_bag(places, shared, per_sample_weights=values, mode="sum")
+    return along if bias is None else along - inner(dead, bias)
 
 
 def _bias_terms(

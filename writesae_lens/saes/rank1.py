@@ -21,9 +21,13 @@ from torch import Tensor
 # A row counts as rank 1 if its product with a random vector differs from that of its factors by at most
 # this share of its norm.
 RANK1_TOLERANCE = 1e-5
-# Most elements of the temporary tensor in a dense score.
-_BLOCK = 2**26
-# A gradient with fewer nonzero entries than one in this many is computed entry by entry.
+# Elements of the block of memory in which atoms are built.
+_BLOCK = 2**22
+# Measured at 128 x 128. An atom is built in the time that is saved by a product with it for d_v / 4 inputs.
+_BUILD = 4
+# A weight that is treated by itself takes as long as this many in a product of full matrices.
+_PER_WEIGHT = 6
+# Gradients with fewer nonzero entries than one in this many are computed entry by entry.
 _SPARSE = 128
 
 
@@ -138,7 +142,7 @@ def overlaps(left: Matrices, right: Matrices) -> Float[Tensor, "left right"]:
     if not isinstance(right, Factors):
         return built(left).flatten(-2) @ right.flatten(-2).T
     if not isinstance(left, Factors):
-        return _overlaps_dense(left, right)
+        return _dense_overlaps(left, right)
     by_key = left.key.flatten(0, 1) @ right.key.flatten(0, 1).T
     by_value = left.value.flatten(0, 1) @ right.value.flatten(0, 1).T
     terms = by_key * by_value
@@ -195,30 +199,149 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_key, x_value, by_key, by_value = ctx.saved_tensors
         grad = grads[0] if ctx.rank == 1 else grads[0].repeat_interleave(ctx.rank, dim=1)
-        out = []
-        sides = (x_key, by_value), (x_value, by_key)
-        if int(grad.count_nonzero()) * _SPARSE > grad.numel():
-            out = [(grad * other).T @ x for x, other in sides]
-        else:
-            row, atom = grad.nonzero(as_tuple=True)
-            chosen = grad[row, atom]
-            for x, other in sides:
-                terms = x[row] * (chosen * other[row, atom])[:, None]
-                out.append(x.new_zeros(grad.shape[1], x.shape[1]).index_add_(0, atom, terms))
+        # Columns with many entries that are not zero, as those of dead atoms in their loss, as products; the
+        # other entries one by one.
+        full = grad.count_nonzero(0) * _SPARSE > len(grad)
+        if 2 * int(full.sum()) > len(full):
+            out = [(grad * other).T @ x for x, other in ((x_key, by_value), (x_value, by_key))]
+            return None, None, *(g.unflatten(0, (-1, ctx.rank)) for g in out)
+        columns, (row, atom) = full.nonzero().squeeze(-1), grad.nonzero(as_tuple=True)
+        single = ~full[atom]
+        row, atom = row[single], atom[single]
+        chosen, part, out = grad[row, atom], grad[:, columns], []
+        for x, other in ((x_key, by_value), (x_value, by_key)):
+            terms = x[row] * (chosen * other[row, atom])[:, None]
+            summed = x.new_zeros(grad.shape[1], x.shape[1]).index_add_(0, atom, terms)
+            summed[columns] = (part * other[:, columns]).T @ x
+            out.append(summed)
         return None, None, *(g.unflatten(0, (-1, ctx.rank)) for g in out)
 
 
-def _overlaps_dense(matrices: Float[Tensor, "row d_k d_v"], atoms: Factors) -> Float[Tensor, "row atom"]:
-    """<X_n, A_i> for built rows, some atoms at a time."""
-    n_atoms, rank, d_k = atoms.key.shape
-    step = max(1, _BLOCK // max(1, len(matrices) * rank * d_k))
-    blocks = []
-    for start in range(0, n_atoms, step):
-        key, value = (x[start : start + step].flatten(0, 1) for x in atoms)
-        read = matrices @ value.T
-        summed = torch.einsum("nkf,fk->nf", read, key)
-        blocks.append(summed.unflatten(-1, (-1, rank)).sum(-1))
-    return torch.cat(blocks, dim=-1)
+def _dense_overlaps(matrices: Float[Tensor, "row d_k d_v"], atoms: Factors) -> Float[Tensor, "row atom"]:
+    """<X_n, A_i> of built matrices with atoms in factors.
+
+    X_n v_i, then its product with k_i, takes as many multiplications as one product with the built atom, and
+    d_k numbers more a pair. Building an atom takes d_k d_v numbers once for all rows, so that it pays from
+    d_v / _BUILD rows on.
+    """
+    rank = atoms.key.shape[1]
+    if len(matrices) * rank * _BUILD >= atoms.value.shape[-1]:
+        return _DenseOverlaps.apply(matrices, *atoms)
+    key, value = (x.flatten(0, 1) for x in atoms)
+    terms = torch.einsum("nkf,fk->nf", matrices @ value.T, key)
+    return terms if rank == 1 else terms.unflatten(-1, (-1, rank)).sum(-1)
+
+
+def weighted_sums(weights: Float[Tensor, "row atom"], atoms: Matrices) -> Float[Tensor, "row d_k d_v"]:
+    """sum_i weight_ni A_i, built; every weight has its gradient, weights of 0 too."""
+    if isinstance(atoms, Factors):
+        return _WeightedSums.apply(weights, *atoms)
+    if not (torch.is_grad_enabled() and weights.requires_grad) and _few(weights):
+        return combine(atoms, *_chosen(weights))
+    return (weights @ atoms.flatten(-2)).unflatten(-1, atoms.shape[-2:])
+
+
+# `_DenseOverlaps` and `_WeightedSums` are the derivatives of sum_ni g_ni <X_n, A_i> by g and by X: the
+# backward pass of each is the other. Atoms are built some at a time, in one block of memory, and built again
+# in the backward pass rather than kept: all together they take 1 GiB at 16,384 atoms of 128 x 128.
+
+
+class _DenseOverlaps(torch.autograd.Function):
+    """<X_n, A_i>, as products with the built atoms."""
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(matrices, key, value)
+        flat, (n_atoms, _, d_k), d_v = matrices.flatten(-2), key.shape, value.shape[-1]
+        step = _per_block(d_k * d_v)
+        memory = key.new_empty(min(step, n_atoms), d_k, d_v)
+        parts = []
+        for k, v in zip(key.split(step), value.split(step)):
+            block = torch.matmul(k.mT, v, out=memory[: len(k)])
+            parts.append(flat @ block.flatten(-2).T)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        matrices, key, value = ctx.saved_tensors
+        by_matrices, by_atoms = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
+        grad = weighted_sums(grads[0], Factors(key, value)) if by_matrices else None
+        return grad, *(_by_factors(grads[0], matrices, key, value) if by_atoms else (None, None))
+
+
+class _WeightedSums(torch.autograd.Function):
+    """sum_i weight_ni A_i: of the chosen atoms where they are few, else as products with the built atoms."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, key, value)
+        if _few(weights, key.shape[1]):
+            return combine(Factors(key, value), *_chosen(weights))
+        (n_atoms, _, d_k), d_v = key.shape, value.shape[-1]
+        step = _per_block(n_atoms * d_v)
+        memory = key.new_empty(n_atoms, min(step, d_k), d_v)
+        parts = []
+        for k in key.split(step, dim=-1):
+            block = torch.matmul(k.mT, value, out=memory[:, : k.shape[-1]])
+            parts.append(weights @ block.flatten(-2))
+        return torch.cat(parts, dim=-1).unflatten(-1, (d_k, d_v))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights, key, value = ctx.saved_tensors
+        by_weights, by_atoms = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:])
+        grad = _dense_overlaps(grads[0], Factors(key, value)) if by_weights else None
+        return grad, *(_by_factors(weights, grads[0], key, value) if by_atoms else (None, None))
+
+
+def _by_factors(
+    weights: Float[Tensor, "row atom"], matrices: Float[Tensor, "row d_k d_v"], key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The derivatives of sum_ni weight_ni <X_n, A_i> by the atoms' factors.
+
+    Where few weights of a row are not 0, each row is multiplied with its own atoms. Else, and where these
+    derivatives are to have derivatives, one product each leads from G_i = sum_n weight_ni X_n to the factors.
+    """
+    rank, sides = key.shape[1], matrices.shape[-2:]
+    if torch.is_grad_enabled() or not _few(weights, rank):
+        step = _per_block(sides.numel())
+        parts = []
+        for columns, k, v in zip(weights.split(step, -1), key.split(step), value.split(step)):
+            summed = (columns.T @ matrices.flatten(-2)).unflatten(-1, sides)
+            parts.append((v @ summed.mT, k @ summed))
+        by_key, by_value = (torch.cat(side) for side in zip(*parts))
+        return by_key, by_value
+    indices, chosen = _chosen(weights)
+    wide = torch.promote_types(key.dtype, torch.float32)
+    by_key, by_value = (torch.zeros_like(x, dtype=wide) for x in (key, value))
+    step = _per_block(indices.shape[1] * rank * sum(sides))
+    for atoms, weight, rows in zip(indices.split(step), chosen.split(step), matrices.split(step)):
+        weight = weight.repeat_interleave(rank, dim=-1)[..., None]
+        for out, other, right in ((by_key, value, rows.mT), (by_value, key, rows)):
+            terms = (other[atoms].flatten(1, 2) @ right) * weight
+            out.index_add_(0, atoms.flatten(), terms.view(-1, *out.shape[1:]).to(wide))
+    return by_key.to(key.dtype), by_value.to(value.dtype)
+
+
+def _per_block(size: int) -> int:
+    """How many tensors of so many numbers fit into a block, 1 at least."""
+    return max(1, _BLOCK // max(1, size))
+
+
+def _few(weights: Float[Tensor, "row atom"], rank: int = 1) -> bool:
+    """Whether work on the weights that are not 0 alone is cheaper than one product of full matrices."""
+    return _most(weights) * rank * _PER_WEIGHT <= weights.shape[-1]
+
+
+def _most(weights: Float[Tensor, "row atom"]) -> int:
+    """The most weights of a row that are not 0, and 1 at least."""
+    return max(1, int(weights.count_nonzero(-1).amax())) if weights.numel() else 1
+
+
+def _chosen(weights: Float[Tensor, "row atom"]) -> tuple[Tensor, Tensor]:
+    """Indices of the weights that are not 0 and these weights, as many a row as the fullest one has."""
+    indices = weights.abs().topk(_most(weights), dim=-1, sorted=False).indices
+    return indices, weights.gather(-1, indices)
 
 
 def inner(left: Matrices, right: Matrices) -> Float[Tensor, " row"]:
