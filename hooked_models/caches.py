@@ -253,6 +253,13 @@ def _seen(cache: Any) -> int | None:
         return None
 
 
+def numbers_in(cache: Any) -> int:
+    """How many numbers the tensors of a cache (or None) hold."""
+    values = [x for layer in getattr(cache, "layers", ()) for x in vars(layer).values()]
+    tensors = [y for x in values for y in (x.values() if isinstance(x, dict) else [x])]
+    return sum(x.numel() for x in tensors if isinstance(x, Tensor))
+
+
 def repeated(cache: Any, count: int, unused: int = 0) -> Any:
     """A copy of a cache (or None) with every row ``count`` times, one after another.
 

@@ -17,7 +17,7 @@ from hooked_models.caches import repeated
 from hooked_models.edits import AddedWrites, SwappedWrites
 from hooked_models.errors import HookedModelError
 from hooked_models.lower_layers import LowerLayers, run_lower_layers
-from hooked_models.unembedding import logits_of, run_to_logits, run_to_residual
+from hooked_models.unembedding import logits_of, run_to_logits, run_to_residual, token_logits
 
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import Cell, HookedRecurrent
@@ -121,10 +121,45 @@ def run_with_added_writes(
     )
     with _dual_level() if linear else contextlib.nullcontext():
         logits = run_to_logits(model, rows, **options)
-        if not linear:
-            return logits
-        change = forward_ad.unpack_dual(logits).tangent
-        return torch.zeros_like(logits) if change is None else change
+        return _tangent(logits) if linear else logits
+
+
+def _tangent(x: Tensor) -> Tensor:
+    change = forward_ad.unpack_dual(x).tangent
+    return torch.zeros_like(x) if change is None else change
+
+
+@torch.no_grad()
+def token_logits_with_added_writes(
+    model: HookedRecurrent,
+    tokens: Int[Tensor, " pos"],
+    cell: Cell,
+    positions: Int[Tensor, " row"],
+    keys: Float[Tensor, "row *rank d_k"],
+    values: Float[Tensor, "row *rank d_v"],
+    followed: Int[Tensor, " token"],
+    linear: bool = False,
+    past_key_values: Any = None,
+    lower: LowerLayers | None = None,
+) -> Float[Tensor, "row pos token"]:
+    """The logits of a few tokens in a run with added writes, or their linear change; no others are made.
+
+    Args:
+        model: the model.
+        tokens: one passage.
+        cell: the cell.
+        positions, keys, values, linear, past_key_values: as for `HookedRecurrent.run_with_added_writes`.
+        followed: the tokens whose logits are wanted.
+        lower: what the layers below the cell's make of the passage (`run_lower_layers`), where it is known.
+    """
+    rows, options = _rows_with_added_writes(
+        model, tokens, cell, positions, keys, values, linear, past_key_values, lower
+    )
+    with _dual_level() if linear else contextlib.nullcontext():
+        residual = run_to_residual(model, rows, **options)
+        places = *residual.shape[:2], len(followed)
+        logits = token_logits(model, residual[:, :, None].expand(*places, -1), followed.expand(places))
+        return _tangent(logits) if linear else logits
 
 
 @torch.no_grad()

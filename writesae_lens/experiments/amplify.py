@@ -156,7 +156,7 @@ def _decode(
     prefix = Prefix(model, cell, prompts[:, :-1])
     logits, cache = prefix.run(prompts[:, -1:].repeat_interleave(len(writes), dim=0))
     added = writes.repeat(len(prompts), 1, 1)
-    return prefix.decode(logits[:, -1], cache, n_tokens, temperature, seed, added)
+    return prefix.decode(logits, cache, n_tokens, temperature, seed, added)
 
 
 def _count(model: HookedRecurrent, ids: list[int]) -> dict[str, Any]:

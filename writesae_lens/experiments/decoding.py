@@ -11,8 +11,9 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.unembedding import run_to_logits
-from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite
+from hooked_models.lower_layers import LowerLayers, run_lower_layers
+from hooked_models.unembedding import logits_of, run_to_residual
+from writesae_lens.experiments.passes import LOGITS_PER_PASS, cache_of, check_finite
 
 Added = Float[Tensor, "row pos d_k d_v"]
 
@@ -27,16 +28,13 @@ class Prefix:
     """
 
     def __init__(self, model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, "prompt pos"]) -> None:
-        self._model, self._name = model, model.write_hook_name(cell.layer, cell.head)
-        self._cache, self._n_prompts = model.new_cache(), len(tokens)
-        with torch.no_grad():
-            for part in tokens.split(max(1, LOGITS_PER_PASS // len(tokens) // model.cfg.d_vocab), dim=1):
-                model(part, past_key_values=self._cache, use_cache=True)
+        self._model, self._cell, self._n_prompts = model, cell, len(tokens)
+        self._cache = cache_of(model, tokens)
 
     def run(
         self, tokens: Int[Tensor, "row pos"], added: Added | None = None
-    ) -> tuple[Float[Tensor, "row pos d_vocab"], Any]:
-        """Logits of the rows after their prefixes, and the rows' cache.
+    ) -> tuple[Float[Tensor, "row d_vocab"], Any]:
+        """Logits after each row's last token, and the rows' cache.
 
         Args:
             tokens: equally many rows for each prompt, prompt by prompt.
@@ -50,22 +48,51 @@ class Prefix:
 
     def go_on(
         self, tokens: Int[Tensor, "row pos"], cache: Any, added: Added | None = None
-    ) -> Float[Tensor, "row pos d_vocab"]:
-        """Logits of further tokens of the rows that ``cache`` holds; in float32 at least.
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Logits after further tokens of the rows that ``cache`` holds; in float32 at least.
 
         Raises:
             WriteSAEError: they are not finite.
         """
+        residual = self._residual(tokens, cache, added)
+        logits = logits_of(self._model, residual[:, -1])
+        check_finite("logits", residual, logits)
+        return logits
 
+    def lower_layers(self, tokens: Int[Tensor, "prompt pos"]) -> LowerLayers | None:
+        """What the layers below the cell's make of a continuation of each prompt (None: nothing to share)."""
+        cache = repeated(self._cache, 1)
+        return run_lower_layers(self._model, tokens, self._cell.layer, past_key_values=cache, use_cache=True)
+
+    def residual(
+        self, tokens: Int[Tensor, "row pos"], added: Added, lower: LowerLayers | None
+    ) -> Float[Tensor, "row pos d_model"]:
+        """The residual stream after the last layer in rows that go on from their prompts' caches.
+
+        Args:
+            tokens: equally many rows for each prompt, prompt by prompt.
+            added: matrices that are added to the cell's native writes.
+            lower: what the lower layers make of the rows' tokens, where it is known.
+
+        Raises:
+            WriteSAEError: it is not finite.
+        """
+        unused = 0 if lower is None else lower.layer
+        cache = repeated(self._cache, len(tokens) // self._n_prompts, unused)
+        residual = self._residual(tokens, cache, added, lower)
+        check_finite("logits", residual)
+        return residual
+
+    def _residual(
+        self, tokens: Tensor, cache: Any, added: Added | None, lower: LowerLayers | None = None
+    ) -> Float[Tensor, "row pos d_model"]:
         def add(write: Tensor, hook: Any) -> Tensor:
             assert added is not None
             return write + added.flatten(-2).to(write.dtype)
 
-        hooks = [] if added is None else [(self._name, add)]
-        with self._model.hooks(fwd_hooks=hooks):
-            logits = run_to_logits(self._model, tokens, past_key_values=cache, use_cache=True)
-        check_finite("logits", logits)
-        return logits
+        name = self._model.write_hook_name(self._cell.layer, self._cell.head)
+        with self._model.hooks(fwd_hooks=[] if added is None else [(name, add)]):
+            return run_to_residual(self._model, tokens, past_key_values=cache, use_cache=True, lower=lower)
 
     @torch.no_grad()
     def decode(
@@ -98,7 +125,7 @@ class Prefix:
                 logits = logits.float() / temperature + noise.to(logits.device)
             chosen.append(logits.argmax(-1))
             if step < n_tokens - 1:
-                logits = self.go_on(chosen[-1][:, None], cache, every)[:, -1]
+                logits = self.go_on(chosen[-1][:, None], cache, every)
         return torch.stack(chosen, dim=1)
 
 

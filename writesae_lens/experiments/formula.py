@@ -13,9 +13,11 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
-from hooked_models.caches import repeated
+from hooked_models.caches import numbers_in, repeated
+from hooked_models.edited_runs import token_logits_with_added_writes
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.unembedding import run_to_logits
+from hooked_models.lower_layers import run_lower_layers
+from hooked_models.unembedding import logits_of, run_to_residual, token_logits
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import (
     activity,
@@ -27,7 +29,6 @@ from writesae_lens.experiments.firings import (
 from writesae_lens.experiments.options import Count, Natural, Positive, Seed
 from writesae_lens.experiments.passages import check_horizon, find_passages
 from writesae_lens.experiments.passes import (
-    LOGITS_PER_PASS,
     cache_of,
     check_finite,
     unembedding_directions,
@@ -39,6 +40,8 @@ from writesae_lens.figures import ATOM, DELETE, INK, new_figure
 from writesae_lens.saes.rank1 import Factors, leading_pairs
 
 EPSILONS = (0.1, 0.3, 1.0, 3.0)
+# Numbers of the prefix's cache, over all rows that run at once.
+_CACHED_AT_ONCE = 2**26
 
 
 @experiment(
@@ -150,25 +153,31 @@ def _passage(
     n_tokens: int,
 ) -> pd.DataFrame:
     """Predicted and measured shifts of one passage; atoms and epsilons by number."""
-    past = cache_of(model, tokens[:position])
-    coming, n_atoms = tokens[position:], len(atoms.key)
-    native = run_to_logits(
-        model, coming[None], past_key_values=repeated(past, 1), use_cache=past is not None
-    )[0]
-    followed = native[0].topk(n_tokens).indices
-    atom = torch.arange(n_atoms).repeat_interleave(len(sizes))
-    size = sizes.repeat(n_atoms).to(atoms.key)
+    past, coming = cache_of(model, tokens[:position]), tokens[position:]
+
+    def into() -> dict[str, Any]:
+        return {"past_key_values": repeated(past, 1), "use_cache": past is not None}
+
+    lower = run_lower_layers(model, coming[None], cell.layer, **into())
+    residual = run_to_residual(model, coming[None], lower=lower, **into())[0]
+    followed = logits_of(model, residual[0]).topk(n_tokens).indices
+    places = len(coming), n_tokens
+    native = token_logits(model, residual[:, None].expand(*places, -1), followed.expand(places))
+    check_finite("logits", native)
+    atom = torch.arange(len(atoms.key)).repeat_interleave(len(sizes))
+    size = sizes.repeat(len(atoms.key)).to(atoms.key)
     keys, values = atoms.key[atom, 0] * size[:, None], atoms.value[atom, 0]
-    step = max(1, LOGITS_PER_PASS // native.numel())
+    step = max(1, _CACHED_AT_ONCE // max(1, numbers_in(past)))
     predicted, measured = [], []
     for start in range(0, len(atom), step):
         rows = slice(start, start + step)
-        args = coming, cell.layer, cell.head, torch.zeros_like(atom[rows]), keys[rows], values[rows]
-        changed = model.run_with_added_writes(*args, past_key_values=past)
-        check_finite("logits", native, changed)
-        measured.append((changed - native)[:, :, followed])
+        args = model, coming, cell, torch.zeros_like(atom[rows]), keys[rows], values[rows], followed
+        from_prefix: dict[str, Any] = {"past_key_values": past, "lower": lower}
+        changed = token_logits_with_added_writes(*args, **from_prefix)
+        check_finite("logits", changed)
+        measured.append(changed - native)
         if form == "exact":
-            linear = model.run_with_added_writes(*args, linear=True, past_key_values=past)[:, :, followed]
+            linear = token_logits_with_added_writes(*args, linear=True, **from_prefix)
             check_finite("derivatives of the logits", linear)
             predicted.append(linear)
     if form == "gate_product":
@@ -189,7 +198,7 @@ def _passage(
             "eps": sizes[row % len(sizes)].numpy(),
             "predicted": shifts["p"].flatten().numpy(),
             "measured": shifts["m"].flatten().numpy(),
-            "rounding": (torch.finfo(native.dtype).eps * native[:, followed].abs().cpu().double())
+            "rounding": (torch.finfo(native.dtype).eps * native.abs().cpu().double())
             .expand_as(shifts["m"])
             .flatten()
             .numpy(),

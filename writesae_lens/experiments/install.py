@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
+from hooked_models.unembedding import logits_of, token_logits
 from writesae_lens import statistics
+from writesae_lens.divergences import wide
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import Prefix, batches
@@ -26,7 +28,6 @@ from writesae_lens.experiments.passes import (
     check_finite,
     native_writes,
     unembedding_directions,
-    wide,
 )
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator, seed_of
@@ -35,6 +36,8 @@ from writesae_lens.figures import ATOM, DELETE, RANDOM, new_figure
 
 # Adam's learning rate; the factors have norm 1.
 _STEP = 0.1
+# Logits that are in memory at once where the likeliest token is looked for.
+_LOGITS_AT_ONCE = 2**25
 # Native ranks at the first step, from 1: the paper's strata.
 STRATA = {
     "frequent": (2, 100),
@@ -179,8 +182,8 @@ class _Prompts:
         self.norm = self.key.norm(dim=-1) * value.norm(dim=-1)
         with torch.no_grad():
             logits, cache = self.prefix.run(self.last)
-            self.logits = wide(logits[:, -1])
-            self.said = self.prefix.decode(logits[:, -1], cache, **self.how)
+            self.logits = wide(logits)
+            self.said = self.prefix.decode(logits, cache, **self.how)
 
     def draw_targets(self, rng: torch.Generator) -> tuple[list[str], Int[Tensor, "prompt target"]]:
         """One token of each stratum that the vocabulary has, for every prompt."""
@@ -255,7 +258,7 @@ class _Prompts:
     ) -> tuple[Float[Tensor, "row d_vocab"], Int[Tensor, "row token"]]:
         """First logits and continuation with what is added."""
         logits, cache = self.prefix.run(self.last[of], added)
-        return wide(logits[:, -1]), self.prefix.decode(logits[:, -1], cache, **self.how)
+        return wide(logits), self.prefix.decode(logits, cache, **self.how)
 
     def _unembedding(self, targets: Int[Tensor, " row"], of: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
         """The native keys, and the targets' rows of the unembedding as the head's output sees them."""
@@ -270,17 +273,15 @@ class _Prompts:
         refine: int,
     ) -> tuple[Tensor, Tensor]:
         """Leading pairs of the gradient of the targets' margins by the writes."""
-        along = torch.cat([self.last, self.said[:, :-1]], dim=1)[of]
-        n_written = self.last.shape[1]
+        native = torch.cat([self.last, self.said[:, :-1]], dim=1)
+        along, lower, n_written = native[of], self.prefix.lower_layers(native), self.last.shape[1]
+        lower = None if lower is None else lower.map(lambda x: x[of])
         sides = self.cell.d_k, self.cell.d_v
         coming = torch.zeros(len(of), along.shape[1] - n_written, *sides, device=of.device)
 
         def margin(added: Tensor) -> Float[Tensor, " row"]:
-            logits, _ = self.prefix.run(along, torch.cat([added, coming], dim=1))
-            logits = logits[:, n_written - 1 :].float()
-            place = targets[:, None, None].expand(-1, logits.shape[1], 1)
-            others = logits.scatter(2, place, -float("inf")).amax(-1)
-            return (logits.gather(2, place).squeeze(2) - others).logsumexp(-1)
+            residual = self.prefix.residual(along, torch.cat([added, coming], dim=1), lower)
+            return _margins(self.model, residual[:, n_written - 1 :], targets).logsumexp(-1)
 
         with torch.enable_grad():
             nothing = torch.zeros(len(of), n_written, *sides, device=of.device, requires_grad=True)
@@ -303,6 +304,24 @@ class _Prompts:
                 (-found.sum()).backward(inputs=factors)
                 optimizer.step()
         return best[0], best[1]
+
+
+def _margins(
+    model: HookedRecurrent, residual: Float[Tensor, "row pos d_model"], targets: Int[Tensor, " row"]
+) -> Float[Tensor, "row pos"]:
+    """By how much each row's target is above the likeliest other token, in logits.
+
+    Which token that is takes all logits, in cuts of positions; the gradient is that of two logits.
+    """
+    places, others = targets[:, None].expand(residual.shape[:-1]), []
+    with torch.no_grad():
+        step = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab)
+        for rows, own in zip(residual.flatten(0, 1).split(step), places.flatten().split(step), strict=True):
+            logits = logits_of(model, rows).scatter_(1, own[:, None], -float("inf"))
+            others.append(logits.argmax(-1))
+    both = torch.stack([places, torch.cat(others).view_as(places)], dim=-1)
+    own, other = token_logits(model, residual[:, :, None].expand(*both.shape, -1), both).float().unbind(-1)
+    return own - other
 
 
 def _of_norm(

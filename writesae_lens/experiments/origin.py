@@ -43,6 +43,8 @@ N_GRAM_TABLE = (
 HALF_PRECISION = ("bfloat16", "float16")
 # What is read is compared with the training text in pieces of 40 characters, one every 100, or 400 in all.
 _PIECE, _STRIDE, _MOST_PIECES = 40, 100, 400
+# Numbers of a weight that a fingerprint sums at a time.
+_BITS_AT_ONCE = 2**17
 # A larger file (in bytes) of training text is not compared.
 _LARGEST_TEXT = 2**26
 
@@ -233,7 +235,9 @@ def fingerprint_model(model: HookedRecurrent) -> str:
         flat = whole.contiguous().view(-1)
         bits = flat.view(kinds[flat.element_size()])
         some = bits[:: max(1, len(bits) // 64)][:64]
-        parts += [torch.cat([bits.sum(dtype=torch.int64)[None], some.to(torch.int64)])]
+        # In cuts, for torch makes a copy in 64 bits of what it sums.
+        sums = [part.sum(dtype=torch.int64) for part in bits.split(_BITS_AT_ONCE)]
+        parts += [torch.cat([torch.stack(sums).sum()[None], some.to(torch.int64)])]
     about = str([(str(x.dtype), tuple(x.shape)) for x in tensors]).encode()
     every = [part.cpu() for part in parts]
     return fingerprint(torch.frombuffer(bytearray(about), dtype=torch.uint8), *every)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
+from hooked_models.unembedding import logits_of, run_to_residual
 from writesae_lens.errors import WriteSAEError
 
 LOGITS_PER_PASS = 2**27
 """Logits that one pass may return: bounds memory on models with large vocabularies."""
+# Tokens, over all rows, of which nothing is unembedded.
+_TOKENS_PER_PASS = 512
 
 
 def check_finite(what: str, *values: Float[Tensor, "..."]) -> None:
@@ -33,35 +37,45 @@ def check_finite(what: str, *values: Float[Tensor, "..."]) -> None:
         )
 
 
-def wide(x: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """In float64 where the device has it (MPS does not), else in float32."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+def read(
+    model: HookedRecurrent, tokens: Int[Tensor, "batch pos"], cache: Any
+) -> Iterator[Float[Tensor, "batch cut d_model"]]:
+    """The residual stream after the last layer, in cuts of positions; nothing is unembedded.
+
+    A softmax attention builds a matrix of a cut's positions by all positions so far, which bounds the cut.
+
+    Args:
+        model: the model.
+        tokens: rows that go on from the cache.
+        cache: it is changed.
+    """
+    for part in tokens.split(max(1, _TOKENS_PER_PASS // len(tokens)), dim=1):
+        yield run_to_residual(model, part, past_key_values=cache, use_cache=True)
 
 
 @torch.no_grad()
 def last_logits(model: HookedRecurrent, passage: Int[Tensor, " pos"]) -> Float[Tensor, " d_vocab"]:
-    """Logits at the end of a passage, after a check of the logits at every position.
-
-    A passage with more than `LOGITS_PER_PASS` logits is read in pieces, each as a text of its own.
+    """Logits at the end of a passage, after a check of the residual stream at every position.
 
     Raises:
-        WriteSAEError: a logit is not finite.
+        WriteSAEError: the residual stream or a logit is not finite.
     """
-    logits = torch.empty(0)
-    for piece in passage.split(max(1, LOGITS_PER_PASS // model.cfg.d_vocab)):
-        logits = model(piece[None], use_cache=False)[0]
-        check_finite("logits", logits)
-    return logits[-1]
+    residual = torch.empty(0)
+    for residual in read(model, passage[None], model.new_cache()):
+        check_finite("logits", residual)
+    logits = logits_of(model, residual[0, -1])
+    check_finite("logits", logits)
+    return logits
 
 
 @torch.no_grad()
-def cache_of(model: HookedRecurrent, tokens: Int[Tensor, " pos"]) -> Any:
+def cache_of(model: HookedRecurrent, tokens: Int[Tensor, "*batch pos"]) -> Any:
     """The cache after some tokens, from which several rows can go on; None after no tokens."""
-    if not len(tokens):
+    if not tokens.shape[-1]:
         return None
     cache = model.new_cache()
-    for part in tokens.split(max(1, LOGITS_PER_PASS // model.cfg.d_vocab)):
-        model(part[None], past_key_values=cache, use_cache=True)
+    for _ in read(model, tokens.reshape(-1, tokens.shape[-1]), cache):
+        pass
     return cache
 
 

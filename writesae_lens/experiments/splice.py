@@ -16,19 +16,22 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Site
-from hooked_models.unembedding import run_to_logits
+from hooked_models.unembedding import logits_of
 from writesae_lens import statistics
+from writesae_lens.divergences import wide
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.options import Count, Seed, as_list
 from writesae_lens.experiments.passages import find_passages
-from writesae_lens.experiments.passes import check_finite, wide
+from writesae_lens.experiments.passes import cache_of, check_finite, read
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.figures import ATOM, DELETE, INK, new_figure
 
 CONDITIONS = ("native", "spliced", "deleted")
+# Logits that are in memory at once.
+_LOGITS_AT_ONCE = 2**25
 
 
 @experiment(
@@ -112,50 +115,62 @@ def _splice(
     model: HookedRecurrent, saes: Sequence[SAE[Any]], sites: list[Site], tokens: Int[Tensor, " pos"]
 ) -> pd.DataFrame:
     half = len(tokens) // 2
-    errors, powers = [], []
+    native, losses, errors, powers = cache_of(model, tokens[:half]), {}, [], []
 
-    def replaced(sae: SAE[Any], native: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
-        rebuilt = sae.decode(sae.encode(native)).to(native.dtype)  # without SAELens's error term
-        errors.append(float((rebuilt - native).float().square().sum()))
-        powers.append(float(native.float().square().sum()))
+    def replaced(sae: SAE[Any], x: Float[Tensor, "row d_in"], condition: str) -> Float[Tensor, "row d_in"]:
+        if condition == "deleted":
+            return torch.zeros_like(x)
+        rebuilt = sae.decode(sae.encode(x)).to(x.dtype)  # without SAELens's error term
+        errors.append(float((rebuilt - x).float().square().sum()))
+        powers.append(float(x.float().square().sum()))
         return rebuilt
 
-    def edit(sae: SAE[Any]) -> Any:
-        def hook(write: Tensor, hook: Any) -> Tensor:
-            write = write.clone()
-            write[1] = replaced(sae, write[1])
-            write[2] = 0
-            return write
+    def edit(sae: SAE[Any], condition: str) -> Any:
+        return lambda write, hook: replaced(sae, write[0], condition)[None]
 
-        return hook
-
-    hooks = [
-        (model.write_hook_name(site.cell.layer, site.cell.head), edit(sae))
-        for sae, site in zip(saes, sites, strict=True)
-        if site.kind == "write"
-    ]
-    cache = model.new_cache()
-    if hooks:
-        with model.hooks(fwd_hooks=hooks):
-            model(tokens[:half].expand(len(CONDITIONS), -1), past_key_values=cache, use_cache=True)
-    else:  # the first half is native in all conditions
-        model(tokens[None, :half], past_key_values=cache, use_cache=True)
-        cache = repeated(cache, len(CONDITIONS))
-    for sae, (cell, kind) in zip(saes, sites, strict=True):
-        if kind == "state":
-            state = model.mixers[cell.layer].cached_state(cache)[:, cell.head]
-            state[1] = replaced(sae, state[1].flatten()[None]).view_as(state[1])
-            state[2] = 0
-    rest = tokens[half:].expand(len(CONDITIONS), -1)
-    logits = run_to_logits(model, rest, past_key_values=cache, use_cache=True)[:, :-1]
-    check_finite("logits", logits)
-    nll = [
-        torch.nn.functional.cross_entropy(wide(row), told)
-        for row, told in zip(logits, rest[:, 1:], strict=True)
-    ]
-    row = {f"nll_{name}": [float(x)] for name, x in zip(CONDITIONS, nll, strict=True)}
+    for condition in CONDITIONS:
+        cache, edited = repeated(native, 1), () if condition == "native" else list(zip(saes, sites))
+        hooks = [
+            (model.write_hook_name(cell.layer, cell.head), edit(sae, condition))
+            for sae, (cell, kind) in edited
+            if kind == "write"
+        ]
+        if hooks:
+            with model.hooks(fwd_hooks=hooks):
+                cache = cache_of(model, tokens[:half])
+        for sae, (cell, kind) in edited:
+            if kind == "state":
+                state = model.mixers[cell.layer].cached_state(cache)[:, cell.head]
+                state[0] = replaced(sae, state[0].flatten()[None], condition).view_as(state[0])
+        losses[f"nll_{condition}"] = [_loss(model, tokens[half:], cache)]
     error = sum(errors) / max(sum(powers), 1e-30)
-    return pd.DataFrame({"n_tokens": [len(tokens) - half - 1], **row, "error": error})
+    return pd.DataFrame({"n_tokens": [len(tokens) - half - 1], **losses, "error": error})
+
+
+def _loss(model: HookedRecurrent, tokens: Int[Tensor, " pos"], cache: Any) -> float:
+    """Mean nats a token of all tokens but the first, after those that a cache holds (it is changed).
+
+    Raises:
+        WriteSAEError: logits are not finite.
+    """
+    step, nats, told = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab), [], tokens[1:]
+    for residual in read(model, tokens[None, :-1], cache):
+        for rows in residual[0].split(step):
+            nats.append(_nats(logits_of(model, rows), told[: len(rows)]))
+            told = told[len(rows) :]
+    check_finite("logits", *nats)
+    return float(torch.cat(nats).mean())
+
+
+def _nats(logits: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """-log p of a token in each row of logits, which are overwritten.
+
+    The sum of exponentials is taken in the logits' dtype, everything that would be rounded more in float64.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    own = logits.gather(1, tokens[:, None])
+    total = logits.sub_(largest).exp_().sum(-1)
+    return wide(total).log() + (wide(largest) - wide(own))[:, 0]
 
 
 def _eps(model: HookedRecurrent) -> float:
