@@ -30,6 +30,10 @@ PANELS = (START, SHARE, TEST, REPORT)  # the groups of commands in --help, in th
 
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random choices.")]
 Device = Annotated[str, typer.Option(help="Device of model and SAE: cpu, cuda, cuda:1, ...")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the sizes, memory and time that it would take here; run nothing."),
+]
 SAE_REFERENCE = "An SAE: a folder that SAELens wrote, a published best.pt, or RELEASE:ID from the Hub."
 
 # typer brings its own copy of click or uses the installed one: this is the common base of its usage errors.
@@ -204,6 +208,7 @@ def train(
             min=0, help="Passages of a quick replacement test at every W&B evaluation; 0: no such test."
         ),
     ] = 0,
+    dry_run: DryRun = False,
     saelens_help: Annotated[bool, typer.Option("--saelens-help", help="List SAELens's flags.")] = False,
 ) -> None:
     """Train WriteSAEs with SAELens's runner; several cells train from one forward pass.
@@ -215,9 +220,12 @@ def train(
         raise HookedModelError(
             "nothing to train: give --model_name and --cells, see writesae-lens train --help"
         )
-    from writesae_lens.cli.training import run_training
+    from writesae_lens.cli.training import estimate_run, run_training
 
     arguments = ["--help"] if saelens_help else saelens_flags or []
+    if dry_run and not saelens_help:
+        typer.echo(estimate_run(arguments, cells, site))
+        return
     for folder in run_training(arguments, cells, site, win_rate):
         typer.echo(f"trained: {folder}")
 
@@ -362,10 +370,7 @@ def reproduce(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the model.")
     ] = "float32",
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the sizes, memory and time that it would take; run nothing."),
-    ] = False,
+    dry_run: DryRun = False,
     seed: Seed = 0,
 ) -> None:
     """Run a configuration of the paper: train, run every experiment, tabulate beside the paper's figures.
@@ -377,7 +382,7 @@ def reproduce(
     if config is None:
         runs.list_configurations()
     elif dry_run:
-        runs.estimate(config, model, training_tokens, dtype, recipe)
+        runs.estimate(config, model, training_tokens, dtype, recipe, experiments, device)
     else:
         runs.reproduce(config, model, recipe, out, training_tokens, experiments, device, dtype, seed)
 

@@ -49,9 +49,12 @@ def estimate(
     training_tokens: int | None,
     dtype: str,
     recipe: Literal["recommended", "paper"],
+    experiments: str | None,
+    device: str,
 ) -> None:
     """Print the sizes, memory and time of a configuration."""
-    typer.echo(paper.estimate(config, model, training_tokens, dtype, recipe))
+    names = None if experiments is None else experiments.split(",")
+    typer.echo(paper.estimate(config, model, training_tokens, dtype, recipe, names, device))
 
 
 def reproduce(

@@ -14,14 +14,15 @@ import dataclasses
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sae_lens import LanguageModelSAERunnerConfig
 
 from hooked_models import HookedModelError, HookedRecurrent
 from hooked_models.errors import one_line
-from hooked_models.hooked_recurrent import Cell
+from hooked_models.hooked_recurrent import Cell, Site
 from writesae_lens.errors import WriteSAEError
+from writesae_lens.reproduce.estimates import estimate_training
 from writesae_lens.saelens.registration import MODEL_CLASS_NAME
 from writesae_lens.saelens.runner import RUNNER_DEFAULTS, train_cells
 from writesae_lens.saelens.upstream import parse_flags
@@ -86,6 +87,64 @@ def run_training(
     Raises:
         WriteSAEError: flags that do not go together, or no text to train on.
     """
+    plan = _planned(arguments, cells)
+    options = {
+        f.name: getattr(plan.cfg, f.name) for f in dataclasses.fields(LanguageModelSAERunnerConfig) if f.init
+    }
+    # SAELens has appended the run's id, and will again.
+    options["checkpoint_path"] = plan.cfg.checkpoint_path and str(Path(plan.cfg.checkpoint_path).parent)
+    for name in ("sae", "hook_name"):
+        del options[name]
+    if "--prepend_bos" not in plan.given:
+        del options["prepend_bos"]
+    return train_cells(
+        plan.model,
+        plan.chosen,
+        sae=lambda cell: _sized(plan.cfg.sae, cell),
+        site=site,
+        schedule={},  # the flags have it already
+        win_rate_passages=win_rate_passages,
+        **options,
+    )
+
+
+def estimate_run(
+    arguments: Sequence[str], cells: str | None = None, site: Literal["write", "state"] = "write"
+) -> str:
+    """The sizes, memory and time of a training, which is not run; the arguments are those of `run_training`.
+
+    Raises:
+        WriteSAEError: as `run_training`, but for a text that is missing.
+    """
+    plan = _planned(arguments, cells)
+    sites = [plan.model.site(x) if isinstance(x, str) else Site(x, site) for x in plan.chosen]
+    return estimate_training(
+        plan.model,
+        [site.cell for site in sites],
+        [_sized(plan.cfg.sae, site.cell) for site in sites],
+        sites[0].kind,
+        plan.cfg.training_tokens,
+        plan.cfg.train_batch_size_tokens,
+        plan.cfg.context_size,
+        {name: getattr(plan.cfg, name) for name in ("store_batch_size_prompts", "n_batches_in_buffer")},
+    )
+
+
+class _Plan(NamedTuple):
+    """A training as the command line asks for it: the model, its cells or their hook, SAELens's config."""
+
+    model: HookedRecurrent
+    chosen: list[Cell] | list[str]
+    cfg: LanguageModelSAERunnerConfig[Any]
+    given: dict[str, str]
+
+
+def _planned(arguments: Sequence[str], cells: str | None) -> _Plan:
+    """What the command line asks for, with the model loaded.
+
+    Raises:
+        WriteSAEError: flags that do not go together.
+    """
     given = dict(_flags(arguments))
     if cells is None and "--hook_name" not in given and "--help" not in given:
         raise WriteSAEError("nothing to train on: give --cells or --hook_name")
@@ -104,27 +163,10 @@ def run_training(
         )
     kwargs = dict(cfg.model_from_pretrained_kwargs or {})
     model = HookedRecurrent.boot_transformers(cfg.model_name, device=cfg.llm_device, **kwargs)
-    options = {
-        f.name: getattr(cfg, f.name) for f in dataclasses.fields(LanguageModelSAERunnerConfig) if f.init
-    }
-    # SAELens has appended the run's id, and will again.
-    options["checkpoint_path"] = cfg.checkpoint_path and str(Path(cfg.checkpoint_path).parent)
-    for name in ("sae", "hook_name"):
-        del options[name]
-    if "--prepend_bos" not in given:
-        del options["prepend_bos"]
     chosen = [cfg.hook_name] if cells is None else parse_cells(model, cells)
     if len(chosen) == 1 and cfg.use_cached_activations and "--cached_activations_path" not in given:
         raise WriteSAEError("say where the cache is: --cached_activations_path")
-    return train_cells(
-        model,
-        chosen,
-        sae=lambda cell: _sized(cfg.sae, cell),
-        site=site,
-        schedule={},  # the flags have it already
-        win_rate_passages=win_rate_passages,
-        **options,
-    )
+    return _Plan(model, chosen, cfg, given)
 
 
 def _parse(arguments: Sequence[str], given: dict[str, str]) -> LanguageModelSAERunnerConfig[Any]:

@@ -21,19 +21,23 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import baselines
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment, find_experiment
 from writesae_lens.experiments.options import Count, Seed, as_list, check
-from writesae_lens.experiments.passages import as_passages
+from writesae_lens.experiments.passages import DEFAULT_CONTEXT, as_passages
 from writesae_lens.experiments.result import ExperimentResult, Progress, write_table
 from writesae_lens.locks import locked
 from writesae_lens.published import releases
 from writesae_lens.reproduce.paper import Paper, config
 from writesae_lens.saelens.runner import train_cells
-from writesae_lens.saes.config import PAPER_SCHEDULE, WriteSAETrainingConfig
+from writesae_lens.saes.config import PAPER_SCHEDULE, RECOMMENDED_SCHEDULE, WriteSAETrainingConfig
 
 TEXT = "Skylion007/openwebtext"
 # Documents of that data set to read: four fifths to train on, the rest to test on.
 N_DOCUMENTS = 6000
 # What SAELens raises for files of an SAE that are missing, empty or cut short.
 _NOT_WHOLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+# Tokens of a passage, with the paper's base models and others that do not ship.
+CONTEXT = 1024
+# What is run on all heads of a layer: the paper has no other figure of them.
+OF_ALL_HEADS = ("replace", "splice")
 Recipe = Literal["recommended", "paper"]
 VARIANTS = {
     "recommended": "This run: codes of writes, the formula with the network's own derivative and no fitted "
@@ -192,15 +196,32 @@ def train(setup: Setup, with_flat: bool) -> Dictionaries:
     make = training_config(setup.recipe)
     device = str(setup.model.cfg.device)
     saes = _train_or_load(setup, "sae", lambda cell: make(d_k=cell.d_k, d_v=cell.d_v, device=device))
-    if not with_flat or ("compare", "flat_svd") not in setup.paper.figures:
+    if not with_flat or not has_flat(setup.paper):
         return Dictionaries(saes, [])
     cfg: Any = saes[0].cfg
-    flat = _train_or_load(
-        setup,
-        "flat",
-        lambda cell: TopKTrainingSAEConfig(d_in=cell.d_k * cell.d_v, d_sae=cfg.d_sae, k=cfg.k, device=device),
-    )
-    return Dictionaries(saes, flat)
+    return Dictionaries(saes, _train_or_load(setup, "flat", lambda cell: flat_config(cfg, device)))
+
+
+def has_flat(paper: Paper) -> bool:
+    """Whether the paper compares with a flat SAE on the cell."""
+    return ("compare", "flat_svd") in paper.figures
+
+
+def flat_config(cfg: Any, device: str = "cpu") -> TopKTrainingSAEConfig:
+    """SAELens's own SAE of as many features, as many of them active, as one with this config."""
+    return TopKTrainingSAEConfig(d_in=cfg.d_in, d_sae=cfg.d_sae, k=cfg.k, device=device)
+
+
+def schedule_of(paper: Paper, recipe: Recipe) -> dict[str, Any]:
+    """Learning rates, batch size and the like of a recipe."""
+    own = {"train_batch_size_tokens": paper.batch, "lr_warm_up_steps": paper.warm_up}
+    return PAPER_SCHEDULE | own if recipe == "paper" else RECOMMENDED_SCHEDULE
+
+
+def options_of(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
+    """The options with which an experiment is run, where they differ from its own defaults."""
+    papers = PAPER_OPTIONS.get(experiment.name, {}) if recipe == "paper" else {}
+    return OPTIONS.get(experiment.name, {}) | papers
 
 
 def _train_or_load(setup: Setup, name: str, sae_of: Callable[[Cell], TrainingSAEConfig]) -> list[SAE[Any]]:
@@ -208,7 +229,6 @@ def _train_or_load(setup: Setup, name: str, sae_of: Callable[[Cell], TrainingSAE
     shipped, device = setup.model_name in zoo.SHIPPED, str(setup.model.cfg.device)
     saes = [_load(folder, device) for folder in folders]
     if any(sae is None for sae in saes):
-        own = {"train_batch_size_tokens": setup.paper.batch, "lr_warm_up_steps": setup.paper.warm_up}
         train_cells(
             setup.model,
             setup.cells,
@@ -217,11 +237,11 @@ def _train_or_load(setup: Setup, name: str, sae_of: Callable[[Cell], TrainingSAE
             sae_of,
             site="state" if setup.recipe == "paper" else "write",
             text=setup.training_text,
-            schedule=PAPER_SCHEDULE | own if setup.recipe == "paper" else None,
+            schedule=schedule_of(setup.paper, setup.recipe),
             seed=setup.seed,
             model_name=setup.model_name,
             dataset_path=zoo.TEXT_NAME if shipped else TEXT,
-            context_size=256 if shipped else 1024,
+            context_size=DEFAULT_CONTEXT if shipped else CONTEXT,
             prepend_bos=False,
         )
         saes = [SAE.load_from_disk(folder, device=device) for folder in folders]
@@ -271,8 +291,8 @@ def test(setup: Setup, dictionaries: Dictionaries, experiments: Sequence[Experim
 def _subject(setup: Setup, dictionaries: Dictionaries, experiment: Experiment, number: int) -> Any:
     """What an experiment is run on at a cell: its SAE, several, or None if it is not run there."""
     saes, cell = dictionaries.saes, setup.cells[number]
-    if len(saes) > 1 and experiment.name not in ("replace", "splice"):
-        return None  # the paper has no other figure of all heads
+    if len(saes) > 1 and experiment.name not in OF_ALL_HEADS:
+        return None
     if experiment.name == "splice":  # of all heads at once
         return saes if number == 0 else None
     if experiment.name == "compare":
@@ -294,8 +314,7 @@ def _run(setup: Setup, experiment: Experiment, subject: Any, sae: SAE[Any], fold
     size = experiment.context_size or sae.cfg.metadata.context_size
     text = None if setup.model_name in zoo.SHIPPED else f"{TEXT}, documents that were not trained on"
     passages = as_passages(setup.model, setup.test_text, size, name=text)[-experiment.max_passages :]
-    options: dict[str, Any] = dict(OPTIONS.get(experiment.name, {}))
-    options |= PAPER_OPTIONS.get(experiment.name, {}) if setup.recipe == "paper" else {}
+    options = options_of(experiment, setup.recipe)
     progress = str(folder / "progress")
     result = experiment.function(
         setup.model, subject, passages, seed=setup.seed, progress_folder=progress, **options
