@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= writesae-demo
 MODEL ?= tiny-gdn
 
-.PHONY: demo test test-slow tutorials docs lint bench cells clean
+.PHONY: demo test test-slow tutorials docs lint bench bench-full cells clean
 
 demo: $(VENV)/.user  ## train a WriteSAE on a shipped model, test it, write a report
 	$(BIN)/writesae-lens demo --model $(MODEL) --out $(OUT)
@@ -29,6 +29,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev  ## both sides of each ratio in one run, on one thread
 	$(BIN)/python -m tests.benchmarks
+
+bench-full: $(VENV)/.dev  ## a model of Qwen3.5-0.8B's size with random weights: every operation against what it needs
+	$(BIN)/python -m tests.benchmarks.full_size
 
 cells: $(VENV)/.dev  ## train and test every cell of a shipped model, print one table: 5 to 25 minutes
 	$(BIN)/python -m tests.benchmarks.all_cells --model $(MODEL) --out writesae-cells-$(MODEL) --workers 2
