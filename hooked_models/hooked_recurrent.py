@@ -62,7 +62,9 @@ class HookedRecurrent(upstream.CheckedBridge):
     nothing raises `HookedModelError`.
 
     ``run_with_cache`` without a ``names_filter`` caches every head's writes, erases and states, d_k * d_v
-    numbers a token each: name what you need on models of any size.
+    numbers a token each: name what you need on models of any size. Where only a write is wanted,
+    ``run_with_cache(..., names_filter=[write], stop_at_layer=layer + 1)`` leaves out the layers above it and
+    the logits: on Qwen3.5-0.8B, at layer 9 of 24, it costs a quarter.
     """
 
     @classmethod
