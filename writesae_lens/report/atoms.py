@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
+from writesae_lens.experiments.features.meets import direct_tokens
 from writesae_lens.experiments.features.sides import features_by_side
-from writesae_lens.experiments.passes import LOGITS_PER_PASS, native_factors
+from writesae_lens.experiments.passes import native_factors
 from writesae_lens.saes.rank1 import Matrices, leading_pairs, normalized, overlaps
 from writesae_lens.saes.sae import MatrixSAE
 
@@ -92,13 +93,15 @@ def profiles(
     sign = torch.where(positive < 0.5, -1.0, 1.0)[:, None]
     key, value = key * sign, value * sign
     read_share, rank1_share = positive.maximum(1 - positive), cosine.square().clamp(max=1)
-    tokens, logits = _tokens(model, cell, value, n_tokens)
     sides = features_by_side(sae)
-    if "key" in sides:
-        codes = slice(sides["key"].start, sides["key"].stop)
-        readers = _readers(torch.cat(reads), passages.flatten(), key[codes], tokens.shape[1] // 2)
-        for whole, own in zip((tokens, logits), readers, strict=True):
-            whole[codes] = torch.cat([own, own], dim=1)
+    n_key = len(sides.get("key", ()))
+    tokens, logits = direct_tokens(model, cell, value[n_key:], n_tokens)
+    if n_key:
+        readers = _readers(torch.cat(reads), passages.flatten(), key[:n_key], tokens.shape[1] // 2)
+        tokens, logits = (
+            torch.cat([torch.cat([own, own], dim=1), of_values])
+            for own, of_values in zip(readers, (tokens, logits), strict=True)
+        )
     count = min(n_near, min(map(len, sides.values())) - 1)
     neighbours = [_neighbours(atoms[side.start : side.stop], count, side.start) for side in sides.values()]
     near = (torch.cat(x) for x in zip(*neighbours, strict=True))
@@ -110,23 +113,6 @@ def _times(matrices: Matrices, value: Float[Tensor, "atom d_v"]) -> Float[Tensor
     if isinstance(matrices, Tensor):
         return torch.einsum("nkv,nv->nk", matrices.float(), value)
     return torch.einsum("nrk,nrv,nv->nk", matrices.key.float(), matrices.value.float(), value)
-
-
-def _tokens(
-    model: HookedRecurrent, cell: Cell, value: Float[Tensor, "atom d_v"], count: int
-) -> tuple[Int[Tensor, "atom shown"], Float[Tensor, "atom shown"]]:
-    """The tokens that the value sides promote and suppress most, and their logits by the direct path."""
-    native: Any = model.original_model
-    unembedding = native.get_output_embeddings().weight.float()
-    residual = value @ model.mixers[cell.layer].head_output(cell.head).float()
-    count = min(count, len(unembedding) // 2)
-    ids, sizes = [], []
-    for part in residual.split(max(1, LOGITS_PER_PASS // len(unembedding))):
-        logits = part @ unembedding.T
-        (up, most), (down, least) = logits.topk(count), logits.topk(count, largest=False)
-        ids.append(torch.cat([most, least], dim=1))
-        sizes.append(torch.cat([up, down], dim=1))
-    return torch.cat(ids), torch.cat(sizes)
 
 
 def _readers(

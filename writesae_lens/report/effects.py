@@ -13,14 +13,15 @@ from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell, Site
+from hooked_models.unembedding import logits_of
 from writesae_lens.experiments import swaps
 from writesae_lens.experiments.firings import Firings, find_firings, is_codes, stand_in
 from writesae_lens.experiments.replace import thin
 from writesae_lens.experiments.run import generator
 from writesae_lens.saes.rank1 import Factors
 
-# Numbers that the sums over firings may take at once: bounds memory where the vocabulary is large.
-_MOST_SUMS = 2**28
+# Numbers of residual streams, and of logits, that are held at once: 64 MiB in float32 each.
+_AT_ONCE = 2**24
 
 
 class Effects(NamedTuple):
@@ -76,20 +77,28 @@ def measure_effects(
     firings = [find_firings(model, sae, site, passage) for passage in passages]
     kept = thin(firings, 0, None, max_firings, seed)
     some = [f.subset(index.to(f.atom.device)) for f, index in zip(firings, kept, strict=True)]
-    alive = torch.cat([f.atom for f in some]).unique()
-    block = max(1, _MOST_SUMS // (3 * model.cfg.d_vocab))
-    parts = []
-    bar = tqdm(alive.split(block), desc="Effects", unit="block", disable=not verbose)
+    atom, parts = torch.cat([f.atom for f in some]), []
+    bar = tqdm(
+        _blocks(atom, _AT_ONCE // (3 * model.cfg.d_model)), desc="Effects", unit="block", disable=not verbose
+    )
     for atoms in bar:
-        sums = _sums(model, sae, site, passages, firings, kept, some, atoms, seed)
-        parts.append(_strongest(atoms, *sums, min(n_tokens, model.cfg.d_vocab // 2)))
+        rows = _residuals(model, sae, site, passages, firings, kept, some, atoms, seed)
+        for few in atoms.split(max(1, _AT_ONCE // (3 * model.cfg.d_vocab))):
+            parts.append(_strongest(few, *_sums(model, few, *rows), min(n_tokens, model.cfg.d_vocab // 2)))
     if not parts:
         none = torch.zeros(0, 2 * n_tokens)
-        return Effects(alive, alive, none.long(), none, none, none)
+        return Effects(atom, atom, none.long(), none, none, none)
     return Effects(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
-def _sums(
+def _blocks(atom: Int[Tensor, " firing"], n_firings: int) -> list[Int[Tensor, " atom"]]:
+    """The atoms, in blocks of about so many firings."""
+    atoms, count = atom.unique(return_counts=True)
+    block = (count.cumsum(0) - 1) // max(1, n_firings)
+    return [atoms[block == n] for n in block.unique().tolist()]
+
+
+def _residuals(
     model: HookedRecurrent,
     sae: SAE[Any],
     site: Site,
@@ -99,11 +108,13 @@ def _sums(
     some: Sequence[Firings],
     atoms: Int[Tensor, " atom"],
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Over the firings of some atoms: their number, sums of shifts, of positive ones, of the control's."""
-    cell, device = site.cell, passages.device
-    n = torch.zeros(len(atoms), dtype=torch.long, device=device)
-    shifts, positive, others = torch.zeros(3, len(atoms), model.cfg.d_vocab, device=device)
+) -> tuple[Int[Tensor, " row"], Float[Tensor, "condition row d_model"]]:
+    """The last residual stream at the firings of some atoms, with three matrices in the write's place.
+
+    Returns:
+        each firing's atom; and the residual streams with the atom, with its control and with nothing written.
+    """
+    cell, found = site.cell, []
     for number, tokens in enumerate(passages):
         mine = torch.isin(some[number].atom, atoms)
         if not bool(mine.any()):
@@ -113,22 +124,34 @@ def _sums(
         if is_codes(sae):
             own, other = _contents(sae, here, cell, rng)
         else:
-            own, other = (
-                stand_in(sae, here, cell),
-                swaps.random_like("atom", sae, every[number], index, cell, rng),
-            )
+            own = stand_in(sae, here, cell)
+            other = swaps.random_like("atom", sae, every[number], index, cell, rng)
         conditions = [own, swaps.with_norm(other, own.norm()), swaps.zeros_like(own)]
-        rows, start = torch.searchsorted(atoms, here.atom), 0
-        for swapped in swaps.swapped_logits(model, cell, tokens, here.position, conditions):
-            atom, control = (x - swapped.patched[2] for x in swapped.patched[:2])
-            atom, control = (x - x.mean(-1, keepdim=True) for x in (atom, control))
-            at = rows[start : start + len(atom)]
-            start += len(atom)
-            n.index_add_(0, at, torch.ones_like(at))
-            shifts.index_add_(0, at, atom.to(shifts))
-            positive.index_add_(0, at, (atom > 0).to(shifts))
-            others.index_add_(0, at, control.to(shifts))
-    return n, shifts, positive, others
+        for part, _, branches in swaps.swapped_residuals(model, cell, tokens, here.position, conditions):
+            found.append((here.atom[part], branches))
+    atom, residuals = zip(*found, strict=True)
+    return torch.cat(atom), torch.cat(residuals, dim=1)
+
+
+def _sums(
+    model: HookedRecurrent,
+    atoms: Int[Tensor, " atom"],
+    atom: Int[Tensor, " row"],
+    residuals: Float[Tensor, "condition row d_model"],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Over the firings of some atoms: their number, sums of shifts, of positive ones, of the control's."""
+    mine = torch.isin(atom, atoms).nonzero().squeeze(-1)
+    at = torch.searchsorted(atoms, atom[mine])
+    shifts, positive, others = torch.zeros(3, len(atoms), model.cfg.d_vocab, device=atoms.device)
+    step = max(1, _AT_ONCE // (3 * model.cfg.d_vocab))
+    for rows, to in zip(mine.split(step), at.split(step), strict=True):
+        written, control, deleted = logits_of(model, residuals[:, rows])
+        written, control = (x - deleted for x in (written, control))
+        written, control = (x - x.mean(-1, keepdim=True) for x in (written, control))
+        shifts.index_add_(0, to, written.to(shifts))
+        positive.index_add_(0, to, (written > 0).to(shifts))
+        others.index_add_(0, to, control.to(shifts))
+    return at.bincount(minlength=len(atoms)), shifts, positive, others
 
 
 def _contents(sae: SAE[Any], firings: Firings, cell: Cell, rng: torch.Generator) -> tuple[Factors, Factors]:

@@ -214,7 +214,7 @@ def test_contexts_of_codes_are_of_their_own_side(gdn, passages):
 def test_promoted_tokens_of_a_large_vocabulary_are_found_in_pieces(gdn, monkeypatch):
     cell, values = gdn.cell(LAYER, HEAD), make_codes(gdn).dec_value.detach()
     whole = promoted_tokens(gdn, cell, values, 7)
-    monkeypatch.setattr("writesae_lens.experiments.features.meets.LOGITS_PER_PASS", 100 * 48)
+    monkeypatch.setattr("writesae_lens.experiments.features.meets.NUMBERS_AT_ONCE", 100 * gdn.cfg.d_model)
     pieces = promoted_tokens(gdn, cell, values, 7)
     assert torch.equal(whole[0], pieces[0])
     torch.testing.assert_close(whole[1], pieces[1])

@@ -14,6 +14,7 @@ from tests.writesae_lens.experiments.truth import (
     read_passages,
 )
 from writesae_lens.experiments.subjects import find_site
+from writesae_lens.report import effects as module
 from writesae_lens.report.effects import measure_effects
 
 
@@ -83,3 +84,16 @@ def test_few_firings_of_an_atom_are_drawn_and_the_control_is_another_atoms():
     assert one.tokens.shape == (len(one.atom), 6)
     assert not torch.allclose(one.control, one.shift)
     assert one.control.isfinite().all()
+
+
+def test_a_large_vocabulary_and_many_firings_are_measured_in_pieces(monkeypatch):
+    model = HookedRecurrent.boot_transformers("tiny-gdn", device="cpu", dtype=torch.float64)
+    sae, tokens = make_sae(model), read_passages(model, 3)
+    site = find_site(model, sae)
+    whole = measure_effects(model, sae, site, tokens, 4, verbose=False)
+    # Blocks of 2 atoms or so, logits of one firing at a time.
+    monkeypatch.setattr(module, "_AT_ONCE", 3 * 5 * model.cfg.d_model)
+    cut = measure_effects(model, sae, site, tokens, 4, verbose=False)
+    assert torch.equal(whole.atom, cut.atom)
+    assert torch.equal(whole.n, cut.n)
+    torch.testing.assert_close(cut.shift, whole.shift, rtol=1e-4, atol=1e-5)

@@ -14,8 +14,8 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.recordings import later_reads_of_head
-from writesae_lens.experiments.features.activity import Activity
-from writesae_lens.experiments.passes import LOGITS_PER_PASS, check_finite, unembedding_directions
+from writesae_lens.experiments.features.activity import NUMBERS_AT_ONCE, Activity
+from writesae_lens.experiments.passes import check_finite, unembedding_directions
 
 DISTANCES = (0, 1, 2, 4, 8, 16, 32)
 """Distances, in tokens, from a write to the reads that are measured; 0 is the write's own token."""
@@ -94,14 +94,34 @@ def promoted_tokens(
     This is the paper's direction, W_O[head] W_U[token]: what a positive read of the content would promote if
     nothing stood between the head's output and the logits. `erase_atom` and the report measure what it does.
     """
-    count, device = min(count, model.cfg.d_vocab), values.device
-    size = torch.zeros(len(values), 0, device=device)
-    tokens = torch.zeros(len(values), 0, dtype=torch.long, device=device)
-    step = max(1, LOGITS_PER_PASS // max(1, len(values), cell.d_v))
+    tokens, size = direct_tokens(model, cell, values, count)
+    count = tokens.shape[1] // 2
+    return tokens[:, :count], size[:, :count]
+
+
+@torch.no_grad()
+def direct_tokens(
+    model: HookedRecurrent, cell: Cell, values: Float[Tensor, "content d_v"], count: int
+) -> tuple[Int[Tensor, "content shown"], Float[Tensor, "content shown"]]:
+    """The ``count`` tokens (at most half of all) that each content points along most, and against most.
+
+    The directions W_O[head] W_U[token] have d_v numbers, fewer than the d_model of the unembedding, and are
+    made once for all contents, for some tokens of the vocabulary at a time.
+
+    Returns:
+        tokens and the products of content and direction: first half the largest, falling; second half the
+        smallest, rising.
+    """
+    count, device = min(count, model.cfg.d_vocab // 2), values.device
+    sizes = torch.zeros(len(values), 0, device=device)
+    best = dict.fromkeys((True, False), (sizes, sizes.long()))  # the largest, and the smallest
+    step = max(1, NUMBERS_AT_ONCE // max(len(values), cell.d_v, model.cfg.d_model))
     for part in torch.arange(model.cfg.d_vocab, device=device).split(step):
         along = values.float() @ unembedding_directions(model, cell, part).T
-        size = torch.cat([size, along], dim=1)
-        tokens = torch.cat([tokens, part.expand(len(values), -1)], dim=1)
-        size, kept = size.topk(min(count, size.shape[1]), dim=1)
-        tokens = tokens.gather(1, kept)
-    return tokens, size
+        for largest, (sizes, tokens) in best.items():
+            size, place = along.topk(min(count, len(part)), dim=1, largest=largest)
+            size, tokens = torch.cat([sizes, size], dim=1), torch.cat([tokens, part[place]], dim=1)
+            size, kept = size.topk(min(count, size.shape[1]), dim=1, largest=largest)
+            best[largest] = size, tokens.gather(1, kept)
+    sizes, tokens = (torch.cat(x, dim=1) for x in zip(*best.values(), strict=True))
+    return tokens, sizes
