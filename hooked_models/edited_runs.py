@@ -13,10 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from hooked_models.bridge.lower_layers import LowerLayers, run_lower_layers
 from hooked_models.caches import repeated
 from hooked_models.edits import AddedWrites, SwappedWrites
 from hooked_models.errors import HookedModelError
-from hooked_models.lower_layers import LowerLayers, run_lower_layers
 from hooked_models.unembedding import logits_of, run_to_logits, run_to_residual, token_logits
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
@@ -12,9 +11,9 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hooked_models import calls, edited_runs, edits, lower_layers, upstream, zoo
+from hooked_models import calls, edited_runs, edits, upstream, zoo
 from hooked_models.architectures import adapters
-from hooked_models.bridge import copies
+from hooked_models.bridge import copies, lower_layers
 from hooked_models.caches import CACHE_ARGUMENTS, pop_cache, refuse_unknown
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.files import loading
@@ -169,8 +168,7 @@ class HookedRecurrent(upstream.CheckedBridge):
             *args: as for `TransformerBridge.forward`.
             edit: swapped or added writes that this call carries; see `run_with_swapped_writes` and
                 `run_with_added_writes`.
-            lower: what the lower layers make of the tokens (`hooked_models.lower_layers`): the call leaves
-                these layers out.
+            lower: what the lower layers make of the tokens (`bridge.lower_layers`): the call leaves them out.
             **kwargs: as for `TransformerBridge.forward`.
 
         Raises:
@@ -179,8 +177,8 @@ class HookedRecurrent(upstream.CheckedBridge):
                 on the way into a cache, after them; packed documents; tokens outside the vocabulary.
         """
         cache = pop_cache(kwargs)
-        signature = inspect.signature(super().forward)
-        of_model = inspect.signature(self.original_model.forward).parameters.keys()
+        signature = signature_of(super().forward)
+        of_model = signature_of(self.original_model.forward).parameters.keys()
         own = kwargs.keys() - of_model - signature.parameters.keys()
         refuse_unknown({name: kwargs[name] for name in own}, "the model")
         unseen = [name for name in _NOT_RETURNED if kwargs.get(name)]

@@ -14,8 +14,8 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from hooked_models.bridge.lower_layers import LowerLayers
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.lower_layers import run_lower_layers
 from writesae_lens import measures, statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
@@ -32,6 +32,7 @@ from writesae_lens.experiments.firings import (
 from writesae_lens.experiments.later import later_divergences
 from writesae_lens.experiments.options import Count, Natural, Seed, as_list
 from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passes import LowerOfPassages
 from writesae_lens.experiments.replace import thin
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
@@ -120,7 +121,10 @@ def compare(
     cell, first = _cell_of(model, saes), next(iter(saes.values()))
     passages = find_passages(model, first, tokens, context_size)
     sites = {name: find_site(model, sae) for name, sae in saes.items()}
-    found = [{name: find_firings(model, sae, sites[name], p) for name, sae in saes.items()} for p in passages]
+    lower, found = LowerOfPassages(model, cell), []
+    for n, passage in enumerate(passages):
+        with lower.kept(n):
+            found.append({name: find_firings(model, sae, sites[name], passage) for name, sae in saes.items()})
     shared = [_shared(firings) for firings in found]
     heads = [next(iter(firings.values())) for firings in shared]
     last = passages.shape[1] - 1 - horizon
@@ -139,14 +143,15 @@ def compare(
     if baselines:
         codes: Any = next((sae.cfg for sae in saes.values() if is_codes(sae)), None)
         others = untrained(model, cell, first.cfg.d_sae, train_tokens, seed, codes)
-        about = {"train_text": others.text, "train_text_hash": others.text_hash}
+        about = others.made_from
     run = Run("compare", model, list(saes.values()), passages, locals(), names=list(saes), **about)
     if others and (few := others.fewer_than(first.cfg.d_sae)):
         run.warn(few)
 
     def test(n: int) -> pd.DataFrame:
         how = random, scale, kl, horizon, generator(seed, n)
-        frame = _test(model, saes, cell, passages[n], shared[n], kept[n], others, *how)
+        about = passages[n], lower.of(n, passages[n]), shared[n], kept[n]
+        frame = _test(model, saes, cell, *about, others, *how)
         frame.insert(0, "passage", n)
         return frame
 
@@ -196,6 +201,7 @@ def _test(
     saes: Mapping[str, SAE[Any]],
     cell: Cell,
     tokens: Int[Tensor, " pos"],
+    lower: LowerLayers | None,
     every: Mapping[str, Firings],
     kept: Int[Tensor, " firing"],
     others: Untrained | None,
@@ -221,7 +227,6 @@ def _test(
     if random:
         conditions[_NATIVE_RANDOM] = swaps.with_norm(conditions[random[0]], native.norm())
     given = list(conditions.values())
-    lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
     kls = {"": swaps.divergences(model, cell, tokens, first.position, given, kl, lower=lower)}
     if horizon:
         kls["_later"] = later_divergences(

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
+from hooked_models.bridge.lower_layers import LowerLayers
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens import statistics
 from writesae_lens.divergences import log_probability_change
@@ -31,7 +32,7 @@ from writesae_lens.experiments.firings import (
 )
 from writesae_lens.experiments.options import Count, Positive, Seed
 from writesae_lens.experiments.passages import find_passages, token_id
-from writesae_lens.experiments.passes import check_finite
+from writesae_lens.experiments.passes import LowerOfPassages, check_finite
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.subjects import find_site
@@ -113,10 +114,10 @@ def erase_atom(
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
     check_atom(sae, atom)
     watched = None if token is None else token_id(model, token)
-    found = [
-        activity(model, sae, site, passage)
-        for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose)
-    ]
+    lower, found = LowerOfPassages(model, site.cell), []
+    for n, passage in enumerate(tqdm(passages, desc="Firings", unit="passage", disable=not verbose)):
+        with lower.kept(n):
+            found.append(activity(model, sae, site, passage))
     chosen = choose_atom(atom, found, passages)
     firings, elsewhere = _places(sae, site.cell, found, chosen, max_firings, seed)
     every = torch.cat([torch.full_like(f.position, n) for n, f in enumerate(firings)])
@@ -130,7 +131,11 @@ def erase_atom(
     if watched is None:
         chooses = ~tests if len(every) > 1 else tests
         parts = [f.subset(chooses[every == n]) for n, f in enumerate(firings)]
-        falls = [_fall(model, site.cell, passages[n], p) for n, p in enumerate(parts) if len(p.position)]
+        falls = [
+            _fall(model, site.cell, passages[n], lower.of(n, passages[n]), part)
+            for n, part in enumerate(parts)
+            if len(part.position)
+        ]
         watched = int(torch.stack(falls).sum(0).argmax())
     about = {"atom": chosen, "preferred_token": watched, "token_given": token is not None}
     run = Run("erase", model, sae, passages, locals(), **about)
@@ -139,7 +144,8 @@ def erase_atom(
         features = torch.full_like(tested[n].position, chosen)
         random = randomized(sae, features, tested[n].taken, generator(seed, n))
         taken = (tested[n], elsewhere[n], tested[n]._replace(taken=random))
-        frame = _erase(model, site.cell, passages[n], taken, watched, doses)
+        read = passages[n], lower.of(n, passages[n])
+        frame = _erase(model, site.cell, *read, taken, watched, doses)
         frame.insert(0, "passage", n)
         return frame
 
@@ -213,11 +219,16 @@ def _places(
 
 @torch.no_grad()
 def _fall(
-    model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, " pos"], places: _Places
+    model: HookedRecurrent,
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    lower: LowerLayers | None,
+    places: _Places,
 ) -> Float[Tensor, " d_vocab"]:
     """How much each logit falls by the erasing, summed over the places; so does log p, but for a constant."""
     falls = torch.zeros(model.cfg.d_vocab, dtype=torch.float64)
-    for swapped in swaps.swapped_logits(model, cell, tokens, places.position, [_erased(places, 1.0)]):
+    erased = [_erased(places, 1.0)]
+    for swapped in swaps.swapped_logits(model, cell, tokens, places.position, erased, lower=lower):
         fall = (swapped.base - swapped.patched[0]).sum(0)
         check_finite("logits", fall)
         falls += fall.to(falls)
@@ -233,6 +244,7 @@ def _erase(
     model: HookedRecurrent,
     cell: Cell,
     tokens: Int[Tensor, " pos"],
+    lower: LowerLayers | None,
     taken: Sequence[_Places],
     watched: int,
     doses: tuple[float, ...],
@@ -242,7 +254,7 @@ def _erase(
     position, coefficient = (torch.cat([getattr(p, name) for p in taken]) for name in _Places._fields[:2])
     written = [swaps.joined(*(_erased(places, dose) for places in taken)) for dose in doses]
     changes, kls, floors = [], [], []
-    for swapped in swaps.swapped_logits(model, cell, tokens, position, written):
+    for swapped in swaps.swapped_logits(model, cell, tokens, position, written, lower=lower):
         found = [log_probability_change(p, swapped.base, watched) for p in swapped.patched]
         change, kl = (torch.stack(column) for column in zip(*found, strict=True))
         check_finite("logits", kl)

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from hooked_models.bridge.lower_layers import LowerLayers, run_lower_layers
 from hooked_models.edited_runs import residual_with_added_writes
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.lower_layers import LowerLayers, run_lower_layers
 from hooked_models.unembedding import logits_of, run_to_residual
 from writesae_lens.divergences import divergence, wide
 from writesae_lens.experiments.passes import check_finite, native_factors

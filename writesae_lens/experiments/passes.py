@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from hooked_models.bridge.lower_layers import LowerLayers, kept, run_lower_layers
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.unembedding import logits_of, run_to_residual
 from writesae_lens.errors import WriteSAEError
 
+# Numbers of lower layers' outputs that are kept for later passes: 128 MiB in float32.
+_NUMBERS_KEPT = 2**25
 LOGITS_PER_PASS = 2**27
 """Logits that one pass may return: bounds memory on models with large vocabularies."""
 # Tokens, over all rows, of which nothing is unembedded.
@@ -77,6 +81,36 @@ def cache_of(model: HookedRecurrent, tokens: Int[Tensor, "*batch pos"]) -> Any:
     for _ in read(model, tokens.reshape(-1, tokens.shape[-1]), cache):
         pass
     return cache
+
+
+class LowerOfPassages:
+    """What the layers below a cell make of some passages, kept from the passes that find firings there.
+
+    Those of as many passages are kept as memory holds; the others are run again when they are needed.
+
+    Args:
+        model: the model.
+        cell: the cell.
+    """
+
+    def __init__(self, model: HookedRecurrent, cell: Cell) -> None:
+        self._model, self._layer = model, cell.layer
+        self._found: dict[int, LowerLayers] = {}
+
+    @contextmanager
+    def kept(self, number: int) -> Iterator[None]:
+        """Keep them from a pass over the passage of this number, if there is room."""
+        with kept(self._layer) as keep:
+            yield
+        room = _NUMBERS_KEPT - sum(lower.n_numbers for lower in self._found.values())
+        if keep.found is not None and keep.found.n_numbers <= room:
+            self._found[number] = keep.found
+
+    def of(self, number: int, tokens: Int[Tensor, " pos"]) -> LowerLayers | None:
+        """Those of one passage; see `run_lower_layers`."""
+        if number in self._found:
+            return self._found[number]
+        return run_lower_layers(self._model, tokens[None], self._layer, use_cache=False)
 
 
 def run_to_cell(

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
+from hooked_models.bridge.lower_layers import LowerLayers
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.lower_layers import run_lower_layers
 from writesae_lens import measures, statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments import swaps
@@ -35,6 +35,7 @@ from writesae_lens.experiments.firings import (
 from writesae_lens.experiments.later import later_divergences
 from writesae_lens.experiments.options import Count, Natural, Seed
 from writesae_lens.experiments.passages import find_passages
+from writesae_lens.experiments.passes import LowerOfPassages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.stand_ins import TITLES, Untrained, untrained
@@ -160,9 +161,10 @@ def replacement_test(
         WriteSAEError: SAE and cell do not fit, a text is too short, or nothing fires.
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
-    guards, firings = Guards(), []
-    for passage in tqdm(passages, desc="Firings", unit="passage", disable=not verbose):
-        active = activity(model, sae, site, passage)
+    guards, firings, lower = Guards(), [], LowerOfPassages(model, site.cell)
+    for n, passage in enumerate(tqdm(passages, desc="Firings", unit="passage", disable=not verbose)):
+        with lower.kept(n):
+            active = activity(model, sae, site, passage)
         guards.add(active)
         firings.append(firings_of(sae, active))
     last = passages.shape[1] - 1 - horizon
@@ -170,15 +172,13 @@ def replacement_test(
     _check_any_kept(firings, kept, passages, horizon)
     codes: Any = sae.cfg if is_codes(sae) else None
     source = untrained(model, site.cell, sae.cfg.d_sae, train_tokens, seed, codes) if baselines else None
-    made_from: dict[str, Any] = (
-        {"train_text": source.text, "train_text_hash": source.text_hash} if source else {}
-    )
+    made_from: dict[str, Any] = source.made_from if source else {}
     run = Run("replace", model, sae, passages, locals(), **made_from)
     how = _How(scale, random, kl, replaces == "write", horizon)
 
     def test(n: int) -> pd.DataFrame:
-        some = firings[n], kept[n]
-        return _test_passage(model, sae, site.cell, passages[n], *some, n, how, source, generator(seed, n))
+        passage = n, passages[n], lower.of(n, passages[n]), firings[n], kept[n]
+        return _test_passage(model, sae, site.cell, *passage, how, source, generator(seed, n))
 
     records = run.records([n for n, index in enumerate(kept) if len(index)], test, "Replacing")
     summary = measures.summarize(records, seed) | {
@@ -275,10 +275,11 @@ def _test_passage(
     model: HookedRecurrent,
     sae: SAE[Any],
     cell: Cell,
+    number: int,
     tokens: Int[Tensor, " pos"],
+    lower: LowerLayers | None,
     every: Firings,
     kept: Int[Tensor, " firing"],
-    number: int,
     how: _How,
     source: Untrained | None,
     rng: torch.Generator,
@@ -287,7 +288,6 @@ def _test_passage(
     native = native_of(firings)
     conditions = _conditions(sae, cell, every, kept, how, source, rng)
     position = firings.position
-    lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
     kls, floor = swaps.divergences(
         model, cell, tokens, position, list(conditions.values()), how.kl, how.erase, lower
     )

@@ -32,6 +32,8 @@ from writesae_lens.experiments.passages import Passages
 from writesae_lens.experiments.passes import last_logits
 from writesae_lens.experiments.result import ExperimentResult, Progress
 
+# Tokens that show whether weights are broken, and tell one model from another.
+_FIRST_TOKENS = 32
 _SUBJECT = ("experiment", "model", "architecture", "erases", "hook_name", "sae_fingerprints")
 MEASURED_ON = (*_SUBJECT, *ORIGIN)
 """Entries of every result's summary that say what it was measured on, by which call, and when."""
@@ -89,7 +91,7 @@ class Run:
         )
         measured_on: dict[str, Any] = dict(zip(_SUBJECT, values, strict=True))
         # Some experiments run the model up to the cell's layer only, and would not see what is broken above.
-        logits = last_logits(model, tokens[0])
+        logits = last_logits(model, tokens[0, :_FIRST_TOKENS])
         read = tokens if isinstance(tokens, Passages) else Passages.of(tokens)
         self._origin = origin_of(model, saes, hooks, read, EXPERIMENTS[name].function, arguments)
         self.settings = measured_on | options

@@ -13,9 +13,9 @@ from sae_lens import SAE
 from torch import Tensor, nn
 
 from hooked_models import HookedRecurrent
+from hooked_models.bridge.lower_layers import run_lower_layers
 from hooked_models.edited_runs import residual_with_swapped_writes
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.lower_layers import run_lower_layers
 from hooked_models.unembedding import logits_of, token_logits
 from writesae_lens import statistics
 from writesae_lens.experiments import swaps

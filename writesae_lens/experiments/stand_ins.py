@@ -59,6 +59,11 @@ class Untrained:
     text_hash: str
     pursuit: Pursuit | None = None
 
+    @property
+    def made_from(self) -> dict[str, str]:
+        """What a result's settings say of the text."""
+        return {"train_text": self.text, "train_text_hash": self.text_hash}
+
     def fewer_than(self, n_features: int) -> str | None:
         """A warning where the lookup has fewer writes than a dictionary has features."""
         n = self.lookup.cfg.d_sae

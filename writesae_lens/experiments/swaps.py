@@ -15,9 +15,9 @@ from sae_lens import SAE
 from torch import Tensor, nn
 
 from hooked_models import HookedRecurrent
+from hooked_models.bridge.lower_layers import LowerLayers, run_lower_layers
 from hooked_models.edited_runs import branches_at_once, residual_with_swapped_writes
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.lower_layers import LowerLayers, run_lower_layers
 from hooked_models.unembedding import logits_of, rounding_kl
 from writesae_lens.divergences import divergence, logits_floor
 from writesae_lens.experiments.firings import Firings, atom_factors, is_codes

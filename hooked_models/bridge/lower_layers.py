@@ -37,6 +37,12 @@ class LowerLayers:
     layer: int
     output: Any
 
+    @property
+    def n_numbers(self) -> int:
+        """How many numbers they are in all."""
+        parts = [self.output] if isinstance(self.output, Tensor) else self.output
+        return sum(x.numel() for x in parts)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> LowerLayers:
         """The same of other tokens, each tensor ``[batch, pos, ...]`` changed in the same way."""
         if isinstance(self.output, Tensor):
@@ -56,11 +62,17 @@ class LowerLayers:
         return self.map(lambda x: x[:, start:stop])
 
 
-class _Kept:
-    """The output of one block, once it is there."""
+class Kept:
+    """What the layers below one return in the last pass, once it is there.
 
-    def __init__(self, layer: int) -> None:
-        self.layer, self.output = layer, None
+    Args:
+        layer: the lowest layer that is not among them.
+        stops: whether the pass ends there.
+    """
+
+    def __init__(self, layer: int, stops: bool) -> None:
+        self.layer, self.stops = layer, stops
+        self.found: LowerLayers | None = None
 
 
 class _Stopped(Exception):
@@ -68,7 +80,7 @@ class _Stopped(Exception):
 
 
 _GIVEN: ContextVar[LowerLayers | None] = ContextVar("lower layers of the running forward pass", default=None)
-_KEPT: ContextVar[_Kept | None] = ContextVar("block whose output is kept", default=None)
+_KEPT: ContextVar[Kept | None] = ContextVar("what is kept of the running forward pass", default=None)
 
 
 @contextmanager
@@ -84,12 +96,15 @@ def given(lower: LowerLayers | None) -> Iterator[None]:
 
 
 @contextmanager
-def _kept(layer: int) -> Iterator[_Kept]:
-    """While open, in this thread, a forward pass ends before ``layer``, from 1 on, and what is there is kept.
+def kept(layer: int, stops: bool = False) -> Iterator[Kept]:
+    """While open, in this thread, what the layers below ``layer`` return in a forward pass is kept.
 
-    TransformerLens's ``stop_at_layer`` would end the passes of other threads too.
+    Args:
+        layer: the lowest layer that is not among them; 0: nothing is kept.
+        stops: whether passes end there, without a result. (TransformerLens's ``stop_at_layer`` would end
+            those of other threads too.)
     """
-    keep = _Kept(layer - 1)
+    keep = Kept(layer, stops)
     token = _KEPT.set(keep)
     try:
         yield keep
@@ -115,9 +130,9 @@ def run_lower_layers(
     """
     if not layer or _is_hooked_below(model, layer):
         return None
-    with _kept(layer) as keep:
+    with kept(layer, stops=True) as keep:
         model.forward(tokens, return_type=None, **options)
-    return LowerLayers(layer, keep.output)
+    return keep.found
 
 
 def _is_hooked_below(model: HookedRecurrent, layer: int) -> bool:
@@ -138,7 +153,8 @@ def _forward(block: nn.Module, layer: int, *args: Any, **options: Any) -> Any:
     if lower is not None and layer < lower.layer:
         return lower.output
     output = type(block).forward(block, *args, **options)
-    if keep is not None and layer == keep.layer:
-        keep.output = output
-        raise _Stopped
+    if keep is not None and layer == keep.layer - 1:
+        keep.found = LowerLayers(keep.layer, output)
+        if keep.stops:
+            raise _Stopped
     return output
