@@ -145,8 +145,34 @@ def scan(
         outputs ``[batch, pos, head, d_v]`` and final state ``[batch, head, d_k, d_v]``, in the
         engine's dtype (float32, or float64 for float64 inputs). Differentiable in all inputs.
     """
+    if recurrence.k.shape[1] == 1:
+        return _step(recurrence, initial_state)
     trajectory = Trajectory(recurrence, initial_state, chunk_size=chunk_size)
     return trajectory.read(recurrence.q), trajectory.final_state
+
+
+@full_precision
+def _step(
+    recurrence: Recurrence, initial_state: Float[Tensor, "batch head d_k d_v"] | None
+) -> tuple[Float[Tensor, "batch one head d_v"], Float[Tensor, "batch head d_k d_v"]]:
+    """The scan of a single token, as in decoding, where chunks cost more than the state itself."""
+    dtype, (batch, _, heads, d_k) = recurrence.dtype, recurrence.k.shape
+    q, k, v = (x[:, 0].to(dtype) for x in (recurrence.q, recurrence.k, recurrence.v))  # [B, H, K or V]
+    if initial_state is None:
+        before = k.new_zeros(batch, heads, d_k, v.shape[-1])
+    else:
+        before = initial_state.to(dtype)
+    left, right = k[..., None], v[..., None, :]  # [B, H, K, 1], [B, H, 1, V]
+    if recurrence.a is not None and recurrence.b is not None:
+        a = per_channel(recurrence.a)[:, 0, ..., None].to(dtype)
+        erased = recurrence.b[:, 0, :, None].to(dtype) @ before
+        if recurrence.a.ndim == 3:  # of k: (a k) w^T + k v^T = k (a w + v)^T, one product
+            right = torch.addcmul(right, a, erased)
+        else:
+            left, right = torch.cat([left, a], dim=-1), torch.cat([right, erased], dim=-2)
+    decayed = per_channel(recurrence.g)[:, 0, ..., None].exp().to(dtype) * before
+    state = torch.baddbmm(*(x.flatten(0, 1) for x in (decayed, left, right))).unflatten(0, (batch, heads))
+    return (q[..., None, :] @ state).transpose(1, 2), state
 
 
 @full_precision

@@ -95,6 +95,18 @@ RULES: dict[str, Rule] = {
 """What an argument may be, by its name; a name means the same in every method."""
 
 
+def signature_of(method: Callable[..., Any]) -> inspect.Signature:
+    """A method's signature without its object; each is read once, for a decoded token asks for several."""
+    function = getattr(method, "__func__", None)
+    return inspect.signature(method) if function is None else _signature_without_first(function)
+
+
+@functools.lru_cache(maxsize=256)
+def _signature_without_first(function: Callable[..., Any]) -> inspect.Signature:
+    whole = inspect.signature(function)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+
 def bound(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments by name, those that were given and no others.
 
@@ -108,7 +120,7 @@ def bound(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         HookedModelError: an argument that the method does not have, one too few, or one that its rule in
             `RULES` excludes.
     """
-    taker, signature = method.__name__, inspect.signature(method)
+    taker, signature = method.__name__, signature_of(method)
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
     try:
         given = dict(signature.bind(*args, **kwargs).arguments)
