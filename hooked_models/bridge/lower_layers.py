@@ -18,8 +18,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from hooked_models.errors import HookedModelError
-
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import HookedRecurrent
 
@@ -86,8 +84,6 @@ _KEPT: ContextVar[Kept | None] = ContextVar("what is kept of the running forward
 @contextmanager
 def given(lower: LowerLayers | None) -> Iterator[None]:
     """While open, in this thread, forward passes leave out the layers below ``lower.layer``; None: none."""
-    if not isinstance(lower, (LowerLayers, type(None))):
-        raise HookedModelError(f"lower must be LowerLayers, got a {type(lower).__name__}")
     token = _GIVEN.set(lower)
     try:
         yield
