@@ -177,7 +177,7 @@ class Bench:
         active = int((self._acts(tokens[0]) > 0).sum(0).max())
         places = min(count, active) // 2
         rows = places * (1 + 3 * 4)
-        needed = Work(2 * length, length + rows, rows + 3 * places, rows)
+        needed = Work(length, length + rows, rows + 3 * places, rows)
         what = f"{length} tokens, {places} + {places} positions, 4 doses"
         wanted = "<= 1.4 x, 0.7 GiB"
         yield self._experiment("erase", what, tokens, needed, wanted, max_firings=count)
@@ -185,7 +185,7 @@ class Bench:
     def sign(self) -> Iterator[Row]:
         """One native pass is needed; each trial is a row with a derivative, and a row with the write."""
         length, count = self.sizes.length, self.sizes.firings
-        needed = Work(2 * length, length + 3 * count, 3 * count + count, 0)
+        needed = Work(length, length + 3 * count, 3 * count + count, 0)
         what = f"{length} tokens, {count} trials"
         yield self._experiment("sign", what, self.tokens(length), needed, "<= 1.4 x, 0.7 GiB", n_trials=count)
 

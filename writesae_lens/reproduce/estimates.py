@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment, find_experiment
 from writesae_lens.experiments.options import Count, as_list, check
 from writesae_lens.experiments.passages import DEFAULT_CONTEXT
+from writesae_lens.figures import new_figure
 from writesae_lens.published import releases
 from writesae_lens.reproduce.paper import SIZES, Paper, config
 from writesae_lens.reproduce.run import (
@@ -29,7 +32,7 @@ from writesae_lens.reproduce.run import (
     training_config,
 )
 from writesae_lens.reproduce.training_costs import n_trained, step_seconds, training_bytes
-from writesae_lens.reproduce.units import Size, Speeds, Units
+from writesae_lens.reproduce.units import Size, Speeds, Units, seconds
 from writesae_lens.reproduce.work import Text, Work, work_of
 from writesae_lens.saes.config import WriteSAETrainingConfig
 
@@ -85,7 +88,7 @@ def estimate(
     The base model is not loaded: its published sizes say what a token and an unembedded position take, and
     the machine's speed is measured. A model that is named in its place is loaded and timed. What each
     experiment runs is counted from its options (`writesae_lens.reproduce.work`), with the dictionary taken to
-    fire at every position; a training step is timed. Statistics and figures are not counted.
+    fire at every position; a training step and a figure are timed. Statistics are not counted.
 
     Args:
         name, model_name, training_tokens, dtype, recipe, experiments, device: as for `reproduce`.
@@ -112,7 +115,7 @@ def estimate(
         "state" if recipe == "paper" else "write",
         schedule_of(paper, recipe)["train_batch_size_tokens"],
     )
-    seconds, memory = _training(subject, cfgs, site, batch, tokens)
+    trained, memory = _training(subject, cfgs, site, batch, tokens)
     works = {e.name: _work(subject, e, cfg, recipe, 2 + flat) for e in chosen}
     head = "all heads" if paper.head is None else f"head {paper.head}"
     lines = [
@@ -122,7 +125,7 @@ def estimate(
         f"dictionary: {_features(cfg)}, {n_trained(cfg) / 1e6:,.2f} M parameters "
         f"(a flat SAE of as many features: {2 * cfg.d_sae * cfg.d_in / 1e6:,.0f} M)",
     ]
-    return "\n".join(lines + _costs(subject, tokens, seconds, memory, works))
+    return "\n".join(lines + _costs(subject, tokens, trained, memory, works))
 
 
 def estimate_training(
@@ -153,7 +156,7 @@ def estimate_training(
     subject = dataclasses.replace(
         _timed(model, str(model.cfg.model_name), [last]), n_cells=1, context=context
     )
-    seconds, memory = _training(subject, list(cfgs), site, batch, tokens, options)
+    trained, memory = _training(subject, list(cfgs), site, batch, tokens, options)
     first: Any = cfgs[0]
     what = _features(first) if isinstance(first, WriteSAETrainingConfig) else f"{first.d_sae:,} atoms"
     lines = [
@@ -161,7 +164,7 @@ def estimate_training(
         f"cell{'s' * (len(cells) > 1)}, up to layer {last.layer}",
         f"dictionary: {what}, {n_trained(first) / 1e6:,.2f} M parameters each",
     ]
-    return "\n".join(lines + _costs(subject, tokens, seconds, memory, {}))
+    return "\n".join(lines + _costs(subject, tokens, trained, memory, {}))
 
 
 def _published(paper: Paper, dtype: str, device: str) -> _Subject:
@@ -254,6 +257,9 @@ def _costs(
             "positions with logits"
         )
     spent = {name: subject.units.seconds(work) for name, work in works.items()}
+    if works:
+        drawn = _figure_seconds()
+        spent = {name: x + drawn * len(EXPERIMENTS[name].figures) for name, x in spent.items() if x}
     trained = sum(training.values())
     lines = [
         text,
@@ -265,9 +271,23 @@ def _costs(
     whole += f"{training['model'] / max(trained, 1e-9):.0%} of the training in the model's forward pass"
     if works:
         longest = sorted(spent, key=lambda name: -spent[name])
-        each = ", ".join(f"{name} {_duration(spent[name])}" for name in longest if spent[name])
+        each = ", ".join(f"{name} {_duration(spent[name])}" for name in longest)
         whole += f", experiments {_duration(sum(spent.values()))} ({each})"
     return [*lines, whole]
+
+
+@functools.cache
+def _figure_seconds() -> float:
+    """Seconds of drawing a figure and saving it, as every experiment does with each of its own."""
+
+    def draw() -> None:
+        figure, axes = new_figure(10.0, 4.0, 2)
+        for axis in axes:
+            axis.plot(range(100))
+        figure.savefig(io.BytesIO(), format="png", dpi=150)
+
+    draw()  # the first one loads fonts
+    return seconds(draw)
 
 
 def _duration(seconds: float) -> str:

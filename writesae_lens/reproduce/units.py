@@ -13,20 +13,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from hooked_models.caches import repeated
 from hooked_models.unembedding import logits_of, run_to_residual
 from writesae_lens.divergences import divergence
 from writesae_lens.reproduce.work import Work
 
 # Share of a dense product's speed that layers and unembeddings reach (`make bench-full`).
 _EFFICIENCY = 0.67
-# Tokens of the short pass, which is mostly what any pass costs, and of the long one.
-_SHORT, _LONG, _LONG_OF_LARGE = 16, 256, 96
-# Of a model whose short pass takes more seconds than that, the long pass is shorter.
-_IS_LARGE = 0.1
+# Tokens of a row of the timed passes, about as many as an experiment's rows have after an edit; rows of the
+# long pass, and those of a model whose pass over one row takes more seconds than the last number.
+_LENGTH, _ROWS, _ROWS_OF_LARGE, _IS_LARGE = 48, 8, 2, 0.3
+# Tokens of the short pass, which is mostly what any pass costs.
+_SHORT = 8
 
 
 class Size(NamedTuple):
@@ -120,29 +122,42 @@ class Units(NamedTuple):
     @staticmethod
     @torch.no_grad()
     def of_model(model: HookedRecurrent, layer: int) -> Units:
-        """From passes of the model: a short one, a long one, and one that stops after the cell's layer."""
+        """From passes of the model over a few rows of tokens, whole ones and such as stop after the layer.
+
+        What a pass costs beside its tokens is that of a short edited pass that goes on from a cache.
+        """
         device, vocabulary = str(model.cfg.device), model.cfg.d_vocab
         rng = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, vocabulary, (1, _LONG), generator=rng).to(device)
+        tokens = torch.randint(0, vocabulary, (_ROWS, _LENGTH), generator=rng).to(device)
 
-        def run(n: int) -> float:
-            return seconds(lambda: run_to_residual(model, tokens[:, :n], use_cache=False), device)
+        def run(rows: int) -> float:
+            return seconds(lambda: run_to_residual(model, tokens[:rows], use_cache=False), device)
 
-        short = run(_SHORT)
-        n = _LONG if short < _IS_LARGE else _LONG_OF_LARGE
-        every = run(n)
-        first = seconds(lambda: model(tokens[:, :n], stop_at_layer=layer + 1, use_cache=False), device)
-        token = min(every / n, max(every - short, 0) / (n - _SHORT))
-        residual = run_to_residual(model, tokens[:, :64], use_cache=False)[0]
+        one = run(1)
+        rows = _ROWS if one < _IS_LARGE else _ROWS_OF_LARGE
+        every = run(rows)
+        first = seconds(lambda: model(tokens[:rows], stop_at_layer=layer + 1, use_cache=False), device)
+        token = min(every / rows, max(every - one, 0) / (rows - 1)) / _LENGTH
+        residual = run_to_residual(model, tokens[:2], use_cache=False).flatten(0, 1)
         logits = logits_of(model, residual)
         below = token * min(1.0, first / every)
-        return Units(
-            below,
-            token - below,
-            seconds(lambda: logits_of(model, residual), device) / len(residual),
-            _compare(logits) / len(logits),
-            max(0.0, every - token * n),
-        )
+        unembedded = seconds(lambda: logits_of(model, residual), device) / len(residual)
+        call = _edited(model, layer, tokens[:1, :_SHORT]) - _SHORT * (token + unembedded)
+        return Units(below, token - below, unembedded, _compare(logits) / len(logits), max(0.0, call))
+
+
+def _edited(model: HookedRecurrent, layer: int, tokens: Int[Tensor, "batch pos"]) -> float:
+    """Seconds of a pass that goes on from a cache and edits a write of the layer."""
+    cell = next(cell for cell in model.cells if cell.layer == layer)
+    hooks = [(model.write_hook_name(layer, cell.head), lambda write, hook: 0.5 * write)]
+    past = model.new_cache()
+    model(tokens, past_key_values=past, use_cache=True)
+
+    def run() -> None:
+        with model.hooks(fwd_hooks=hooks):
+            model(tokens, past_key_values=repeated(past, 1), use_cache=True)
+
+    return seconds(run, str(model.cfg.device))
 
 
 def _compare(logits: Float[Tensor, "row d_vocab"]) -> float:

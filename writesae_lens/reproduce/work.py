@@ -16,6 +16,8 @@ from writesae_lens.experiments.catalogue import Experiment
 # What `replacement_test` and `compare` write beside the untrained stand-ins: atom, delete, random, and the
 # last two at the native norm, which are not followed over later tokens.
 _CONDITIONS, _OWN_ONLY = 5, 2
+# Tokens whose logits every run checks first.
+_CHECKED = 32
 # Untrained stand-ins are made from as many training writes, or twice the features (`stand_ins.untrained`).
 _LEAST_WRITES = 2048
 # `later_divergences`: firings within so many tokens share a pass, and a pass has so many tokens in its rows.
@@ -90,7 +92,7 @@ def work_of(experiment: Experiment, text: Text, options: Mapping[str, Any] | Non
     """
     defaults = {name: option.default for name, option in experiment.options.items()}
     count = _COUNTS.get(experiment.name, _read_all)
-    checked = _native(1, text.length)  # every run checks that a passage's logits are finite
+    checked = _native(1, min(_CHECKED, text.length))
     return count(text, defaults | dict(options or {})).plus(checked)
 
 
@@ -114,10 +116,14 @@ def _logits(unembedded: Number, compared: Number = 0) -> Work:
 
 
 def _swapped(text: Text, firings: Number, conditions: int) -> Work:
-    """Branches of one token for each firing and condition, beside the native passages, with their KLs."""
+    """Branches of one token for each firing and condition, beside the native passages, with their KLs.
+
+    What the lower layers make of the passages is taken to be there, from the pass that found the firings.
+    """
     passages = int(min(text.passages, firings))
     branches = firings * conditions
-    return _native(passages, text.length).plus(_rows(branches), _logits(branches + firings, branches))
+    native = Work(above=passages * text.length, calls=passages)
+    return native.plus(_rows(branches), _logits(branches + firings, branches))
 
 
 def _later(text: Text, firings: Number, conditions: int, horizon: int) -> Work:
@@ -129,8 +135,8 @@ def _later(text: Text, firings: Number, conditions: int, horizon: int) -> Work:
     rows = firings * conditions
     passes = max(firings / together, rows * window / _TOKENS_PER_PASS)
     later = rows * horizon
-    prefixes = _native(int(min(text.passages, firings)), text.length)
-    native = Work(below=passes * window, calls=passes).plus(_logits(passes * window))
+    prefixes = Work(above=int(min(text.passages, firings)) * text.length, calls=firings / together)
+    native = Work(calls=passes).plus(_logits(passes * window))
     return prefixes.plus(native, _rows(rows + passes, window), _logits(later, later))
 
 
@@ -197,7 +203,7 @@ def _erase(text: Text, options: Mapping[str, Any]) -> Work:
 def _sign(text: Text, options: Mapping[str, Any]) -> Work:
     trials = options["n_trials"]
     gradient = _native(text.passages, text.length).plus(_rows(trials, 1, 2), _logits(2 * trials))
-    return _reading(text).plus(gradient, _swapped(text, trials, 1))
+    return _reading(text, 2).plus(gradient, _swapped(text, trials, 1))
 
 
 def _decoded(rows: Number, tokens: int, batches: Number) -> Work:
@@ -243,7 +249,7 @@ def _amplify(text: Text, options: Mapping[str, Any]) -> Work:
 def _selectivity(text: Text, options: Mapping[str, Any]) -> Work:
     positions = text.passages * options["n_positions"]
     each = 2 * min(options["n_atoms"], text.features)
-    return _reading(text, 2).plus(_swapped(text, positions, each), _logits(0, positions * each))
+    return _reading(text, 3).plus(_swapped(text, positions, each), _logits(0, positions * each))
 
 
 def _trace(text: Text, options: Mapping[str, Any]) -> Work:
