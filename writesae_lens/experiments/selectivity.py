@@ -136,16 +136,16 @@ def _push(
     count, n = len(positions), len(atoms.key)
     at = positions.repeat_interleave(2 * n)
     native = Factors(key[at, None].float(), value[at, None].float())
-    both = swaps.one_after_another(atoms, others)
+    both = swaps.joined(atoms, others)
     both = Factors(both.key.repeat(count, 1, 1), both.value.repeat(count, 1, 1))
     added = swaps.with_norm(both, magnitude * native.norm())
     kl, floor, top, most = [], [], [], []
-    for base, (patched,) in swaps.swapped_logits(model, cell, tokens, at, [swaps.summed(native, added)]):
-        shift = patched - base
+    for swapped in swaps.swapped_logits(model, cell, tokens, at, [swaps.summed(native, added)]):
+        shift = swapped.patched[0] - swapped.base
         shift = shift - shift.mean(-1, keepdim=True)
         found = shift.abs().topk(top_k, dim=-1)
-        kl.append(swaps.divergence(patched, base))
-        floor.append(swaps.logits_floor(base))
+        kl.append(swapped.divergences()[0])
+        floor.append(swapped.floor)
         most.append(shift.gather(-1, found.indices[:, :1]).squeeze(-1))
         top += found.indices.tolist()
     return pd.DataFrame(
@@ -154,10 +154,7 @@ def _push(
             "kind": (["atom"] * n + ["random"] * n) * count,
             "atom": np.tile(np.tile(np.arange(n), 2), count),
             "kl": torch.cat(kl).cpu().numpy(),
-            "kl_floor": (torch.cat(floor) + swaps.residual_floor(model, cell, tokens, at))
-            .cpu()
-            .double()
-            .numpy(),
+            "kl_floor": torch.cat(floor).cpu().double().numpy(),
             "max_shift": torch.cat(most).cpu().double().numpy(),
             "top": [str(ids) for ids in top],
         }
