@@ -68,6 +68,7 @@ class Call:
 _HYBRID = {"full_attention", "linear_attention"}
 """Kinds of layers of the models that take a mask for each."""
 _CALL: ContextVar[Call | None] = ContextVar("call of a Hugging Face model that is running", default=None)
+_LAST_ONLY: ContextVar[bool] = ContextVar("whether a loop that samples begins a pass", default=False)
 
 
 class NoCallError(HookedModelError, RuntimeError):
@@ -115,11 +116,30 @@ def without_padding(x: Tensor, real: Bool[Tensor, "batch pos"] | None) -> Tensor
 @contextmanager
 def reading() -> Iterator[None]:
     """Around a forward pass: whatever ends it, the calls that it opened end too."""
-    token = _CALL.set(_CALL.get())
+    token, last_only = _CALL.set(_CALL.get()), _LAST_ONLY.set(False)
     try:
         yield
     finally:
+        _LAST_ONLY.reset(last_only)
         _CALL.reset(token)
+
+
+@contextmanager
+def sampling() -> Iterator[None]:
+    """Around a loop that samples, which reads the logits of each pass's last token alone.
+
+    A pass inside one of the loop's, from a hook, has all its logits.
+    """
+    token = _LAST_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _LAST_ONLY.reset(token)
+
+
+def reads_last_logits_only() -> bool:
+    """Whether the pass that begins now is one of a loop that samples."""
+    return _LAST_ONLY.get()
 
 
 def check_is_tensor(argument: Any, name: str) -> None:

@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hooked_models import calls, edited_runs, edits, upstream, zoo
+from hooked_models import calls, edited_runs, edits, unembedding, upstream, zoo
 from hooked_models.architectures import adapters
 from hooked_models.bridge import copies, lower_layers
+from hooked_models.bridge.arguments import signature_of
 from hooked_models.caches import CACHE_ARGUMENTS, pop_cache, refuse_unknown
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.files import loading
@@ -200,6 +201,8 @@ class HookedRecurrent(upstream.CheckedBridge):
             kwargs["use_cache"] = True
         if cache is not None:
             kwargs[next(name for name in CACHE_ARGUMENTS if name in of_model)] = cache
+        if calls.reads_last_logits_only() and not unembedding.is_hooked(self):
+            kwargs["logits_to_keep"] = 1
         with calls.reading(), edits.edit_in_force(edit), lower_layers.given(lower):
             output = super().forward(input, *args, **kwargs)
         return (output[0], cache) if wants_cache else output

@@ -40,7 +40,7 @@ def run_to_logits(model: HookedRecurrent, tokens: Any, **options: Any) -> Float[
     Returns:
         logits: of the model's dtype where that has 32 bits or more, else float32.
     """
-    if not in_half_precision(model) or any(is_listened_to(point) for point in _last_hooks(model)):
+    if not in_half_precision(model) or is_hooked(model):
         return model.forward(tokens, **options)
     return logits_of(model, run_to_residual(model, tokens, **options))
 
@@ -175,6 +175,7 @@ def _unembedded(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return nn.functional.linear(hidden, weight.to(hidden), None if bias is None else bias.to(hidden))
 
 
-def _last_hooks(model: HookedRecurrent) -> list[nn.Module]:
-    """The hook points of the last norm and of the unembedding."""
-    return [*model.ln_final.get_hooks().values(), *model.unembed.get_hooks().values()]
+def is_hooked(model: HookedRecurrent) -> bool:
+    """Whether anything hooks the last norm or the unembedding."""
+    points = *model.ln_final.get_hooks().values(), *model.unembed.get_hooks().values()
+    return any(is_listened_to(point) for point in points)

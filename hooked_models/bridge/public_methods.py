@@ -20,6 +20,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GenerationConfig
 
+from hooked_models import calls
 from hooked_models.bridge import arguments, sampling
 from hooked_models.bridge.arguments import bound, idle, like, refusals, wrong
 from hooked_models.errors import HookedModelError
@@ -92,11 +93,13 @@ class CheckedMethods(SAETransformerBridge):
             if given.get("return_type", "input") == "input":  # what went in was text
                 given["return_type"] = "str"
         if not stateful or cached:
-            return super().generate(**given)
+            with calls.sampling():
+                return super().generate(**given)
         # TransformerLens would hand over to hf_generate, and drop most arguments on the way.
         self.cfg.is_stateful = False
         try:
-            return super().generate(**given)
+            with calls.sampling():
+                return super().generate(**given)
         finally:
             self.cfg.is_stateful = stateful
 

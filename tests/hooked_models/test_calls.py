@@ -286,6 +286,32 @@ def test_a_call_that_fails_leaves_a_cache_that_is_refused(model: Any, tokens: Te
     torch.testing.assert_close(found, model(tokens), rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_generate_makes_the_logits_that_somebody_reads(model: Any, tokens: Tensor):
+    """Those of the last token; of all where a hook sees them, and in a pass that a hook makes."""
+    how = {"max_new_tokens": 2, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    shapes, nested = [], []
+    plain = model.generate(tokens, **how)
+    handle = model.original_model.register_forward_hook(lambda m, a, out: shapes.append(out.logits.shape[1]))
+    model.generate(tokens, **how)
+    handle.remove()
+    assert shapes == [1, 1]
+
+    def read(x: Tensor, hook: Any) -> None:
+        if not nested:
+            nested.append(None)
+            nested[0] = model(tokens).shape[1]
+
+    seen: list[int] = []
+    hooks = [(model.hook_name(1, "in"), read)]
+    with model.hooks(hooks):
+        assert torch.equal(model.generate(tokens, **how), plain)
+    assert nested == [LENGTH]
+    with model.hooks([("unembed.hook_out", lambda x, hook: seen.append(x.shape[1]))]):
+        assert torch.equal(model.generate(tokens, **how), plain)
+    assert seen == [LENGTH, 1]
+
+
 def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]):
     docs = (Path(__file__).parents[2] / "docs" / "hooks.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
