@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hooked_models.bridge.lower_layers import LowerLayers, run_lower_layers
+from hooked_models.bridge.lower_layers import LowerLayers, checkpointed, run_lower_layers
 from hooked_models.caches import repeated
 from hooked_models.edits import AddedWrites, SwappedWrites
 from hooked_models.errors import HookedModelError
@@ -22,8 +22,9 @@ from hooked_models.unembedding import logits_of, run_to_logits, run_to_residual,
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import Cell, HookedRecurrent
 
-# What one run with swapped writes holds in memory: branches, and attention scores of a layer.
-_BRANCHES_AT_ONCE, _SCORES_AT_ONCE = 2**12, 2**25
+# What one run with swapped writes holds in memory: branches; attention scores of a layer; numbers of the
+# residual stream of all layers, where gradients are to flow, which need some 90 times as many.
+_BRANCHES_AT_ONCE, _SCORES_AT_ONCE, _GRAPH_AT_ONCE = 2**12, 2**25, 2**20
 # torch has one level of forward-mode differentiation, which all threads share.
 _DUAL_LEVEL = threading.RLock()
 
@@ -80,7 +81,9 @@ def residual_with_swapped_writes(
         lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
     edit = SwappedWrites(model.mixers[cell.layer], cell.head, len(tokens), positions, keys, values, erase)
     differentiate = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
-    with torch.set_grad_enabled(differentiate):
+    graph = (len(tokens) + len(positions)) * (len(model.blocks) - cell.layer) * model.cfg.d_model
+    is_large = differentiate and graph > _GRAPH_AT_ONCE
+    with torch.set_grad_enabled(differentiate), checkpointed(is_large):
         residual = run_to_residual(
             model,
             torch.cat([tokens, tokens[positions]])[None],

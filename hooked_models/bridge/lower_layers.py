@@ -11,12 +11,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import HookedRecurrent
@@ -78,6 +79,7 @@ class _Stopped(Exception):
 
 
 _GIVEN: ContextVar[LowerLayers | None] = ContextVar("lower layers of the running forward pass", default=None)
+_CHECKPOINTED: ContextVar[bool] = ContextVar("whether blocks are checkpointed", default=False)
 _KEPT: ContextVar[Kept | None] = ContextVar("what is kept of the running forward pass", default=None)
 
 
@@ -89,6 +91,16 @@ def given(lower: LowerLayers | None) -> Iterator[None]:
         yield
     finally:
         _GIVEN.reset(token)
+
+
+@contextmanager
+def checkpointed(is_on: bool) -> Iterator[None]:
+    """While open, in this thread, blocks keep nothing for the backward pass: they run again there."""
+    token = _CHECKPOINTED.set(is_on)
+    try:
+        yield
+    finally:
+        _CHECKPOINTED.reset(token)
 
 
 @contextmanager
@@ -148,7 +160,15 @@ def _forward(block: nn.Module, layer: int, *args: Any, **options: Any) -> Any:
     lower, keep = _GIVEN.get(), _KEPT.get()
     if lower is not None and layer < lower.layer:
         return lower.output
-    output = type(block).forward(block, *args, **options)
+    run = functools.partial(type(block).forward, block)
+    if _CHECKPOINTED.get():
+        # The block runs again in the backward pass, where it must see what it sees now.
+        now = copy_context()
+        output = checkpoint(
+            lambda *x, **y: now.copy().run(run, *x, **y), *args, use_reentrant=False, **options
+        )
+    else:
+        output = run(*args, **options)
     if keep is not None and layer == keep.layer - 1:
         keep.found = LowerLayers(keep.layer, output)
         if keep.stops:

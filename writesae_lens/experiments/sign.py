@@ -13,7 +13,7 @@ from sae_lens import SAE
 from torch import Tensor, nn
 
 from hooked_models import HookedRecurrent
-from hooked_models.bridge.lower_layers import run_lower_layers
+from hooked_models.bridge.lower_layers import LowerLayers, kept
 from hooked_models.edited_runs import residual_with_swapped_writes
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.unembedding import logits_of, token_logits
@@ -150,9 +150,10 @@ def _trials(
     rounds = [torch.randperm(len(tokens), generator=rng) for _ in range(-(-count // len(tokens)))]
     at = torch.cat(rounds)[:count].to(tokens.device)
     target = torch.randint(0, model.cfg.d_vocab, (count,), generator=rng).to(tokens.device)
-    key, value, read = (x[at].float() for x in native_factors(model, cell, tokens)[:3])
+    with kept(cell.layer) as below:
+        key, value, read = (x[at].float() for x in native_factors(model, cell, tokens)[:3])
     native = Factors(key[:, None], value[:, None])
-    slope = output_gradient(model, cell, tokens, at, target, native, read)
+    slope = output_gradient(model, cell, tokens, at, target, native, read, below.found)
     size = magnitude * native.norm()
     if direction == "jacobian":
         keys, values = read, slope
@@ -165,7 +166,8 @@ def _trials(
     linear = (added.key[:, 0] * read).sum(-1) * (added.value[:, 0] * slope).sum(-1)
     measured, rank = [], []
     changed = [swaps.summed(native, added)]
-    for some, residual, (patched,) in swaps.swapped_residuals(model, cell, tokens, at, changed):
+    runs = swaps.swapped_residuals(model, cell, tokens, at, changed, lower=below.found)
+    for some, residual, (patched,) in runs:
         followed, residual = target[some], residual[at[some]]
         with torch.no_grad():
             before, after = (token_logits(model, x, followed) for x in (residual, patched))
@@ -204,6 +206,7 @@ def output_gradient(
     targets: Int[Tensor, " trial"],
     native: Factors,
     read: Float[Tensor, "trial d_k"],
+    lower: LowerLayers | None = None,
 ) -> Float[Tensor, "trial d_v"]:
     """Derivative of each target's logit, at its position, by the head's read S_t^T q_t there.
 
@@ -212,7 +215,6 @@ def output_gradient(
     """
     # A matrix with key q / |q|^2 adds exactly its value side to the read S_t^T q_t.
     inverse = read / read.square().sum(-1, keepdim=True).clamp(min=1e-30)
-    lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
     slopes = []
     for here in torch.arange(len(positions), device=positions.device).split(_TRIALS_AT_ONCE):
         added = torch.zeros_like(native.value[here, 0]).requires_grad_()
