@@ -141,11 +141,18 @@ class Bench:
             yield Row(f"unit: {name}", seconds, None, "", "")
 
     def _experiment(
-        self, name: str, what: str, tokens: torch.Tensor, needed: Work | None, wanted: str, **options: Any
+        self,
+        name: str,
+        what: str,
+        tokens: torch.Tensor,
+        needed: Work | None,
+        wanted: str,
+        sae: Any = None,
+        **options: Any,
     ) -> Row:
         """An experiment's own call, beside the work that it needs."""
         run = EXPERIMENTS[name].function
-        subject = self.cell if name == "sign" else self.sae
+        subject = self.cell if name == "sign" else sae or self.sae
         _, seconds, peak = _measured(lambda: run(self.model, subject, tokens, verbose=False, **options))
         if needed is None:
             text = Text(len(tokens), tokens.shape[1], self.sizes.d_sae, codes=False)
@@ -171,16 +178,20 @@ class Bench:
         yield self._experiment("formula", what, tokens, None, "<= 1.4 x, 0.7 GiB", **options)
 
     def erase(self) -> Iterator[Row]:
-        """One native pass is needed; half of the positions choose the token, half are tested thrice."""
+        """One native pass is needed; half of the positions choose the token, half are tested thrice.
+
+        The SAE is small, so that a feature is active at many positions.
+        """
         length, count = self.sizes.length, self.sizes.firings
-        tokens = self.tokens(length)
-        active = int((self._acts(tokens[0]) > 0).sum(0).max())
+        tokens, sae = self.tokens(length), _sae(self.cell.d_k, self.cell.d_v, 16)
+        sae.cfg.metadata.hook_name = self.sae.cfg.metadata.hook_name
+        active = int((self._acts(sae, tokens[0]) > 0).sum(0).max())
         places = min(count, active) // 2
         rows = places * (1 + 3 * 4)
         needed = Work(length, length + rows, rows + 3 * places, rows)
         what = f"{length} tokens, {places} + {places} positions, 4 doses"
         wanted = "<= 1.4 x, 0.7 GiB"
-        yield self._experiment("erase", what, tokens, needed, wanted, max_firings=count)
+        yield self._experiment("erase", what, tokens, needed, wanted, sae, max_firings=count)
 
     def sign(self) -> Iterator[Row]:
         """One native pass is needed; each trial is a row with a derivative, and a row with the write."""
@@ -290,7 +301,11 @@ class Bench:
 
         length = min(DEFAULT_CONTEXT, tokens // 4)
         data = Dataset.from_dict({"tokens": self.tokens(length, 2 * tokens // length).tolist()})
-        how = {"store_batch_size_prompts": 4, "n_batches_in_buffer": 4, "context_size": length}
+        how: dict[str, Any] = {
+            "store_batch_size_prompts": 4,
+            "n_batches_in_buffer": 4,
+            "context_size": length,
+        }
         handle = self.model.blocks[0].register_forward_pre_hook(count, with_kwargs=True)
         with TemporaryDirectory() as folder:
             found = _measured(
@@ -301,14 +316,14 @@ class Bench:
         handle.remove()
         return passed, found
 
-    def _acts(self, passage: torch.Tensor) -> torch.Tensor:
-        """Coefficients of the SAE's features in a passage."""
+    def _acts(self, sae: WriteSAE, passage: torch.Tensor) -> torch.Tensor:
+        """Coefficients of an SAE's features in a passage."""
         name = self.model.write_hook_name(self.layer, self.head)
         with torch.no_grad():
             _, cache = self.model.run_with_cache(
                 passage[None], names_filter=[name], stop_at_layer=self.layer + 1, use_cache=False
             )
-        return self.sae.encode(cache[name][0])
+        return sae.encode(cache[name][0])
 
 
 ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from hooked_models import HookedRecurrent
@@ -16,7 +15,7 @@ from hooked_models import HookedRecurrent
 LAYERS = 24
 """Layers of the published model; every fourth has softmax attention."""
 # The model's own sizes, and those of a model for tests of the benchmarks themselves.
-_FULL = {
+_FULL: dict[str, Any] = {
     "vocab_size": 248_320,
     "hidden_size": 1024,
     "intermediate_size": 3584,
@@ -28,7 +27,7 @@ _FULL = {
     "num_key_value_heads": 2,
     "head_dim": 256,
 }
-_SMALL = {
+_SMALL: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -73,7 +72,7 @@ def build(
         eos_token_id=0,
         pad_token_id=0,
     )
-    net = Qwen3_5ForCausalLM(config).eval().requires_grad_(False)
+    net: Any = Qwen3_5ForCausalLM(config).eval().requires_grad_(False)
     net.get_input_embeddings().weight.normal_(0, 0.06)  # logits then have a standard deviation of about 2
     for module in net.modules():
         if hasattr(module, "A_log"):
@@ -87,7 +86,7 @@ def build(
     return Pair(plain, hooked)
 
 
-def _remember(module: nn.Module | Any) -> None:
+def _remember(module: Any) -> None:
     """Decays from a few tokens to a thousand; as transformers initialises them most heads forget at once."""
     module.A_log.uniform_(1, 8).log_()
     step = module.dt_bias.uniform_(-7, -2.3).exp()

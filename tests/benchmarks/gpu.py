@@ -158,12 +158,12 @@ def timings(scale: Scale, device: str, dtype: torch.dtype) -> Iterator[Row]:
     )
     sae.to(device)
     sae.cfg.metadata.hook_name = write
-    passage, quiet = tokens[:, : scale.replaced], {"verbose": False}
-    options = {"max_firings": scale.firings, "baselines": False} | quiet
+    passage = tokens[:, : scale.replaced]
+    options = {"max_firings": scale.firings, "baselines": False, "verbose": False}
     what = f"replacement test, {scale.replaced:,} tokens, {scale.firings} firings"
     yield row(what, lambda: replacement_test(model, sae, passage, **options), "baselines=False", 1)
     short = tokens[:, : min(scale.replaced, 64)]
-    run = lambda: logit_formula_test(model, sae, short, n_atoms=8, **quiet)  # noqa: E731
+    run = lambda: logit_formula_test(model, sae, short, n_atoms=8, verbose=False)  # noqa: E731
     yield row("logit formula, 1 passage, 8 atoms x 4 sizes", run, repeats=1)
 
 

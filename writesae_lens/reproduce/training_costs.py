@@ -71,10 +71,9 @@ def step_seconds(
 def _inputs(cfg: WriteSAETrainingConfig, batch: int, site: str, device: str) -> Any:
     if site == "state":
         return torch.randn(batch, cfg.d_in, device=device)
-    reads = 1 + len(cfg.later_reads)
-    shapes = ((1, cfg.d_k), (1, cfg.d_v), (reads, cfg.d_k))
-    sides = (torch.randn(batch, *shape, device=device) for shape in shapes)
-    return PackedWrites(Write(*sides, cfg.later_reads))
+    key, value = (torch.randn(batch, 1, d, device=device) for d in (cfg.d_k, cfg.d_v))
+    reads = torch.randn(batch, 1 + len(cfg.later_reads), cfg.d_k, device=device)
+    return PackedWrites(Write(key, value, reads, cfg.later_reads))
 
 
 def training_bytes(

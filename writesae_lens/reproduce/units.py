@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -48,7 +48,7 @@ class Size(NamedTuple):
     @staticmethod
     def of(model: HookedRecurrent) -> Size:
         """The sizes of a model that is loaded."""
-        native = model.original_model
+        native: Any = model.original_model
         embeddings = native.get_input_embeddings().weight, native.get_output_embeddings().weight
         n_parameters = sum(p.numel() for p in native.parameters())
         cfg = model.cfg
