@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from hooked_models.bridge.branch_attention import options_with_branches
 from hooked_models.bridge.lower_layers import LowerLayers, checkpointed, run_lower_layers
 from hooked_models.caches import repeated
 from hooked_models.edits import AddedWrites, SwappedWrites
@@ -22,9 +22,9 @@ from hooked_models.unembedding import logits_of, run_to_logits, run_to_residual,
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import Cell, HookedRecurrent
 
-# What one run with swapped writes holds in memory: branches; attention scores of a layer; numbers of the
-# residual stream of all layers, where gradients are to flow, which need some 90 times as many.
-_BRANCHES_AT_ONCE, _SCORES_AT_ONCE, _GRAPH_AT_ONCE = 2**12, 2**25, 2**20
+# Branches that one run with swapped writes should have at most, and numbers of the residual stream of all
+# layers through which gradients flow: they need some 90 times as many.
+BRANCHES_AT_ONCE, _GRAPH_AT_ONCE = 2**12, 2**20
 # torch has one level of forward-mode differentiation, which all threads share.
 _DUAL_LEVEL = threading.RLock()
 
@@ -90,21 +90,9 @@ def residual_with_swapped_writes(
             edit=edit,
             lower=None if lower is None else lower.with_branches(positions),
             use_cache=False,
-            **_attention_of_branches(model, len(tokens), positions),
+            **options_with_branches(model, len(tokens), positions),
         )[0]
     return residual[: len(tokens)], residual[len(tokens) :]
-
-
-def branches_at_once(model: HookedRecurrent, length: int) -> int:
-    """How many branches one run with swapped writes should have beside a passage, for what memory holds.
-
-    Without attention 4,096. Softmax attention builds a matrix of all native tokens and branches; the number
-    is such that one has at most 2^25 entries over its heads, but no fewer branches than there are tokens.
-    """
-    if not model.has_attention:
-        return _BRANCHES_AT_ONCE
-    side = math.isqrt(_SCORES_AT_ONCE // model.cfg.n_heads)
-    return min(_BRANCHES_AT_ONCE, max(length, side - length))
 
 
 @torch.no_grad()
@@ -249,24 +237,6 @@ def _checked(
             f"{int(positions.min())} .. {int(positions.max())}"
         )
     return positions.to(tokens.device)
-
-
-def _attention_of_branches(model: HookedRecurrent, length: int, positions: Tensor) -> dict[str, Any]:
-    """Mask and position ids for a model with softmax attention, in whatever layers; else nothing.
-
-    A native token attends to the native tokens up to itself, a branch to the native tokens before its
-    position and to itself.
-    """
-    if not model.has_attention:
-        return {}
-    device = positions.device
-    position_ids = torch.cat([torch.arange(length, device=device), positions])  # [pos + branch]
-    sees = torch.eye(len(position_ids), dtype=torch.bool, device=device)
-    sees[:, :length] |= torch.arange(length, device=device) < position_ids[:, None]
-    dtype = next(model.original_model.parameters()).dtype
-    mask = torch.zeros(sees.shape, dtype=dtype, device=device)
-    mask = mask.masked_fill(~sees, torch.finfo(dtype).min)[None, None]  # [1, 1, query, key]
-    return {"attention_mask": mask, "position_ids": position_ids[None]}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_models import calls, edited_runs, edits, unembedding, upstream, zoo
 from hooked_models.architectures import adapters
-from hooked_models.bridge import copies, lower_layers
+from hooked_models.bridge import branch_attention, copies, lower_layers
 from hooked_models.bridge.arguments import signature_of
 from hooked_models.caches import CACHE_ARGUMENTS, pop_cache, refuse_unknown
 from hooked_models.errors import HookedModelError, one_line
@@ -106,6 +106,7 @@ class HookedRecurrent(upstream.CheckedBridge):
             )
         calls.watch(model)
         lower_layers.make_blocks_skippable(model)
+        branch_attention.run_in_cuts(model)
         copies.keep_names(model.original_model)
         model.cfg.model_name = model_name
         if model_name in zoo.SHIPPED:  # TransformerLens's defaults differ by architecture
@@ -251,9 +252,7 @@ class HookedRecurrent(upstream.CheckedBridge):
     @property
     def has_attention(self) -> bool:
         """Whether any layer has softmax attention, instead of a recurrence or beside it."""
-        in_mixers = {part for mixer in self.mixers.values() for part in mixer.modules()}
-        parts = (part for block in self.blocks for child in block.children() for part in child.modules())
-        return any("Attention" in type(part).__name__ for part in parts if part not in in_mixers)
+        return any(True for block in self.blocks for _ in branch_attention.attention_of(block))
 
     @property
     def cells(self) -> list[Cell]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hooked_models import HookedRecurrent
 from hooked_models.bridge.lower_layers import LowerLayers, run_lower_layers
-from hooked_models.edited_runs import branches_at_once, residual_with_swapped_writes
+from hooked_models.edited_runs import BRANCHES_AT_ONCE, residual_with_swapped_writes
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.unembedding import logits_of, rounding_kl
 from writesae_lens.divergences import divergence, logits_floor
@@ -180,7 +180,7 @@ def swapped_residuals(
     keys, values = (f.unflatten(0, (len(swaps), len(positions))) for f in every)
     if lower is None:
         lower = run_lower_layers(model, tokens[None], cell.layer, use_cache=False)
-    at_once = max(1, branches_at_once(model, len(tokens)) // len(swaps))
+    at_once = max(1, BRANCHES_AT_ONCE // len(swaps))
     for some in torch.arange(len(positions), device=positions.device).split(at_once):
         native, branches = residual_with_swapped_writes(
             model,
