@@ -30,4 +30,4 @@ def test_any_cut_gives_the_same_and_no_matrix_is_larger(monkeypatch: pytest.Monk
     found = residual_with_swapped_writes(model, tokens, cell, positions, keys, values)
     assert max(sides) == 20 + 10  # as many branches as half of the tokens, where there is less room
     for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)  # softmax is in float32
