@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_models.errors import HookedModelError
-from hooked_models.recurrence import Recurrence, later_reads
+from hooked_models.recurrence import Recurrence
+from hooked_models.responses import later_reads
 
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import HookedRecurrent

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -200,44 +200,6 @@ def scan_sequential(
     if not outputs:
         return rec.v.clone(), state
     return torch.stack(outputs, dim=1), state
-
-
-@full_precision
-def later_reads(
-    recurrence: Recurrence, distances: Sequence[int]
-) -> Float[Tensor, "batch pos head distance d_k"]:
-    """How later tokens read each write: r_{t,h} = T_{t+1}^T ... T_{t+h}^T q_{t+h}.
-
-    What W_t contributes to the output h tokens on is W_t^T r_{t,h}, so r stands for that read as q_t does for
-    the token's own (h = 0). Each read is pulled back once through the largest distance, all positions at a
-    time: one elementwise pass over ``[batch, pos, head, d_k]`` a token.
-
-    Args:
-        recurrence: of one call that starts without a state, or of the heads of interest (`Recurrence.heads`).
-            Its positions are what distances count, padding too: a read that falls on padding is zero.
-        distances: h >= 0, in any order.
-
-    Returns:
-        the reads, zero where the passage has ended; in the engine's dtype.
-    """
-    dtype, length = recurrence.dtype, recurrence.q.shape[1]
-    rec = recurrence.map(lambda x: x.to(dtype)).with_erase_vector()
-    decay, reads = per_channel(rec.g).exp(), rec.q
-    found = rec.q.new_zeros(*rec.q.shape[:3], len(distances), rec.q.shape[-1])
-    for h in range(max(distances, default=-1) + 1):
-        if h >= length:
-            break
-        if h:  # the read of s, seen from the write at s - h: T_{s-h+1} comes next
-            here = slice(1, length - h + 1)
-            reads = reads[:, 1:]
-            pulled = decay[:, here] * reads
-            if rec.a is not None and rec.b is not None:
-                pulled.addcmul_(rec.b[:, here], (rec.a[:, here] * reads).sum(-1, keepdim=True))
-            reads = pulled
-        for place, distance in enumerate(distances):
-            if distance == h:
-                found[:, : length - h, :, place] = reads
-    return found
 
 
 class Trajectory:
@@ -466,8 +428,8 @@ def _running_sum(g: Tensor) -> Tensor:
 
 
 def __getattr__(name: str) -> Any:
-    """`responses.respond` and `responses.respond_states` can still be imported from here."""
-    if name in ("respond", "respond_states"):
+    """`later_reads`, `respond` and `respond_states` of `responses` can still be imported from here."""
+    if name in ("later_reads", "respond", "respond_states"):
         from hooked_models import responses
 
         return getattr(responses, name)

@@ -1,4 +1,4 @@
-"""How outputs and states answer to edits: the recurrence of a change.
+"""How outputs and states answer to edits, the recurrence of a change; and how later tokens read a write.
 
 The state is linear in the writes, so a change of them obeys the recurrence without its writes::
 
@@ -9,6 +9,8 @@ that of the states. This module knows tensors only; axis letters are those of `r
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -51,6 +53,44 @@ def respond_states(
     """How every state changes when the writes change by ``difference``; see `respond`."""
     inside, between = _respond(recurrence, difference, None, CHUNK_SIZE, read=False)
     return inside + between.states()
+
+
+@full_precision
+def later_reads(
+    recurrence: Recurrence, distances: Sequence[int]
+) -> Float[Tensor, "batch pos head distance d_k"]:
+    """How later tokens read each write: r_{t,h} = T_{t+1}^T ... T_{t+h}^T q_{t+h}.
+
+    What W_t contributes to the output h tokens on is W_t^T r_{t,h}, so r stands for that read as q_t does for
+    the token's own (h = 0). Each read is pulled back once through the largest distance, all positions at a
+    time: one elementwise pass over ``[batch, pos, head, d_k]`` a token.
+
+    Args:
+        recurrence: of one call that starts without a state, or of the heads of interest (`Recurrence.heads`).
+            Its positions are what distances count, padding too: a read that falls on padding is zero.
+        distances: h >= 0, in any order.
+
+    Returns:
+        the reads, zero where the passage has ended; in the engine's dtype.
+    """
+    dtype, length = recurrence.dtype, recurrence.q.shape[1]
+    rec = recurrence.map(lambda x: x.to(dtype)).with_erase_vector()
+    decay, reads = per_channel(rec.g).exp(), rec.q
+    found = rec.q.new_zeros(*rec.q.shape[:3], len(distances), rec.q.shape[-1])
+    for h in range(max(distances, default=-1) + 1):
+        if h >= length:
+            break
+        if h:  # the read of s, seen from the write at s - h: T_{s-h+1} comes next
+            here = slice(1, length - h + 1)
+            reads = reads[:, 1:]
+            pulled = decay[:, here] * reads
+            if rec.a is not None and rec.b is not None:
+                pulled.addcmul_(rec.b[:, here], (rec.a[:, here] * reads).sum(-1, keepdim=True))
+            reads = pulled
+        for place, distance in enumerate(distances):
+            if distance == h:
+                found[:, : length - h, :, place] = reads
+    return found
 
 
 @full_precision

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hooked_models import HookedModelError
 from hooked_models.recordings import later_reads_of_head, record_recurrences
-from hooked_models.recurrence import Recurrence, later_reads
+from hooked_models.recurrence import Recurrence
+from hooked_models.responses import later_reads
 from tests.hooked_models.test_recurrence import Problem, problems
 
 DISTANCES = (1, 2, 5, 0, 9)

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from hooked_models.bridge.lower_layers import LowerLayers, run_lower_layers
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.bridge.lower_layers import LowerLayers, run_lower_layers
 from hooked_models.unembedding import logits_of, run_to_residual
 from writesae_lens.experiments.passes import LOGITS_PER_PASS, cache_of, check_finite
 

@@ -13,10 +13,10 @@ from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
+from hooked_models.bridge.lower_layers import run_lower_layers
 from hooked_models.caches import numbers_in, repeated
 from hooked_models.edited_runs import token_logits_with_added_writes
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.bridge.lower_layers import run_lower_layers
 from hooked_models.unembedding import logits_of, run_to_residual, token_logits
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.firings import (

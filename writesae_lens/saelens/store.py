@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.recordings import record_recurrences
-from hooked_models.recurrence import later_reads
+from hooked_models.responses import later_reads
 from hooked_models.upstream import is_listened_to
 from writesae_lens.saelens import checks
 from writesae_lens.saes.packed import PackedWrites, Write
