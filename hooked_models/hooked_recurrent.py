@@ -98,6 +98,7 @@ class HookedRecurrent(upstream.CheckedBridge):
             line = f"{type(error).__name__}: {one_line(error)}"
             raise HookedModelError(f"could not load {model_name}: {line}") from error
         assert isinstance(model, HookedRecurrent)
+        vars(model)["_mixers"] = model._find_mixers()  # to look through all blocks takes milliseconds
         if not model.mixers:
             model_class = model.cfg.architecture
             raise HookedModelError(
@@ -242,6 +243,9 @@ class HookedRecurrent(upstream.CheckedBridge):
     @property
     def mixers(self) -> dict[int, HookedMixer]:
         """The recurrent layers by layer number."""
+        return vars(self).get("_mixers") or self._find_mixers()
+
+    def _find_mixers(self) -> dict[int, HookedMixer]:
         return {
             layer: module
             for layer, block in enumerate(self.blocks)
@@ -257,11 +261,12 @@ class HookedRecurrent(upstream.CheckedBridge):
     @property
     def cells(self) -> list[Cell]:
         """Every (layer, head) with a matrix memory, in order."""
-        return [
-            Cell(layer, head, *mixer.write_shape, mixer.architecture)
-            for layer, mixer in self.mixers.items()
-            for head in range(mixer.n_heads)
-        ]
+        return [cell for layer in self.mixers for cell in self._cells_of(layer)]
+
+    def _cells_of(self, layer: int) -> list[Cell]:
+        mixer = self.mixers[layer]
+        sides, kind = mixer.write_shape, mixer.architecture
+        return [Cell(layer, head, *sides, kind) for head in range(mixer.n_heads)]
 
     def cell(self, layer: int, head: int) -> Cell:
         """The cell at (layer, head).
@@ -271,8 +276,8 @@ class HookedRecurrent(upstream.CheckedBridge):
         """
         if not (isinstance(layer, Integral) and isinstance(head, Integral)):
             raise HookedModelError(f"layer and head must be whole numbers, got {layer!r} and {head!r}")
-        for cell in self.cells:
-            if (cell.layer, cell.head) == (layer, head):
+        for cell in self._cells_of(int(layer)) if layer in self.mixers else ():
+            if cell.head == head:
                 return cell
         raise HookedModelError(f"no cell at layer {layer}, head {head}; this model has {self._valid_cells()}")
 
