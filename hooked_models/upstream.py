@@ -166,6 +166,14 @@ class CheckedBridge(CopyableBridge):
             self.check_hook_names([name])
         return name
 
+    def hook_point(self, hook_name: str) -> nn.Module:
+        """The hook point of this name or alias, or the SAE in its place, without making a table of all.
+
+        Raises:
+            HookedModelError: there is no such hook point.
+        """
+        return self._hook_registry[self.resolved(hook_name)]
+
     @like(TransformerBridge.run_with_cache)
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         given = self._given("run_with_cache", super().run_with_cache, args, kwargs)
