@@ -37,7 +37,7 @@ from writesae_lens.experiments.replace import thin
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
 from writesae_lens.experiments.stand_ins import TITLES, UNTRAINED, Untrained, untrained
-from writesae_lens.experiments.subjects import find_site
+from writesae_lens.experiments.subjects import common_cell, find_site
 from writesae_lens.figures import ATOM, DELETE, INK, KL_FLOOR, RANDOM, new_figure
 
 DELETED, NO_ATOM = "delete", -1
@@ -118,7 +118,8 @@ def compare(
             no position at which all fire, or a horizon that no passage has room for.
     """
     random = tuple(dict.fromkeys(as_list("random", random)))
-    cell, first = _cell_of(model, saes), next(iter(saes.values()))
+    reserved = *swaps.RANDOM, *UNTRAINED, DELETED, _NATIVE_RANDOM
+    cell, first = common_cell(model, saes, reserved, "compare"), next(iter(saes.values()))
     passages = find_passages(model, first, tokens, context_size)
     sites = {name: find_site(model, sae) for name, sae in saes.items()}
     lower, found = LowerOfPassages(model, cell), []
@@ -160,31 +161,6 @@ def compare(
     summary = _summarize(records, list(saes), coverage, seed)
     summary["n_without_horizon"] = n_without
     return run.result(records, summary, _headline(summary, list(saes)))
-
-
-def _cell_of(model: HookedRecurrent, saes: Mapping[str, SAE[Any]]) -> Cell:
-    """The cell of all SAEs.
-
-    Raises:
-        WriteSAEError: they cannot be compared.
-    """
-    if not isinstance(saes, Mapping):
-        raise WriteSAEError(
-            f"saes must be a dict of names and SAEs, got a {type(saes).__name__}: {{name: sae}}"
-        )
-    if not saes:
-        raise WriteSAEError("there are no SAEs to compare: give one at least")
-    twice = set(saes) & {*swaps.RANDOM, *UNTRAINED, DELETED, _NATIVE_RANDOM}
-    if twice:
-        raise WriteSAEError(f"{', '.join(sorted(twice))} are reserved names: give the SAEs others")
-    cells = {name: find_site(model, sae).cell for name, sae in saes.items()}
-    cell = next(iter(cells.values()))
-    if other := [name for name, own in cells.items() if own != cell]:
-        raise WriteSAEError(
-            f"{', '.join(other)} belong to another cell than layer {cell.layer} head {cell.head}: only SAEs "
-            "of one cell have firings in common"
-        )
-    return cell
 
 
 def _shared(firings: Mapping[str, Firings]) -> dict[str, Firings]:
@@ -355,7 +331,7 @@ def plot_compare(result: ExperimentResult) -> Figure:
     spread.set_xlabel("log10 KL to the native distribution (nats)")
     spread.set_title("How far from native", fontsize=11, loc="left")
     for axis in (recovered, rates, spread):
-        axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axis.set_yticks(range(len(names)), [TITLES.get(name, name.replace("_", " ")) for name in names])
     return figure
 
 

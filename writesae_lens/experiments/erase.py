@@ -325,13 +325,15 @@ def plot_erase(result: ExperimentResult) -> Figure:
     spread.set_ylabel(f"change of log p of {token!r} (nats)")
     interval = statistics.between(summary["delta_logp_ci_firing"], "+.3f")
     median = summary["median_delta_logp_firing"]
-    title = f"Atom {summary['atom']} erased: {'nothing moves' if median is None else f'{median:+.3f}'}"
+    what = NAMES[summary["side"]]
+    moved = "nothing moves" if median is None else f"{median:+.3f}"
+    title = f"{what.capitalize()} {summary['atom']} erased: {moved}"
     spread.set_title(f"{title}{interval}", fontsize=11, loc="left")
     for name in names:
         medians = summary[f"median_delta_logp_by_dose_{name}"]
         doses.plot([float(d) for d in medians], list(medians.values()), "o-", color=colors[name], label=name)
     doses.axhline(0, color=INK, lw=0.8, ls="--")
-    doses.set_xlabel("dose (multiples of what the atom writes)")
+    doses.set_xlabel(f"dose (multiples of what the {what} writes)")
     doses.set_title("Median change by dose", fontsize=11, loc="left")
     if names:
         doses.legend(frameon=False, fontsize=9)

@@ -27,7 +27,7 @@ from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.passes import native_writes
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
-from writesae_lens.experiments.subjects import find_site
+from writesae_lens.experiments.subjects import common_cell, find_site
 from writesae_lens.figures import ATOM, INK, RANDOM, new_figure
 from writesae_lens.saes.codes import split
 from writesae_lens.saes.rank1 import Factors, Matrices, normalized, overlaps
@@ -104,7 +104,8 @@ def stability(
                 f"saes must be a list of SAEs or a dict of names and SAEs, got a {type(saes).__name__}"
             )
         saes = {f"SAE {n}": sae for n, sae in enumerate(saes, 1)}
-    cell = _cell_of(model, saes)
+    cell = common_cell(model, saes, (LOOKUP, NOISE), "match")
+    _check_kinds(saes)
     first = next(iter(saes.values()))
     passages = find_passages(model, first, tokens, context_size)
     run = Run(
@@ -138,31 +139,19 @@ def stability(
     return run.result(records, summary, _headline(table, list(saes)))
 
 
-def _cell_of(model: HookedRecurrent, saes: Mapping[str, SAE[Any]]) -> Cell:
-    """The SAEs' common cell.
+def _check_kinds(saes: Mapping[str, SAE[Any]]) -> None:
+    """Refuse SAEs of different kinds.
 
     Raises:
-        WriteSAEError: they have none, or cannot be matched.
+        WriteSAEError: some have codes, others atoms.
     """
-    if not saes:
-        raise WriteSAEError("there are no SAEs to match: give two or more of one cell")
-    if taken := set(saes) & {LOOKUP, NOISE}:
-        raise WriteSAEError(f"{', '.join(sorted(taken))} are reserved names: give the SAEs others")
-    cells = {name: find_site(model, sae).cell for name, sae in saes.items()}
-    (name, cell), *others = cells.items()
-    if other := [other for other, own in others if own != cell]:
+    first, *others = saes
+    kinds = {name: list(features_by_side(sae)) for name, sae in saes.items()}
+    if other := [name for name in others if kinds[name] != kinds[first]]:
         raise WriteSAEError(
-            f"{', '.join(other)} belong to another cell than layer {cell.layer} head {cell.head}: only "
-            "features of one cell can be the same"
-        )
-    if other := [
-        other for other in saes if list(features_by_side(saes[other])) != list(features_by_side(saes[name]))
-    ]:
-        raise WriteSAEError(
-            f"{', '.join(other)} and {name} have features of different kinds, codes and atoms: match SAEs "
+            f"{', '.join(other)} and {first} have features of different kinds, codes and atoms: match SAEs "
             "of one kind"
         )
-    return cell
 
 
 def _count(model: HookedRecurrent, saes: Mapping[str, SAE[Any]], tokens: Int[Tensor, " pos"]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sae_lens import SAE
@@ -76,6 +77,38 @@ def find_site(model: HookedRecurrent, sae: SAE[Any]) -> Site:
             "coefficients are not in units of writes: fold the scale in first"
         )
     return site
+
+
+def common_cell(
+    model: HookedRecurrent, saes: Mapping[str, SAE[Any]], reserved: Iterable[str], verb: str
+) -> Cell:
+    """The cell of all of several SAEs, by their names.
+
+    Args:
+        model: the model.
+        saes: the SAEs.
+        reserved: names that no SAE may have.
+        verb: what is done with them, for messages.
+
+    Raises:
+        WriteSAEError: there are none, they are not on one cell, or one has a name that is reserved.
+    """
+    if not isinstance(saes, Mapping):
+        raise WriteSAEError(
+            f"saes must be a dict of names and SAEs, got a {type(saes).__name__}: {{name: sae}}"
+        )
+    if not saes:
+        raise WriteSAEError(f"there are no SAEs to {verb}: give them by name, {{name: sae}}")
+    if taken := sorted(set(saes) & set(reserved)):
+        raise WriteSAEError(f"{', '.join(taken)} are reserved names: give the SAEs others")
+    cells = {name: find_site(model, sae).cell for name, sae in saes.items()}
+    cell = next(iter(cells.values()))
+    if other := [name for name, own in cells.items() if own != cell]:
+        raise WriteSAEError(
+            f"{', '.join(other)} belong to another cell than layer {cell.layer} head {cell.head}: {verb} "
+            "SAEs of one cell"
+        )
+    return cell
 
 
 def find_cell(model: HookedRecurrent, sae_or_cell: SAE[Any] | Cell | tuple[int, int]) -> Cell:

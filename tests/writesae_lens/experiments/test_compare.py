@@ -20,6 +20,7 @@ from tests.writesae_lens.experiments.truth import (
 )
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import compare, replacement_test
+from writesae_lens.experiments.stand_ins import TITLES
 
 CONTROLS = ("atom", "gaussian", "orthogonal", "native_marginals")
 UNTRAINED = ("lookup", "mean_key", "mean_value")
@@ -226,7 +227,7 @@ def test_the_table_and_the_figure_show_what_the_records_hold(gdn, passages):
         assert f"{name} {table[name]['median_recovered']:.1%}" in result.headline
     assert f"lookup {table['lookup']['median_recovered']:.1%}" in result.headline
     labels = [label.get_text() for axis in result.plot().axes for label in axis.get_yticklabels()]
-    assert {name.replace("_", " ") for name in table} <= set(labels)
+    assert {TITLES.get(name, name.replace("_", " ")) for name in table} <= set(labels)
 
 
 @pytest.mark.parametrize("kind", ["atom", "orthogonal", "native_marginals"])
