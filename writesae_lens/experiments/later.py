@@ -79,7 +79,9 @@ def later_divergences(
             at = positions[part // n] - start
             # A native row is read in the same batch, so that both are rounded alike.
             with_native = [torch.cat([torch.zeros_like(x[:1]), x]) for x in (at, keys[part], values[part])]
-            residual = residual_with_added_writes(model, window, cell, *with_native, cache, below)
+            residual = residual_with_added_writes(
+                model, window, cell, *with_native, past_key_values=cache, lower=below
+            )
             found = _divergences(model, cell, residual, at, horizon, kl)
             kls.append(found[0])
             floors.append(found[1])
