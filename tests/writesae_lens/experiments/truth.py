@@ -197,12 +197,10 @@ def recorded_swaps(monkeypatch: pytest.MonkeyPatch) -> list[Edits]:
     calls: list[Edits] = []
     run = edited_runs.residual_with_swapped_writes
 
-    def spy(
-        model: Any, passage: Tensor, cell: Any, positions: Tensor, keys: Tensor, values: Tensor, *options: Any,
-        **more: Any,
-    ):  # fmt: skip
+    def spy(model: Any, passage: Tensor, cell: Any, positions: Tensor, *given: Any, **options: Any):
+        keys, values = given[:2]
         calls.append(Edits(passage.tolist(), positions, (keys.mT @ values).detach().double()))
-        return run(model, passage, cell, positions, keys, values, *options, **more)
+        return run(model, passage, cell, positions, *given, **options)
 
     for module in (swaps, sign):
         monkeypatch.setattr(module, "residual_with_swapped_writes", spy)
