@@ -128,24 +128,32 @@ def erase_atom(
         else every >= 0
     )
     tested = [f.subset(tests[every == n]) for n, f in enumerate(firings)]
+    chooses = tests if watched is None and len(every) == 1 else ~tests
+    choosing = [f.subset(chooses[every == n]) for n, f in enumerate(firings)]
+
+    def taken(n: int) -> tuple[_Places, ...]:
+        features = torch.full_like(tested[n].position, chosen)
+        random = randomized(sae, features, tested[n].taken, generator(seed, n))
+        return tested[n], elsewhere[n], tested[n]._replace(taken=random)
+
+    def run_passage(n: int) -> _Erased:
+        erased = [(choosing[n], (1.0,)), *((places, doses) for places in taken(n))]
+        return _run(model, site.cell, passages[n], lower.of(n, passages[n]), erased)
+
+    ran: dict[int, _Erased] = {}
     if watched is None:
-        chooses = ~tests if len(every) > 1 else tests
-        parts = [f.subset(chooses[every == n]) for n, f in enumerate(firings)]
-        falls = [
-            _fall(model, site.cell, passages[n], lower.of(n, passages[n]), part)
-            for n, part in enumerate(parts)
-            if len(part.position)
-        ]
-        watched = int(torch.stack(falls).sum(0).argmax())
+        falls = torch.zeros(model.cfg.d_vocab, dtype=torch.float64)
+        for n, part in enumerate(choosing):
+            if count := len(part.position):
+                ran[n] = run_passage(n)
+                falls += _fall(model, site.cell, ran[n].rows(slice(count))).to(falls)
+        watched = int(falls.argmax())
     about = {"atom": chosen, "preferred_token": watched, "token_given": token is not None}
     run = Run("erase", model, sae, passages, locals(), **about)
 
     def erase(n: int) -> pd.DataFrame:
-        features = torch.full_like(tested[n].position, chosen)
-        random = randomized(sae, features, tested[n].taken, generator(seed, n))
-        taken = (tested[n], elsewhere[n], tested[n]._replace(taken=random))
-        read = passages[n], lower.of(n, passages[n])
-        frame = _erase(model, site.cell, *read, taken, watched, doses)
+        rows = (ran.pop(n) if n in ran else run_passage(n)).rows(slice(len(choosing[n].position), None))
+        frame = _erase(model, site.cell, passages[n], rows, taken(n), watched, doses)
         frame.insert(0, "passage", n)
         return frame
 
@@ -217,26 +225,52 @@ def _places(
     return firing, elsewhere
 
 
-@torch.no_grad()
-def _fall(
+class _Erased(NamedTuple):
+    """Last residual streams of a passage, natively and, a row each, with something taken out of a write."""
+
+    at: Int[Tensor, " row"]
+    """Of each row, its position's number in ``native``."""
+    native: Float[Tensor, "position d_model"]
+    changed: Float[Tensor, "row d_model"]
+
+    def rows(self, some: slice) -> _Erased:
+        """Some of the rows."""
+        return _Erased(self.at[some], self.native, self.changed[some])
+
+
+def _run(
     model: HookedRecurrent,
     cell: Cell,
     tokens: Int[Tensor, " pos"],
     lower: LowerLayers | None,
-    places: _Places,
-) -> Float[Tensor, " d_vocab"]:
-    """How much each logit falls by the erasing, summed over the places; so does log p, but for a constant."""
+    erased: Sequence[tuple[_Places, tuple[float, ...]]],
+) -> _Erased:
+    """Run a passage once with all that is taken out at its places: rows by group, then dose, then place."""
+    groups = [
+        (places.position, swaps.summed(places.native, Factors(places.taken.key * -dose, places.taken.value)))
+        for places, doses in erased
+        for dose in doses
+    ]
+    position, written = torch.cat([p for p, _ in groups]), swaps.joined(*(w for _, w in groups))
+    used, at = position.unique(return_inverse=True)
+    native, changed = torch.empty(0), []
+    for _, residual, (branches,) in swaps.swapped_residuals(
+        model, cell, tokens, position, [written], lower=lower
+    ):
+        native = residual[used]
+        changed.append(branches)
+    return _Erased(at, native, torch.cat(changed))
+
+
+@torch.no_grad()
+def _fall(model: HookedRecurrent, cell: Cell, rows: _Erased) -> Float[Tensor, " d_vocab"]:
+    """How much each logit falls by the erasing, summed over the rows; so does log p, but for a constant."""
     falls = torch.zeros(model.cfg.d_vocab, dtype=torch.float64)
-    erased = [_erased(places, 1.0)]
-    for swapped in swaps.swapped_logits(model, cell, tokens, places.position, erased, lower=lower):
+    for swapped in swaps.unembedded(model, cell, rows.at, rows.native, rows.changed[None]):
         fall = (swapped.base - swapped.patched[0]).sum(0)
         check_finite("logits", fall)
         falls += fall.to(falls)
     return falls
-
-
-def _erased(places: _Places, dose: float) -> Factors:
-    return swaps.summed(places.native, Factors(places.taken.key * -dose, places.taken.value))
 
 
 @torch.no_grad()
@@ -244,38 +278,32 @@ def _erase(
     model: HookedRecurrent,
     cell: Cell,
     tokens: Int[Tensor, " pos"],
-    lower: LowerLayers | None,
+    rows: _Erased,
     taken: Sequence[_Places],
     watched: int,
     doses: tuple[float, ...],
 ) -> pd.DataFrame:
-    """Rows of all conditions and doses, from one run of the passage."""
-    numbers = np.repeat(np.arange(len(taken)), [len(places.position) for places in taken])
-    position, coefficient = (torch.cat([getattr(p, name) for p in taken]) for name in _Places._fields[:2])
-    written = [swaps.joined(*(_erased(places, dose) for places in taken)) for dose in doses]
+    """The table of one passage, of the rows that `_run` makes of the conditions' places."""
     changes, kls, floors = [], [], []
-    for swapped in swaps.swapped_logits(model, cell, tokens, position, written, lower=lower):
-        found = [log_probability_change(p, swapped.base, watched) for p in swapped.patched]
-        change, kl = (torch.stack(column) for column in zip(*found, strict=True))
+    for swapped in swaps.unembedded(model, cell, rows.at, rows.native, rows.changed[None]):
+        change, kl = log_probability_change(swapped.patched[0], swapped.base, watched)
         check_finite("logits", kl)
         changes.append(change)
         kls.append(kl)
         floors.append(swapped.floor)
-    count = len(doses)
-    rows = pd.DataFrame(
-        {
-            "number": np.tile(numbers, count),
-            "position": position.repeat(count).cpu().numpy(),
-            "token": tokens[position].repeat(count).cpu().numpy(),
-            "condition": np.tile(np.array(CONDITIONS)[numbers], count),
-            "dose": np.repeat(doses, len(position)),
-            "coefficient": coefficient.repeat(count).cpu().numpy().astype(float),
-            "delta_logp": torch.cat(changes, dim=1).flatten().cpu().numpy(),
-            "kl": torch.cat(kls, dim=1).flatten().cpu().numpy(),
-            "kl_floor": torch.cat(floors).repeat(count).cpu().double().numpy(),
-        }
+    columns: dict[str, Any] = {name: [] for name in ("position", "token", "condition", "dose", "coefficient")}
+    for condition, places in zip(CONDITIONS, taken, strict=True):
+        count, times = len(places.position), len(doses)
+        columns["position"].append(places.position.repeat(times).cpu().numpy())
+        columns["token"].append(tokens[places.position].repeat(times).cpu().numpy())
+        columns["condition"].append(np.full(count * times, condition, dtype=object))
+        columns["dose"].append(np.repeat(doses, count))
+        columns["coefficient"].append(places.coefficient.repeat(times).cpu().numpy().astype(float))
+    measured = {"delta_logp": changes, "kl": kls, "kl_floor": floors}
+    return pd.DataFrame(
+        {name: np.concatenate(parts) for name, parts in columns.items()}
+        | {name: torch.cat(parts).cpu().double().numpy() for name, parts in measured.items()}
     )
-    return rows.sort_values("number", kind="stable", ignore_index=True).drop(columns="number")
 
 
 def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:

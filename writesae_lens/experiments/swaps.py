@@ -218,13 +218,33 @@ def swapped_logits(
         erase: whether the token's native erase still happens.
         lower: what the layers below the cell's make of the passage, where it is known.
     """
-    cut = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab // (1 + len(swaps)))
     for some, native, branches in swapped_residuals(model, cell, tokens, positions, swaps, erase, lower):
-        for part in torch.arange(len(some), device=some.device).split(cut):
-            at, of = positions[some[part]].unique(return_inverse=True)
-            base = logits_of(model, native[at])
-            floor = floor_of(model, cell, base, native[at])
-            yield Swapped(base[of], logits_of(model, branches[:, part]), floor[of])
+        yield from unembedded(model, cell, positions[some], native, branches)
+
+
+@torch.no_grad()
+def unembedded(
+    model: HookedRecurrent,
+    cell: Cell,
+    positions: Int[Tensor, " firing"],
+    native: Float[Tensor, "pos d_model"],
+    branches: Float[Tensor, "condition firing d_model"],
+) -> Iterator[Swapped]:
+    """The logits of last residual streams at firings, for as many firings at a time as memory holds.
+
+    Args:
+        model: the model.
+        cell: where the writes are swapped.
+        positions: of the firings, as numbers of rows of ``native``; they may repeat.
+        native: residual streams of the native text.
+        branches: those with each condition's matrix written.
+    """
+    cut = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab // (1 + len(branches)))
+    for part in torch.arange(len(positions), device=positions.device).split(cut):
+        at, of = positions[part].unique(return_inverse=True)
+        base = logits_of(model, native[at])
+        floor = floor_of(model, cell, base, native[at])
+        yield Swapped(base[of], logits_of(model, branches[:, part]), floor[of])
 
 
 def divergences(
