@@ -32,7 +32,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all rando
 Device = Annotated[str, typer.Option(help="Device of model and SAE: cpu, cuda, cuda:1, ...")]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Print the sizes, memory and time that it would take here; run nothing."),
+    typer.Option("--dry-run", help="Print the sizes, memory and time that it would take; train nothing."),
 ]
 SAE_REFERENCE = "An SAE: a folder that SAELens wrote, a published best.pt, or RELEASE:ID from the Hub."
 
@@ -382,6 +382,9 @@ def reproduce(
     if config is None:
         runs.list_configurations()
     elif dry_run:
+        from hooked_models.files.loading import check_device
+
+        check_device(device)
         runs.estimate(config, model, training_tokens, dtype, recipe, experiments, device)
     else:
         runs.reproduce(config, model, recipe, out, training_tokens, experiments, device, dtype, seed)

@@ -68,11 +68,16 @@ class Call:
 _HYBRID = {"full_attention", "linear_attention"}
 """Kinds of layers of the models that take a mask for each."""
 _CALL: ContextVar[Call | None] = ContextVar("call of a Hugging Face model that is running", default=None)
-_LAST_ONLY: ContextVar[bool] = ContextVar("whether a loop that samples begins a pass", default=False)
+_LAST_ONLY: ContextVar[list[bool] | None] = ContextVar("True until a loop that samples begins", default=None)
 
 
 class NoCallError(HookedModelError, RuntimeError):
     """No forward pass is running. TransformerLens, which reads every attribute, expects a RuntimeError."""
+
+
+def current() -> Call | None:
+    """The innermost call that is running in this thread, of whatever model."""
+    return _CALL.get()
 
 
 def running(module: nn.Module) -> Call:
@@ -116,7 +121,7 @@ def without_padding(x: Tensor, real: Bool[Tensor, "batch pos"] | None) -> Tensor
 @contextmanager
 def reading() -> Iterator[None]:
     """Around a forward pass: whatever ends it, the calls that it opened end too."""
-    token, last_only = _CALL.set(_CALL.get()), _LAST_ONLY.set(False)
+    token, last_only = _CALL.set(_CALL.get()), _LAST_ONLY.set(None)
     try:
         yield
     finally:
@@ -126,11 +131,11 @@ def reading() -> Iterator[None]:
 
 @contextmanager
 def sampling() -> Iterator[None]:
-    """Around a loop that samples, which reads the logits of each pass's last token alone.
+    """Around a loop that samples, which reads the logits of the last token alone of its first pass.
 
-    A pass inside one of the loop's, from a hook, has all its logits.
+    Passes that come in between, from a hook or from a criterion that ends the loop, have all their logits.
     """
-    token = _LAST_ONLY.set(True)
+    token = _LAST_ONLY.set([True])
     try:
         yield
     finally:
@@ -138,8 +143,9 @@ def sampling() -> Iterator[None]:
 
 
 def reads_last_logits_only() -> bool:
-    """Whether the pass that begins now is one of a loop that samples."""
-    return _LAST_ONLY.get()
+    """Whether the pass that begins now is the first of a loop that samples; later ones have one token."""
+    waiting = _LAST_ONLY.get()
+    return bool(waiting) and waiting.pop()
 
 
 def check_is_tensor(argument: Any, name: str) -> None:

@@ -22,8 +22,8 @@ from hooked_models.unembedding import logits_of, run_to_logits, run_to_residual,
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import Cell, HookedRecurrent
 
-# Branches that one run with swapped writes should have at most, and numbers of the residual stream of all
-# layers through which gradients flow: they need some 90 times as many.
+# Branches that one run with swapped writes should have at most; and numbers of the residual stream, over all
+# layers, through which gradients may flow without checkpoints: the graph keeps some 90 numbers for each.
 BRANCHES_AT_ONCE, _GRAPH_AT_ONCE = 2**12, 2**20
 # torch has one level of forward-mode differentiation, which all threads share.
 _DUAL_LEVEL = threading.RLock()

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hooked_models.upstream import is_listened_to
+from hooked_models.errors import HookedModelError
 
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import HookedRecurrent
@@ -53,7 +53,15 @@ def run_to_residual(
     Args:
         model: the model.
         tokens, **options: as for `run_to_logits`.
+
+    Raises:
+        HookedModelError: something hooks the last norm or the unembedding, which the pass leaves out.
     """
+    if is_hooked(model):
+        raise HookedModelError(
+            "this run makes its logits of the last residual stream, past the hooks on "
+            f"{', '.join(model.busy_hooks[:3])}: remove them first (model.reset_hooks(), model.reset_saes())"
+        )
     own, seen = threading.get_ident(), []
 
     def see(norm: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -176,6 +184,5 @@ def _unembedded(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def is_hooked(model: HookedRecurrent) -> bool:
-    """Whether anything hooks the last norm or the unembedding."""
-    points = *model.ln_final.get_hooks().values(), *model.unembed.get_hooks().values()
-    return any(is_listened_to(point) for point in points)
+    """Whether a hook or an SAE is on the last norm or the unembedding."""
+    return any(name.startswith(("ln_final.", "unembed.")) for name in model.busy_hooks)

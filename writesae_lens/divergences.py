@@ -58,7 +58,7 @@ def divergence(
 
 
 def compare(first: Float[Tensor, "row d_vocab"], second: Float[Tensor, "row d_vocab"]) -> Comparison:
-    """KL(first || second), and how their normalizers differ; NaN where a logit is not finite."""
+    """KL(first || second), and how their normalizers differ; NaN or inf where a logit is not finite."""
     step = max(1, _AT_ONCE // first.shape[-1])
     parts = [_compare(*rows) for rows in zip(first.split(step), second.split(step), strict=True)]
     return Comparison(*(torch.cat(column) for column in zip(*parts, strict=True)))

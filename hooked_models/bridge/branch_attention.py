@@ -69,7 +69,8 @@ def _forward(attention: nn.Module, n_heads: int, *args: Any, **options: Any) -> 
         tokens = torch.cat([torch.arange(native, device=device), native + some])
         given = {name: _of_tokens(value, tokens, native + count) for name, value in options.items()}
         hidden = [_of_tokens(value, tokens, native + count) for value in args]
-        given["attention_mask"] = _mask(native, swapped.positions[some], *hidden, *given.values())
+        states = hidden[0] if hidden else given["hidden_states"]
+        given["attention_mask"] = _mask(native, swapped.positions[some], states.dtype)
         output = run(*hidden, **given)
         output = output[0] if isinstance(output, tuple) else output
         outputs.append(output[:, native:] if outputs else output)
@@ -84,9 +85,8 @@ def _of_tokens(value: Any, tokens: Int[Tensor, " some"], length: int) -> Any:
     return value[:, tokens] if has_tokens else value
 
 
-def _mask(native: int, positions: Int[Tensor, " branch"], *arguments: Any) -> Float[Tensor, "1 1 all all"]:
-    """0 where a token attends to another, the least number elsewhere, in the dtype of the first argument."""
-    dtype = next(x.dtype for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
+def _mask(native: int, positions: Int[Tensor, " branch"], dtype: torch.dtype) -> Float[Tensor, "1 1 all all"]:
+    """0 where a token attends to another, the least number elsewhere."""
     at = torch.cat([torch.arange(native, device=positions.device), positions])
     sees = torch.eye(len(at), dtype=torch.bool, device=positions.device)
     sees[:, :native] |= at[:native] < at[:, None]

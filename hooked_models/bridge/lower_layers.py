@@ -19,6 +19,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hooked_models import calls
+
 if TYPE_CHECKING:
     from hooked_models.hooked_recurrent import HookedRecurrent
 
@@ -40,13 +42,14 @@ class LowerLayers:
     def n_numbers(self) -> int:
         """How many numbers they are in all."""
         parts = [self.output] if isinstance(self.output, Tensor) else self.output
-        return sum(x.numel() for x in parts)
+        return sum(x.numel() for x in parts if isinstance(x, Tensor))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LowerLayers:
         """The same of other tokens, each tensor ``[batch, pos, ...]`` changed in the same way."""
         if isinstance(self.output, Tensor):
             return dataclasses.replace(self, output=change(self.output))
-        return dataclasses.replace(self, output=type(self.output)(map(change, self.output)))
+        parts = (change(x) if isinstance(x, Tensor) else x for x in self.output)
+        return dataclasses.replace(self, output=type(self.output)(parts))
 
     def with_branches(self, positions: Int[Tensor, " branch"]) -> LowerLayers:
         """Those of a passage, followed by those of branches at these positions."""
@@ -70,7 +73,7 @@ class Kept:
     """
 
     def __init__(self, layer: int, stops: bool) -> None:
-        self.layer, self.stops = layer, stops
+        self.layer, self.stops, self.outer = layer, stops, calls.current()
         self.found: LowerLayers | None = None
 
 
@@ -149,6 +152,12 @@ def _is_hooked_below(model: HookedRecurrent, layer: int) -> bool:
     return any(not name.startswith(above) for name in model.busy_hooks)
 
 
+def _is_inside(outer: calls.Call | None) -> bool:
+    """Whether the running call was made from this one (None: from none)."""
+    now = calls.current()
+    return now is not None and now.outer is outer
+
+
 def make_blocks_skippable(model: HookedRecurrent) -> None:
     """Let every block of a model look up whether it is left out; done once, when the model is loaded."""
     for layer, block in enumerate(model.blocks):
@@ -169,7 +178,8 @@ def _forward(block: nn.Module, layer: int, *args: Any, **options: Any) -> Any:
         )
     else:
         output = run(*args, **options)
-    if keep is not None and layer == keep.layer - 1:
+    # A pass inside the one that is to be kept, from a hook, is not kept.
+    if keep is not None and layer == keep.layer - 1 and _is_inside(keep.outer):
         keep.found = LowerLayers(keep.layer, output)
         if keep.stops:
             raise _Stopped

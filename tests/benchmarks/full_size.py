@@ -178,17 +178,19 @@ class Bench:
         yield self._experiment("formula", what, tokens, None, "<= 1.4 x, 0.7 GiB", **options)
 
     def erase(self) -> Iterator[Row]:
-        """One native pass is needed; half of the positions choose the token, half are tested thrice.
+        """One native pass is needed; half of the positions choose the token, the others are tested.
 
-        The SAE is small, so that a feature is active at many positions.
+        They are tested with the feature and with a random matrix taken out, at four doses each, and so are as
+        many positions as there are in all where the feature is not active. The SAE is small, so that a
+        feature is active at many positions.
         """
         length, count = self.sizes.length, self.sizes.firings
         tokens, sae = self.tokens(length), _sae(self.cell.d_k, self.cell.d_v, 16)
         sae.cfg.metadata.hook_name = self.sae.cfg.metadata.hook_name
         active = int((self._acts(sae, tokens[0]) > 0).sum(0).max())
         places = min(count, active) // 2
-        rows = places * (1 + 3 * 4)
-        needed = Work(length, length + rows, rows + 3 * places, rows)
+        rows = places * (1 + 4 * 4)
+        needed = Work(length, length + rows, rows + 4 * places, rows - places)
         what = f"{length} tokens, {places} + {places} positions, 4 doses"
         wanted = "<= 1.4 x, 0.7 GiB"
         yield self._experiment("erase", what, tokens, needed, wanted, sae, max_firings=count)

@@ -312,6 +312,19 @@ def test_generate_makes_the_logits_that_somebody_reads(model: Any, tokens: Tenso
     assert seen == [LENGTH, 1]
 
 
+@torch.no_grad()
+def test_a_criterion_that_calls_the_model_while_it_generates_gets_all_logits(model: Any, tokens: Tensor):
+    read = []
+
+    def criterion(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        read.append(model(ids).shape[1] - ids.shape[1])
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    how = {"max_new_tokens": 2, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    model.generate(tokens, stopping_criteria=[criterion], **how)
+    assert read == [0, 0]
+
+
 def test_the_example_of_the_docs(capsys: pytest.CaptureFixture[str]):
     docs = (Path(__file__).parents[2] / "docs" / "hooks.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)

@@ -110,6 +110,26 @@ def test_what_is_kept_from_another_pass_is_what_the_layers_would_give(model, ran
     torch.testing.assert_close(rest, whole, rtol=1e-9, atol=1e-9)
 
 
+def test_a_pass_inside_the_one_that_is_kept_is_not_kept(model):
+    """A hook that calls the model, below the layer and above."""
+    tokens, layer = some_tokens(model), LAYERS[model.cfg.model_name][0]
+    alone = run_lower_layers(model, tokens[None], layer, use_cache=False)
+    assert alone is not None
+    for hook in ("blocks.0.hook_in", f"blocks.{layer}.hook_out"):
+        once = []
+
+        def read(x: Tensor, hook: Any, once: list[int] = once) -> None:
+            if not once:
+                once.append(1)
+                model(tokens[None, :3], use_cache=False)
+
+        with torch.no_grad(), kept(layer) as keep, model.hooks(fwd_hooks=[(hook, read)]):
+            model(tokens[None], use_cache=False)
+        assert once
+        assert keep.found is not None
+        torch.testing.assert_close(_first(keep.found.output), _first(alone.output), rtol=0, atol=0)
+
+
 def test_hooks_below_the_cell_see_every_row(model):
     """Then nothing is left out: the hook may do something else in each row."""
     tokens, layer = some_tokens(model), LAYERS[model.cfg.model_name][0]

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from sae_lens import StandardSAE, StandardSAEConfig
 
-from hooked_models import HookedRecurrent, zoo
-from hooked_models.unembedding import logits_of, rounding_kl, run_to_logits
+from hooked_models import HookedModelError, HookedRecurrent, zoo
+from hooked_models.unembedding import logits_of, rounding_kl, run_to_logits, run_to_residual
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -150,3 +151,21 @@ def test_logits_of_takes_any_batch(half):
     expected = unembedded(half, residual)
     torch.testing.assert_close(logits_of(half, residual).double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits_of(half, residual[0, 0]).double(), expected[0, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("point", ["unembed.hook_out", "unembed.hook_in", "ln_final.hook_in"])
+def test_a_run_past_the_last_hooks_is_refused(half, tokens, point):
+    """Hooks and SAEs on the last norm and the unembedding would see nothing of it."""
+    sae = StandardSAE(StandardSAEConfig(d_in=half.cfg.d_model, d_sae=8, dtype="bfloat16"))
+    sae.cfg.metadata.hook_name = "unembed.hook_in"
+    refused = pytest.raises(HookedModelError, match=rf"past the hooks on {point}: remove them first")
+    with half.hooks(fwd_hooks=[(point, lambda x, hook: x)]), refused:
+        run_to_residual(half, tokens)
+    half.add_sae(sae)
+    try:
+        with pytest.raises(HookedModelError, match=r"past the hooks on unembed\.hook_in"):
+            run_to_residual(half, tokens)
+        with torch.no_grad():
+            assert torch.equal(run_to_logits(half, tokens), half(tokens))
+    finally:
+        half.reset_saes()

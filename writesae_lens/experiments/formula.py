@@ -40,8 +40,8 @@ from writesae_lens.figures import ATOM, DELETE, INK, new_figure
 from writesae_lens.saes.rank1 import Factors, leading_pairs
 
 EPSILONS = (0.1, 0.3, 1.0, 3.0)
-# Numbers of the prefix's cache, over all rows that run at once.
-_CACHED_AT_ONCE = 2**26
+# Numbers in memory, over all rows that run at once; and how many a token takes, times d_model.
+_NUMBERS_AT_ONCE, _OF_TOKEN = 2**26, 90
 
 
 @experiment(
@@ -167,7 +167,9 @@ def _passage(
     atom = torch.arange(len(atoms.key)).repeat_interleave(len(sizes))
     size = sizes.repeat(len(atoms.key)).to(atoms.key)
     keys, values = atoms.key[atom, 0] * size[:, None], atoms.value[atom, 0]
-    step = max(1, _CACHED_AT_ONCE // max(1, numbers_in(past)))
+    # A row has a copy of the cache, and the residual stream of each layer with what goes into it.
+    of_row = numbers_in(past) + len(coming) * _OF_TOKEN * model.cfg.d_model
+    step = max(1, _NUMBERS_AT_ONCE // of_row)
     predicted, measured = [], []
     for start in range(0, len(atom), step):
         rows = slice(start, start + step)

@@ -263,9 +263,10 @@ def _costs(
     trained = sum(training.values())
     lines = [
         text,
-        f"memory: {(model + max(parts.values())) / 2**30:,.2f} GiB, of it {model / 2**30:,.2f} the model",
+        f"memory: at most {(model + max(parts.values())) / 2**30:,.2f} GiB: {model / 2**30:,.2f} the model, "
+        + "beside it "
+        + " or ".join(f"{x / 2**30:,.2f} in {name}" for name, x in parts.items()),
     ]
-    lines[1] += "".join(f", {x / 2**30:,.2f} {name}" for name, x in parts.items())
     whole = f"time: about {_duration(trained + sum(spent.values()))} on {subject.where}: "
     whole += f"training {_duration(trained)} of it, " if works else ""
     whole += f"{training['model'] / max(trained, 1e-9):.0%} of the training in the model's forward pass"

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 NUMBERS_AT_ONCE = 2**24
-"""Numbers a position that are built for some positions at a time: 64 MiB in float32."""
+"""Numbers that are built at once, for as many positions as they are enough for: 64 MiB in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
