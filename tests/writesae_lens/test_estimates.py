@@ -72,7 +72,7 @@ def test_counts_are_near_what_an_experiment_runs(model, name, options):
     seen = counted(model, lambda: run(model, sae, tokens, verbose=False, **options))
     work = work_of(EXPERIMENTS[name], Text(2, 48, 64, codes=False), options)
     # Rows with a derivative pass once forward and are counted twice.
-    derived = {"formula": 1.6, "sign": 1.2}.get(name, 1.0)
+    derived = {"formula": 1.6, "sign": 1.5}.get(name, 1.0)
     assert work.above == pytest.approx(seen["above"] * derived, rel=0.5)
     assert work.below == pytest.approx(seen["below"], rel=0.5)
 
@@ -148,7 +148,7 @@ def test_a_dry_run_of_train_is_near_the_training(model, tmp_path):
     assert "model tiny-gdn: 1.2 M parameters; 1 cell, up to layer 1" in text
     assert "1,024 key codes and 1,024 value codes, 16 and 16 active" in text
     assert "training: 8,192 tokens" in text
-    assert re.search(r"memory: \d\.\d\d GiB", text)
+    assert re.search(r"memory: at most \d\.\d\d GiB", text)
     assert not list(tmp_path.iterdir())
     start = time.perf_counter()
     train_cells(model, [(1, 1)], tmp_path / "sae", 8192)

@@ -98,7 +98,7 @@ def common_cell(
             f"saes must be a dict of names and SAEs, got a {type(saes).__name__}: {{name: sae}}"
         )
     if not saes:
-        raise WriteSAEError(f"there are no SAEs to {verb}: give them by name, {{name: sae}}")
+        raise WriteSAEError(f"there are no SAEs to {verb}: give one at least, {{name: sae}}")
     if taken := sorted(set(saes) & set(reserved)):
         raise WriteSAEError(f"{', '.join(taken)} are reserved names: give the SAEs others")
     cells = {name: find_site(model, sae).cell for name, sae in saes.items()}

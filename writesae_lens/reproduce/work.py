@@ -193,17 +193,21 @@ def _formula(text: Text, options: Mapping[str, Any]) -> Work:
 
 def _erase(text: Text, options: Mapping[str, Any]) -> Work:
     places, doses = _firings(text, options), len(options["doses"])
-    choosing = Work()
-    if options["token"] is None:
-        places /= 2
-        choosing = _swapped(text, places, 1)
-    return _reading(text).plus(choosing, _swapped(text, places, 3 * doses))
+    # Half of them choose the token; the others are tested twice, and as many as all where nothing fires.
+    choosing = places / 2 if options["token"] is None else 0
+    tested = doses * (2 * (places - choosing) + places)
+    passages = int(min(text.passages, places))
+    native = Work(above=passages * text.length, calls=passages)
+    rows = _rows(choosing + tested), _logits(choosing + tested + 2 * places, tested)
+    return _reading(text).plus(native, *rows)
 
 
 def _sign(text: Text, options: Mapping[str, Any]) -> Work:
     trials = options["n_trials"]
-    gradient = _native(text.passages, text.length).plus(_rows(trials, 1, 2), _logits(2 * trials))
-    return _reading(text, 2).plus(gradient, _swapped(text, trials, 1))
+    # The derivative goes through the passages' own tokens too.
+    gradient = Work(above=2 * text.positions, calls=text.passages)
+    gradient = gradient.plus(_rows(trials, 1, 2), _logits(2 * trials))
+    return _reading(text).plus(gradient, _swapped(text, trials, 1))
 
 
 def _decoded(rows: Number, tokens: int, batches: Number) -> Work:

@@ -76,6 +76,7 @@ def _cell(store: Any, hook_name: str, live: bool = True) -> Cell | None:
     model = store.model
     if not isinstance(model, HookedRecurrent) or ".hook_write." not in hook_name:
         return None
+    model.check_hook_names([hook_name])
     heads = {store.hook_name: store.hook_head_index} | store._hook_head_indices
     if heads.get(hook_name) is not None or (live and is_listened_to(model.hook_point(hook_name))):
         return None
