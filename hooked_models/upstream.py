@@ -17,6 +17,9 @@ importing TransformerLens) without notice. ``tests/hooked_models/test_upstream.p
 | `bridge.activation_cache` | ``ActivationCache`` and its methods, and ``hook_out`` of a block's parts |
 | `files.tokenizers.keep_tokenizer` | ``init_kwargs["name_or_path"]`` and ``["add_bos_token"]``, by which TransformerLens loads a tokenizer again |
 | `mixers.HookedMixer` | ``GeneralizedComponent.get_hooks``, ``set_original_component`` and ``submodules``, which ``setup_submodules`` reads after it |
+| `bridge.lower_layers` | ``model.blocks``, through whose ``forward``, set on each block, the Hugging Face model runs its layers (``test_lower_layers.py``) |
+| `bridge.branch_attention` | that an attention's class has "Attention" in its name, and its arguments a token axis second; its ``forward`` is set as the blocks' (``test_branch_attention.py``) |
+| `unembedding.run_to_residual` | ``ln_final`` gets the last residual stream, and ``logits_to_keep`` may be an empty tensor (``test_unembedding.py``) |
 | `caches` | ``layers``, ``has_previous_state``, ``conv_states`` and ``recurrent_states`` (tensors before transformers 5.14, dicts of them since) |
 """  # noqa: E501  (a table)
 
