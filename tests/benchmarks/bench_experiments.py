@@ -386,7 +386,8 @@ def suite(bench: Bench) -> Row:
     """All commands with their defaults, figures and files included; SAEs are not trained."""
     model, sae = bench.model, bench.sae
     pc = baselines.principal_component(model, LAYER, HEAD, "\n\n".join(bench.train[:100]))
-    subjects: dict[str, Any] = {"compare": {"writesae": sae, "principal_component": pc}, "splice": [sae]}
+    both = {"writesae": sae, "principal_component": pc}
+    subjects: dict[str, Any] = {"compare": both, "splice": [sae], "stability": [sae]}
     took, cpu = {}, time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         for name, experiment in EXPERIMENTS.items():
