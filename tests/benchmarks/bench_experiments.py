@@ -191,7 +191,8 @@ def _gradient(bench: Bench, passage: Tensor, score: Callable[[Tensor], Tensor], 
 
 def sign(bench: Bench) -> Row:
     passages = bench.passages(4, 256)
-    result, took = bench.ours(lambda x: experiments.sign_test(bench.model, bench.sae, x, **QUIET), passages)
+    how: dict[str, Any] = {"direction": "jacobian", **QUIET}
+    result, took = bench.ours(lambda x: experiments.sign_test(bench.model, bench.sae, x, **how), passages)
     worst, theirs = [0.0, 0.0], []
     for row in some(result.records, 20):
         passage, at = passages[row.passage], row.position
