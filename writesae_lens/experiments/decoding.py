@@ -13,9 +13,12 @@ from hooked_models.bridge.lower_layers import LowerLayers, run_lower_layers
 from hooked_models.caches import repeated
 from hooked_models.hooked_recurrent import Cell
 from hooked_models.unembedding import logits_of, run_to_residual
-from writesae_lens.experiments.passes import LOGITS_PER_PASS, cache_of, check_finite
+from writesae_lens.experiments.passes import cache_of, check_finite
 
 Added = Float[Tensor, "row pos d_k d_v"]
+
+# Logits over all rows of a group of prompts, which bounds how many are decoded together.
+LOGITS_PER_PASS = 2**27
 
 
 class Prefix:

@@ -18,9 +18,7 @@ from writesae_lens.errors import WriteSAEError
 
 # Numbers of lower layers' outputs that are kept for later passes: 128 MiB in float32.
 _NUMBERS_KEPT = 2**25
-LOGITS_PER_PASS = 2**27
-"""Logits that one pass may return: bounds memory on models with large vocabularies."""
-# Tokens, over all rows, of which nothing is unembedded.
+# Tokens, over all rows, that one pass reads.
 _TOKENS_PER_PASS = 512
 
 
