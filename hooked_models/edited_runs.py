@@ -110,7 +110,7 @@ def run_with_added_writes(
     rows, options = _rows_with_added_writes(
         model, tokens, cell, positions, keys, values, linear, past_key_values
     )
-    with _dual_level() if linear else contextlib.nullcontext():
+    with _dual_level(model) if linear else contextlib.nullcontext():
         logits = run_to_logits(model, rows, **options)
         return _tangent(logits) if linear else logits
 
@@ -146,7 +146,7 @@ def token_logits_with_added_writes(
     rows, options = _rows_with_added_writes(
         model, tokens, cell, positions, keys, values, linear, past_key_values, lower
     )
-    with _dual_level() if linear else contextlib.nullcontext():
+    with _dual_level(model) if linear else contextlib.nullcontext():
         residual = run_to_residual(model, rows, **options)
         places = *residual.shape[:2], len(followed)
         logits = token_logits(model, residual[:, :, None].expand(*places, -1), followed.expand(places))
@@ -240,8 +240,10 @@ def _checked(
 
 
 @contextlib.contextmanager
-def _dual_level() -> Iterator[None]:
+def _dual_level(model: HookedRecurrent) -> Iterator[None]:
     """Forward-mode differentiation, for one thread at a time.
+
+    Mixtures of experts run expert by expert meanwhile: torch cannot differentiate grouped products forward.
 
     Raises:
         HookedModelError: it is on already: torch cannot nest it.
@@ -254,7 +256,13 @@ def _dual_level() -> Iterator[None]:
                 "a run with linear=True cannot run inside another one, or inside another forward-mode "
                 "derivative: torch has no nested ones"
             ) from error
+        config: Any = model.original_model.config
+        experts = getattr(config, "_experts_implementation", None)
         try:
+            if experts is not None:
+                config._experts_implementation = "eager"
             yield
         finally:
+            if experts is not None:
+                config._experts_implementation = experts
             forward_ad.exit_dual_level(level=level)

@@ -287,7 +287,7 @@ class HookedRecurrent(upstream.CheckedBridge):
         Args:
             layer: a recurrent layer.
             hook: its name in the table of `HookedMixer` without ``hook_``: write, erase, state; in, out,
-                write_key, write_value, read, decay, recurrence_out.
+                write_key, write_value, read, decay, recurrence_out, head_out.
             head: for write, erase and state, which every head has its own of.
 
         Raises:

@@ -62,6 +62,9 @@ class HookedMixer(GeneralizedComponent):
     hook_decay              [batch, pos, head(, d_k)]      decay exp(g) in [0, 1]; later states follow
     hook_recurrence_out     [batch, pos, head, d_v]        S_t^T q_t before norm and gate; an edit
                                                            propagates
+    hook_head_out           [batch, pos, head, d_v]        each head's output after norm and gate, what
+                                                           the output projection W_O reads (softmax
+                                                           attention's hook_z); an edit propagates
     ======================  =============================  ===========================================
 
     ``hook_erase`` and ``hook_state`` show the positions of one call without the hook's own edits at earlier
@@ -72,7 +75,8 @@ class HookedMixer(GeneralizedComponent):
     A hook may return a new tensor or edit in place (not through ``.data`` or numpy, which torch cannot see).
     Hooks fire in this order: factors, read and decay; then write, erase and state head by head; then the
     outputs. They fire in prefill and in cached decoding, where ``pos`` counts the new tokens. Activations of
-    the recurrence have dtype float32 at least. No write or state matrix is built for a hook point that nobody
+    the recurrence have dtype float32 at least, those of ``hook_in``, ``hook_out`` and ``hook_head_out`` the
+    model's. No write or state matrix is built for a hook point that nobody
     listens to. Padding is inert: whatever a hook returns there, nothing is written, erased, set or read.
 
     In a hybrid, other layers can have another component in the same slot, as attention or an MLP. A mixer
@@ -99,7 +103,7 @@ class HookedMixer(GeneralizedComponent):
     def inputs(
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, real: Bool[Tensor, "batch pos"] | None
     ) -> tuple[Recurrence, Any]:
-        """The recurrence's inputs, and the bypass: the tensors that `finish` needs besides its outputs.
+        """The recurrence's inputs, and the bypass: the tensors that `head_outputs` needs besides its outputs.
 
         ``hidden`` is 0 at padding, where ``real`` is False (None: nowhere). What enters a convolution or a
         token shift must be 0 there too (`calls.without_padding`); the recurrence's own tensors may be
@@ -108,10 +112,10 @@ class HookedMixer(GeneralizedComponent):
         """
 
     @abstractmethod
-    def finish(
+    def head_outputs(
         self, outputs: Float[Tensor, "batch pos head d_v"], bypass: Any
-    ) -> Float[Tensor, "batch pos d_model"]:
-        """From the recurrence's outputs to the layer's output."""
+    ) -> Float[Tensor, "batch pos head d_v"]:
+        """From the recurrence's outputs to what the output projection reads: norm, gate and bypass."""
 
     def returned(self, output: Float[Tensor, "batch pos d_model"], bypass: Any) -> Any:
         """The return value of the wrapped component's forward."""
@@ -152,13 +156,15 @@ class HookedMixer(GeneralizedComponent):
         """The layer's number in the model."""
         return getattr(self.wrapped, self.attribute_names.layer_index)
 
+    @property
+    def output_projection(self) -> nn.Module:
+        """W_O, from the outputs of all heads to the layer's output."""
+        return getattr(self.wrapped, self.attribute_names.output_projection)
+
     def head_output(self, head: int) -> Float[Tensor, "d_v d_model"]:
-        """W_O of one head: how its outputs, after norm and gate, enter the residual stream."""
-        weight, d_v = (
-            getattr(self.wrapped, self.attribute_names.output_projection).weight,
-            self.write_shape[1],
-        )
-        return weight[:, head * d_v : (head + 1) * d_v].T
+        """W_O of one head: how ``hook_head_out`` enters the layer's output."""
+        d_v = self.write_shape[1]
+        return self.output_projection.weight[:, head * d_v : (head + 1) * d_v].T
 
     def cached_state(self, cache: Any) -> Float[Tensor, "batch head d_k d_v"]:
         """The layer's state in a cache, as a view: assigning to it sets what the next token starts from.
@@ -179,7 +185,7 @@ class HookedMixer(GeneralizedComponent):
         if not self.is_recurrent:
             self.submodules = {}
             return
-        for point in ("write_key", "write_value", "read", "decay", "recurrence_out"):
+        for point in ("write_key", "write_value", "read", "decay", "recurrence_out", "head_out"):
             setattr(self, f"hook_{point}", HookPoint())
             if point != "decay" or self.decay_per_channel:
                 getattr(self, f"hook_{point}").hook_conversion = HeadSplit()
@@ -243,10 +249,12 @@ class HookedMixer(GeneralizedComponent):
         outputs = fire(self.hook_recurrence_out, outputs)  # [batch, pos, head, d_v]
         outputs = calls.without_padding(outputs, real)
         # 4. Norm, gate and projection.
-        finished = self.finish(outputs, bypass)
+        heads = self.head_outputs(outputs, bypass)
         if added is not None and added.linear:
-            moved = self.finish(added.added_to(outputs, recurrence, real), bypass)
-            finished = forward_ad.make_dual(finished, moved - finished)
+            moved = self.head_outputs(added.added_to(outputs, recurrence, real), bypass)
+            heads = forward_ad.make_dual(heads, moved - heads)
+        heads = fire(self.hook_head_out, heads)
+        finished = self.output_projection(heads.flatten(2))
         return self.returned(calls.without_padding(fire(self.hook_out, finished), real), bypass)
 
     def fire_decay(self, g: Tensor) -> Tensor:

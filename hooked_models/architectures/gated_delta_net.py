@@ -59,12 +59,12 @@ class HookedGatedDeltaNet(HookedMixer):
         g = self.fire_decay(g)
         return Recurrence(q=q * d_k**-0.5, g=g, k=k, v=beta[..., None] * v, a=-g.exp() * beta, b=k), z
 
-    def finish(
+    def head_outputs(
         self, outputs: Float[Tensor, "batch pos head d_v"], bypass: Tensor
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch pos head d_v"]:
         z, d_v = bypass, outputs.shape[-1]
         normed = self.wrapped.norm(outputs.to(z.dtype).reshape(-1, d_v), z.reshape(-1, d_v))
-        return self.wrapped.out_proj(normed.view(*outputs.shape[:2], -1))
+        return normed.view(outputs.shape)
 
     def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Flat [Q | K | V] before the convolution, the output gate z, and the gates b and a per head."""

@@ -63,10 +63,10 @@ class HookedMamba2(HookedMixer):
         g = self.fire_decay(-layer.A_log.to(wide).exp() * dt)
         return Recurrence(q=c, g=g, k=b, v=dt[..., None] * x), (gate, x)
 
-    def finish(
+    def head_outputs(
         self, outputs: Float[Tensor, "batch pos head d_v"], bypass: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "batch pos d_model"]:
+    ) -> Float[Tensor, "batch pos head d_v"]:
         gate, x = bypass
         outputs = outputs + self.wrapped.D[:, None] * x
         normed = self.wrapped.norm(outputs.flatten(2).to(gate.dtype), gate)
-        return self.wrapped.out_proj(normed.to(gate.dtype))
+        return normed.to(gate.dtype).view(outputs.shape)

@@ -58,10 +58,10 @@ class HookedRWKV7(HookedMixer):
         recurrence = dataclasses.replace(recurrence, g=self.fire_decay(recurrence.g))
         return recurrence, (bonus_and_gate, first)
 
-    def finish(
+    def head_outputs(
         self, outputs: Float[Tensor, "batch pos head d_v"], bypass: tuple[BonusAndGate, Tensor]
-    ) -> Float[Tensor, "batch pos d_model"]:
-        return self.wrapped.finish(outputs, bypass[0])
+    ) -> Float[Tensor, "batch pos head d_v"]:
+        return self.wrapped.head_outputs(outputs, bypass[0])
 
     def returned(
         self, output: Float[Tensor, "batch pos d_model"], bypass: tuple[BonusAndGate, Tensor]

@@ -103,6 +103,7 @@ class Architecture:
             "read": (self.heads, self.d_k),
             "decay": (self.heads, self.d_k) if self.decay_per_channel else (self.heads,),
             "recurrence_out": (self.heads, self.d_v),
+            "head_out": (self.heads, self.d_v),
         } | {f"{kind}.{head}": (self.d_k * self.d_v,) for kind in self.kinds for head in range(self.heads)}
 
     @property

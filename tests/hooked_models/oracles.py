@@ -106,6 +106,7 @@ class Edits:
     reads: Change = same  # [batch, pos, head, d_k]
     decay: Change = same  # [batch, pos, head], or with d_k per channel
     recurrence_out: Change = same  # [batch, pos, head, d_v]
+    head_out: Change = same  # [batch, pos, head, d_v]
     states: tuple[Tensor, Tensor] | None = None
     erases: tuple[Tensor, Tensor] | None = None
 
@@ -119,7 +120,7 @@ class Native:
     values: Tensor
     decay: Tensor
     erase: Callable[[Tensor], tuple[Maybe, Maybe]]  # factors a and b, given the decay
-    finish: Change  # from the loop's outputs to the layer's
+    head_outputs: Change  # from the loop's outputs to what W_O reads, [batch, pos, head, d_v]
     v_first: Maybe = None  # the first layer's values, which RWKV-7's later layers mix in
 
 
@@ -135,6 +136,7 @@ class Trace:
     erases: Tensor
     states: Tensor
     recurrence_out: Tensor
+    head_out: Tensor
     output: Tensor
     v_first: Maybe
 
@@ -152,6 +154,7 @@ class Layer:
 
     path: str
     """Where modules and checkpoints keep it, with a place for the layer's number."""
+    output_projection = "out_proj"
 
     def __init__(self, folder: Path, layer: int) -> None:
         text = (folder / "config.json").read_text()
@@ -181,8 +184,17 @@ class Layer:
         a, b = native.erase(decay)
         run = loop(reads, decay.log(), keys, values, a, b, None, writes, edits.states, edits.erases)
         out = edits.recurrence_out(run.outputs)
-        output = native.finish(out)
-        return Trace(keys, values, reads, decay, writes, run.erases, run.states, out, output, native.v_first)
+        heads = edits.head_out(native.head_outputs(out))
+        weights = (self.weights.get(f"{self.output_projection}.{x}") for x in ("weight", "bias"))
+        output = torch.nn.functional.linear(heads.flatten(2), *weights)
+        return Trace(
+            keys, values, reads, decay, writes, run.erases, run.states, out, heads, output, native.v_first
+        )
+
+    def returned(self, trace: Trace, dtype: torch.dtype) -> Any:
+        """What the layer's forward returns."""
+        output = trace.output.to(dtype)
+        return output if trace.v_first is None else (output, trace.v_first.to(dtype))
 
     def convolved(self, x: Tensor) -> Tensor:
         """SiLU of the depthwise causal convolution of [batch, pos, channel]."""
@@ -232,13 +244,12 @@ class GatedDeltaNetLayer(Layer):
         beta = 1 / (1 + torch.exp(-b))
         alpha = torch.exp(-torch.exp(w["A_log"]) * torch.log1p(torch.exp(a + w["dt_bias"])))
 
-        def finish(out: Tensor) -> Tensor:
+        def head_outputs(out: Tensor) -> Tensor:
             normed = out / (out.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt()
-            gated = normed * w["norm.weight"] * z * torch.sigmoid(z)
-            return gated.reshape(batch, length, -1) @ w["out_proj.weight"].T
+            return normed * w["norm.weight"] * z * torch.sigmoid(z)
 
         values = beta[..., None] * v
-        return Native(q, k, values, alpha, lambda alpha: (-(alpha * beta)[..., None] * k, k), finish)
+        return Native(q, k, values, alpha, lambda alpha: (-(alpha * beta)[..., None] * k, k), head_outputs)
 
 
 class Mamba2Layer(Layer):
@@ -262,21 +273,21 @@ class Mamba2Layer(Layer):
         # From transformers 5.23 on the norm is per group; before it was over all channels.
         norms = groups if "group_size" in inspect.signature(MambaRMSNormGated).parameters else 1
 
-        def finish(out: Tensor) -> Tensor:
+        def head_outputs(out: Tensor) -> Tensor:
             y = (out + w["D"][:, None] * x).reshape(*shape, -1) * gate * torch.sigmoid(gate)
             y = y.reshape(*shape, norms, -1)
             y = y / (y.square().mean(-1, keepdim=True) + config["layer_norm_epsilon"]).sqrt()
             y = y.reshape(*shape, -1) * w["norm.weight"]
-            return y @ w["out_proj.weight"].T + w.get("out_proj.bias", 0)
+            return y.reshape(out.shape)
 
         decay = torch.exp(-torch.exp(w["A_log"]) * dt)
-        return Native(c, b, dt[..., None] * x, decay, lambda decay: (None, None), finish)
+        return Native(c, b, dt[..., None] * x, decay, lambda decay: (None, None), head_outputs)
 
 
 class RWKV7Layer(Layer):
     """RWKV-7's time mixing."""
 
-    path = "model.layers.{}.attn"
+    path, output_projection = "model.layers.{}.attn", "o_proj"
 
     def low_rank(self, name: str, x: Tensor, activation: Change = same) -> Tensor:
         down, up = (self.weights[f"{name}_lora.lora.{i}.weight"] for i in (0, 2))
@@ -305,14 +316,14 @@ class RWKV7Layer(Layer):
         k = k * (1 + (rate - 1) * w["k_a"])
         r, k, v, decay, rate = (x.reshape(shape) for x in (r, k, v, decay, rate))
 
-        def finish(out: Tensor) -> Tensor:
+        def head_outputs(out: Tensor) -> Tensor:
             centred = out - out.mean(-1, keepdim=True)
             normed = centred / (centred.square().mean(-1, keepdim=True) + d_k * config["norm_eps"]).sqrt()
             normed = normed.flatten(2) * w["g_norm.weight"] + w["g_norm.bias"]
             bonus = (r * k * w["r_k"]).sum(-1, keepdim=True) * v
-            return (normed + bonus.flatten(2)) * gate @ w["o_proj.weight"].T
+            return ((normed + bonus.flatten(2)) * gate).reshape(out.shape)
 
-        return Native(r, k, v, decay, lambda decay: (removal * rate, -removal), finish, v_first)
+        return Native(r, k, v, decay, lambda decay: (removal * rate, -removal), head_outputs, v_first)
 
 
 LAYERS: dict[str, type[Layer]] = {"mamba2": Mamba2Layer, "rwkv7": RWKV7Layer}
@@ -330,8 +341,7 @@ def standing_in(
 
     def forward(hidden_states: Tensor, attention_mask: Maybe = None, v_first: Maybe = None, **_: Any) -> Any:
         traces.append(truth(hidden_states, attention_mask, edits, v_first))
-        output, v_first = traces[-1].output.to(hidden_states.dtype), traces[-1].v_first
-        return output if v_first is None else (output, v_first.to(hidden_states.dtype))
+        return truth.returned(traces[-1], hidden_states.dtype)
 
     module.forward = forward
     try:

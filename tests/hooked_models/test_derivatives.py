@@ -13,7 +13,18 @@ from hooked_models import HookedRecurrent, zoo
 LAYER, HEAD = 1, 1
 # Norms and softmax of the first two compute in float32, and their noise asks for a longer step.
 STEPS = {"tiny-gdn": (3e-4, 2e-2), "tiny-mamba2": (3e-4, 2e-2), "tiny-rwkv7": (1e-6, 1e-5)}
-HOOKS = ("in", "write_key", "write_value", "read", "decay", "write", "erase", "state", "recurrence_out")
+HOOKS = (
+    "in",
+    "write_key",
+    "write_value",
+    "read",
+    "decay",
+    "write",
+    "erase",
+    "state",
+    "recurrence_out",
+    "head_out",
+)
 
 
 @pytest.fixture(scope="module", params=zoo.SHIPPED)

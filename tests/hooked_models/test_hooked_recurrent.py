@@ -124,7 +124,10 @@ def test_hook_names_and_sites(pair: Pair):
     ("hook", "head"), [("dekay", None), ("decay", 1), ("write", None), ("wirte", 0), ("hook_decay", None)]
 )
 def test_a_hook_that_a_layer_lacks(pair: Pair, hook: str, head: int | None):
-    of_heads, of_layer = ", ".join(pair.kinds), ("decay", "in", "out", "read", "recurrence_out", "write_key")
+    of_heads, of_layer = (
+        ", ".join(pair.kinds),
+        ("decay", "head_out", "in", "out", "read", "recurrence_out", "write_key"),
+    )
     with refused(f"layer 1 has no hook {hook!r}", *of_layer, f"head=0 to {pair.heads - 1} {of_heads}"):
         pair.model.hook_name(1, hook, head)
 

@@ -128,8 +128,8 @@ def test_every_hook_fires_once_with_its_shape_and_in_order(pair: Pair, use_cache
         here = [name.split("hook_")[1] for name in shapes if name.startswith(f"blocks.{layer}.")]
         assert here[0] == "in"
         assert set(here[1:5]) == {"write_key", "write_value", "read", "decay"}
-        assert here[5:-2] == [f"{kind}.{head}" for head in range(pair.heads) for kind in pair.kinds]
-        assert here[-2:] == ["recurrence_out", "out"]
+        assert here[5:-3] == [f"{kind}.{head}" for head in range(pair.heads) for kind in pair.kinds]
+        assert here[-3:] == ["recurrence_out", "head_out", "out"]
 
 
 @torch.no_grad()
@@ -241,7 +241,7 @@ def test_a_head_without_writes_reads_nothing(pair: Pair):
     assert torch.equal(edited[:, :, others], native[:, :, others])
 
 
-FACTORS = ("write_key", "write_value", "read", "decay", "recurrence_out")
+FACTORS = ("write_key", "write_value", "read", "decay", "recurrence_out", "head_out")
 KINDS_OF_EDITS = [
     (name, point)
     for name in ("gdn", "mamba2", "rwkv7")
@@ -340,7 +340,9 @@ def test_writes_erases_and_states_edited_at_one_head(pair: Pair):
 FIELDS = [("write_key", "keys"), ("write_value", "values"), ("read", "reads")]  # of `Edits`
 
 
-@pytest.mark.parametrize(("name", "field"), [*FIELDS, ("recurrence_out", "recurrence_out")])
+@pytest.mark.parametrize(
+    ("name", "field"), [*FIELDS, ("recurrence_out", "recurrence_out"), ("head_out", "head_out")]
+)
 @torch.no_grad()
 def test_edited_factors(pair: Pair, name: str, field: str):
     """Keys and values leave the erase native, reads and outputs touch one token only; later hooks see it."""
@@ -808,7 +810,7 @@ def test_bfloat16(pair: Pair):
     assert logits.dtype == native.dtype  # transformers' Mamba-2 gives float32
     assert error(logits) < 1.5 * error(native)
     for name in pair.shapes:
-        inside = name not in ("in", "out")
+        inside = name not in ("in", "head_out", "out")
         assert cache[pair.point(1, name)].dtype == (torch.float32 if inside else torch.bfloat16)
     new = pair.matrices(1)
     edited = model.run_with_hooks(tokens, fwd_hooks=[(pair.point(1, "write.2"), replace(20, new))])

@@ -58,7 +58,7 @@ def spoilt(model: Any, where: int | None = None) -> Any:
     return edit
 
 
-HOOKS = ("in", "out", "write_key", "write_value", "read", "decay", "recurrence_out")
+HOOKS = ("in", "out", "write_key", "write_value", "read", "decay", "recurrence_out", "head_out")
 HOOKS += ("write", "erase", "state", "projection", "ffn_in")
 
 

@@ -49,7 +49,7 @@ class RWKV7Cache(DynamicCache):
 
 
 class BonusAndGate(NamedTuple):
-    """The two tensors that `RWKV7Attention.finish` needs beside the recurrence's outputs."""
+    """The two tensors that `RWKV7Attention.head_outputs` needs beside the recurrence's outputs."""
 
     bonus: Float[Tensor, "batch pos head d_v"]
     gate: Float[Tensor, "batch pos value_dim"]
@@ -113,7 +113,7 @@ class RWKV7Attention(nn.Module):
             v_first: the first layer's values; None where this is the first layer.
 
         Returns:
-            the recurrence, the bonus and gate for `finish`, and the first layer's values.
+            the recurrence, the bonus and gate for `head_outputs`, and the first layer's values.
         """
         delta = previous - hidden
         r, w, k, v, a, g = (torch.addcmul(hidden, delta, getattr(self, f"x_{name}")) for name in "rwkvag")
@@ -132,14 +132,14 @@ class RWKV7Attention(nn.Module):
         q, g, k, v, a, b = (x.to(wide) for x in (r, log_decay, k, value, removal * rate, -removal))
         return Recurrence(q=q, g=g, k=k, v=v, a=a, b=b), BonusAndGate(bonus, gate), first
 
-    def finish(
+    def head_outputs(
         self, outputs: Float[Tensor, "batch pos head d_v"], bonus_and_gate: BonusAndGate
-    ) -> Float[Tensor, "batch pos size"]:
-        """The layer's output, from the recurrence's: norm per head, bonus, gate, projection."""
+    ) -> Float[Tensor, "batch pos head d_v"]:
+        """What the output projection reads, from the recurrence's outputs: norm per head, bonus, gate."""
         bonus, gate = bonus_and_gate
         flat = outputs.to(gate.dtype).flatten(0, 1).flatten(1)
         normed = self.g_norm(flat).view_as(outputs)
-        return self.o_proj((normed + bonus).flatten(2) * gate)
+        return (normed + bonus) * gate.view_as(outputs)
 
     def forward(
         self,
@@ -154,7 +154,7 @@ class RWKV7Attention(nn.Module):
         outputs, state = scan(recurrence, cached(cache_params, self.layer_idx, "recurrent_states"))
         if cache_params is not None:
             cache_params.update_recurrent_state(state, self.layer_idx)
-        return self.finish(outputs, bonus_and_gate), v_first
+        return self.o_proj(self.head_outputs(outputs, bonus_and_gate).flatten(2)), v_first
 
 
 class RWKV7FeedForward(nn.Module):

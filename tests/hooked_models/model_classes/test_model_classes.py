@@ -1,0 +1,48 @@
+"""All checks on all model classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from hooked_models import HookedRecurrent
+from tests.hooked_models.model_classes.case import Case, build
+from tests.hooked_models.model_classes.checks import CHECKS, LENGTH, TOLERANCE
+from tests.hooked_models.model_classes.table import MODEL_CLASSES
+
+
+@pytest.fixture(scope="module")
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    of = MODEL_CLASSES[request.param]
+    case = build(of, Path(tmp_path_factory.mktemp("models") / of.name.replace(" ", "_")))
+    yield case
+    assert not case.model.busy_hooks
+
+
+@pytest.mark.parametrize("case", MODEL_CLASSES, indirect=True, scope="module")
+def test_cells(case: Case) -> None:
+    heads, d_k, d_v = case.of.cells
+    found = [(c.layer, c.head, c.d_k, c.d_v, c.architecture) for c in case.model.cells]
+    assert found == [(n, h, d_k, d_v, case.of.kind) for n in case.of.layers for h in range(heads)]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", MODEL_CLASSES, indirect=True, scope="module")
+def test_check(case: Case, check: str) -> None:
+    error = CHECKS[check](case)
+    assert error <= TOLERANCE, f"{check} of {case.of.name}: off by {error:.1e} of the spread"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", MODEL_CLASSES, indirect=True, scope="module")
+def test_bfloat16_rounds_no_more_than_the_reference_does(case: Case) -> None:
+    tokens = case.tokens(2, LENGTH)
+    truth = case.logits(tokens)
+    half = HookedRecurrent.boot_transformers(case.folder, device="cpu", dtype="bfloat16")
+    found = half(tokens, use_cache=False)
+    stock = case.of.reference(case.folder).to(torch.bfloat16)(tokens, use_cache=False).logits
+    errors = [float((x.float() - truth).square().mean().sqrt()) for x in (found, stock)]
+    assert errors[0] <= 1.5 * errors[1]
