@@ -80,7 +80,7 @@ def run_to_residual(
 
 def in_half_precision(model: HookedRecurrent) -> bool:
     """Whether the model's weights have fewer than 32 bits (bfloat16, float16)."""
-    return torch.finfo(_unembedding(model).weight.dtype).bits < 32
+    return torch.finfo(output_embedding(model).weight.dtype).bits < 32
 
 
 def logits_of(
@@ -113,7 +113,7 @@ def token_logits(
         residual: the residual stream after the last layer.
         tokens: ids.
     """
-    hidden, unembed = _normed(model, residual), _unembedding(model)
+    hidden, unembed = _normed(model, residual), output_embedding(model)
     logits = (hidden * unembed.weight[tokens].to(hidden)).sum(-1)
     if unembed.bias is not None:
         logits = logits + unembed.bias[tokens].to(hidden)
@@ -141,7 +141,7 @@ def rounding_kl(
     """
     if not in_half_precision(model):
         return torch.zeros(len(residual), device=residual.device)
-    eps = torch.finfo(_unembedding(model).weight.dtype).eps
+    eps = torch.finfo(output_embedding(model).weight.dtype).eps
     in_half = torch.finfo(residual.dtype).bits < 32
     n_roundings = len(model.blocks) - layer if in_half else 1
     p, x = logits_of(model, residual).softmax(-1), _normed(model, residual)
@@ -157,22 +157,34 @@ def rounding_kl(
 
 def _normed(model: HookedRecurrent, residual: Float[Tensor, "*batch d_model"]) -> Tensor:
     """The last norm, in float32 at least."""
-    wide = torch.promote_types(_unembedding(model).weight.dtype, torch.float32)
+    wide = torch.promote_types(output_embedding(model).weight.dtype, torch.float32)
     norm = model.ln_final.original_component
-    if _unembedding(model).weight.dtype != wide:
+    if output_embedding(model).weight.dtype != wide:
         norm = copy.deepcopy(norm).to(wide)
     return norm(residual.to(wide))
 
 
-def _unembedding(model: HookedRecurrent) -> Any:
-    """The model's unembedding: a Linear, in the bridge component that stands in its place."""
+def output_embedding(model: HookedRecurrent) -> Any:
+    """The model's unembedding: a Linear, in the bridge component that stands in its place.
+
+    Raises:
+        HookedModelError: it is adapted (peft's LoRA) or quantised, so that its weight is not all of it.
+    """
     hf_model: Any = model.original_model
-    return hf_model.get_output_embeddings()
+    unembed = hf_model.get_output_embeddings()
+    linear = getattr(unembed, "original_component", unembed)
+    if type(linear) is not nn.Linear:
+        kind = f"{type(linear).__module__}.{type(linear).__name__}"
+        raise HookedModelError(
+            f"the unembedding is a {kind}, of which this run would read the base weight alone: merge the "
+            "adapter first (merge_and_unload()), or leave lm_head out of it"
+        )
+    return unembed
 
 
 def _cuts(model: HookedRecurrent, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The unembedding's weight and bias; in cuts of the vocabulary, if they are to be converted."""
-    unembed = _unembedding(model)
+    unembed = output_embedding(model)
     at_once = _WEIGHTS_AT_ONCE if unembed.weight.dtype != dtype else unembed.weight.numel()
     step = max(1, at_once // unembed.weight.shape[1])
     weights = unembed.weight.split(step)

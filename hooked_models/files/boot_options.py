@@ -63,6 +63,11 @@ def _check_objects(given: dict[str, Any]) -> None:
         raise wrong(_TAKER, "tokenizer", tokenizer, "a tokenizer of transformers, as AutoTokenizer loads it")
     if model is not None and not (isinstance(model, nn.Module) and hasattr(model, "config")):
         raise wrong(_TAKER, "hf_model", model, "a model of transformers")
+    if hasattr(model, "get_base_model"):  # peft's: its adapters are inside, a prompt that it learned is not
+        raise HookedModelError(
+            f"{_TAKER}: hf_model is a {type(model).__name__} of peft, around the model: give "
+            "hf_model=model.get_base_model(), which has the adapters (LoRA) in its layers"
+        )
     if model_class is not None and not hasattr(model_class, "from_pretrained"):
         raise wrong(_TAKER, "model_class", model_class, "a model class of transformers")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hooked_models import HookedRecurrent
 from hooked_models.bridge.lower_layers import LowerLayers, kept, run_lower_layers
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.unembedding import logits_of, run_to_residual
+from hooked_models.unembedding import logits_of, output_embedding, run_to_residual
 from writesae_lens.errors import WriteSAEError
 
 # Numbers of lower layers' outputs that are kept for later passes: 128 MiB in float32.
@@ -159,6 +159,5 @@ def unembedding_directions(
     model: HookedRecurrent, cell: Cell, targets: Int[Tensor, " target"]
 ) -> Float[Tensor, "target d_v"]:
     """W_O[head] W_U[target]: the tokens' unembedding directions, in the basis of the head's output."""
-    native: Any = model.original_model
-    rows = native.get_output_embeddings().weight[targets].float()
+    rows = output_embedding(model).weight[targets].float()
     return rows @ model.mixers[cell.layer].head_output(cell.head).float().T
