@@ -162,9 +162,27 @@ class HookedMixer(GeneralizedComponent):
         return getattr(self.wrapped, self.attribute_names.output_projection)
 
     def head_output(self, head: int) -> Float[Tensor, "d_v d_model"]:
-        """W_O of one head: how ``hook_head_out`` enters the layer's output."""
-        d_v = self.write_shape[1]
-        return self.output_projection.weight[:, head * d_v : (head + 1) * d_v].T
+        """W_O of one head: how ``hook_head_out`` enters the layer's output.
+
+        Of a plain Linear it is a part of the weight. One that is adapted (peft's LoRA) or quantised is applied
+        to unit vectors, and what it makes of zero is subtracted.
+
+        Raises:
+            HookedModelError: the projection has a dropout that is on, so that it is no one matrix.
+        """
+        d_v, projection = self.write_shape[1], self.output_projection
+        if isinstance(projection, GeneralizedComponent):  # whose hooks are for the model's own pass
+            projection = projection.original_component
+        if type(projection) is nn.Linear and not projection.weight.is_meta:
+            return projection.weight[:, head * d_v : (head + 1) * d_v].T
+        if any(isinstance(part, nn.Dropout) and part.training and part.p for part in projection.modules()):
+            raise HookedModelError(
+                f"the output projection of layer {self.layer_index} drops inputs at random: call model.eval()"
+            )
+        weight = next(x for x in projection.parameters() if x.dtype.is_floating_point)
+        units = torch.zeros(d_v, self.n_heads * d_v, dtype=weight.dtype, device=weight.device)
+        units[:, head * d_v : (head + 1) * d_v].fill_diagonal_(1)
+        return projection(units) - projection(torch.zeros_like(units[:1]))
 
     def cached_state(self, cache: Any) -> Float[Tensor, "batch head d_k d_v"]:
         """The layer's state in a cache, as a view: assigning to it sets what the next token starts from.
