@@ -102,8 +102,7 @@ class HookedRecurrent(upstream.CheckedBridge):
         if not model.mixers:
             model_class = model.cfg.architecture
             raise HookedModelError(
-                f"{model_name} ({model_class}) has no recurrent layers that this package knows: it hooks "
-                f"{', '.join(adapters.ADAPTERS)}; for other models use TransformerLens itself"
+                f"{model_name} ({model_class}) has no recurrent layer: its configuration has other kinds only"
             )
         calls.watch(model)
         lower_layers.make_blocks_skippable(model)

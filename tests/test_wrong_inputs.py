@@ -114,7 +114,7 @@ MODELS = [
     Case("cut weights", lambda g: BOOT(copied(g, model=b"12345")), ("truncated or damaged", "copy")),
     Case("no weights", lambda g: BOOT(copied(g, model=None)), ("no file named model.safetensors",)),
     Case("broken config", lambda g: BOOT(copied(g, config=b"{")), ("could not read", "not a valid JSON")),
-    Case("no recurrent layers", lambda g: BOOT(g.llama), ("LlamaForCausalLM", "Mamba2", "use Transformer")),
+    Case("no recurrent layers", lambda g: BOOT(g.llama), ("LlamaForCausalLM", "mamba2", "use Transformer")),
     Case("device", lambda g: BOOT("tiny-gdn", device="gpu"), ("device 'gpu'", "try 'cpu'")),
     Case("dtype by nickname", lambda g: BOOT("tiny-gdn", dtype="bf16"), ("'bf16'", "give float32, bfloat16")),
     Case("dtype of numpy", lambda g: BOOT("tiny-gdn", dtype=np.float32), ("numpy.float32", "give float32")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hooked_models.bridge.arguments import check_device
 from hooked_models.errors import HookedModelError, one_line
 from hooked_models.files import boot_options, layouts
 from hooked_models.files.declared_sizes import within_checkpoint
+from hooked_models.files.known_models import TEXT_MODELS, check_model, check_model_type
 from hooked_models.files.layouts import Checkpoint
 from hooked_models.files.sources import check_json_files, check_source, read_weights
 from hooked_models.files.tokenizers import check_tokenizer, find_tokenizer, keep_tokenizer
@@ -26,11 +28,6 @@ from hooked_models.files.tokenizers import check_tokenizer, find_tokenizer, keep
 # What marks a configuration of bitsandbytes that leaves the method out.
 _BITS = ("load_in_4bit", "load_in_8bit")
 Name = str | os.PathLike[str]
-# Models that are published as the text part of a model with a vision tower, by model type.
-_TEXT_MODELS: dict[str | None, str] = {
-    "qwen3_5_text": "Qwen3_5ForCausalLM",
-    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
-}
 # transformers raises these on a configuration that it cannot read, has no check for, or lacks a package for.
 _UNREADABLE = (OSError, ValueError, AttributeError, TypeError, KeyError, ZeroDivisionError)
 _UNREADABLE += (StrictDataclassError, ImportError)
@@ -77,6 +74,7 @@ def prepare(model_name: str, options: dict[str, Any], accepted: Iterable[str]) -
     if "tokenizer" in options:
         options["tokenizer"] = keep_tokenizer(options["tokenizer"])
     if "hf_model" in options:
+        check_model(source, options["hf_model"].config, options["hf_model"])
         if "tokenizer" not in options:
             check_tokenizer(source, options | {"load_weights": False})
         return source, boot_options.placement_of(options["hf_model"]) | options
@@ -84,6 +82,7 @@ def prepare(model_name: str, options: dict[str, Any], accepted: Iterable[str]) -
     if checkpoint is not None:
         return source, _from_checkpoint(source, checkpoint, options)
     config = _configuration(source, options)
+    check_model(source, config)
     if "tokenizer" not in options:
         check_tokenizer(source, options)
     model = _text_model(source, config, options)
@@ -142,6 +141,7 @@ def _checkpoint_in_another_form(source: str, options: dict[str, Any]) -> Checkpo
         return layouts.from_fla(source, raw, read_weights(source, revision))
     if "ssm_cfg" in raw and not raw.get("model_type"):
         return layouts.from_mamba_ssm(source, raw, read_weights(source, revision))
+    check_model_type(source, raw, bool(options.get("trust_remote_code")))
     return None
 
 
@@ -180,7 +180,7 @@ def _text_model(source: str, config: Any, options: dict[str, Any]) -> Any:
     TransformerLens would load the tower too, through an adapter of its own.
     """
     text_config: Any = getattr(config, "text_config", None)
-    model_class = _TEXT_MODELS.get(getattr(text_config, "model_type", None))
+    model_class = TEXT_MODELS.get(getattr(text_config, "model_type", None))
     if model_class is None:
         return None
     text_config.architectures = [model_class]
@@ -240,4 +240,5 @@ def _dtype(dtype: object) -> torch.dtype:
 
 def _no_configuration(source: str, error: Exception) -> HookedModelError:
     kind = "" if Path(source).exists() else " (no folder here, so taken for a hub id)"
-    return HookedModelError(f"could not read the configuration of {source}{kind}: {one_line(error)}")
+    cause = textwrap.shorten(one_line(error), 180, placeholder=" ...")
+    return HookedModelError(f"could not read the configuration of {source}{kind}: {cause}")
