@@ -104,5 +104,5 @@ def check_model(source: str, config: Any, model: Any = None) -> None:
 
 def _refusal(subject: str, has: str) -> HookedModelError:
     return HookedModelError(
-        f"{subject} has {has}; there are hooks for {families()} (docs/hooks.md): for others use TransformerLens"
+        f"{subject} has {has}; there are hooks for {families()} (docs/hooks.md), else use TransformerLens"
     )
