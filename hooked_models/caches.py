@@ -26,6 +26,7 @@ _WITHOUT_EFFECT = {
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
+    "position_embeddings",
     "position_ids",
     "return_dict",
     "use_cache",
@@ -100,6 +101,18 @@ def cached(cache: Any, layer: int, name: str) -> Tensor | None:
         return None
     states = getattr(cache.layers[layer], name)
     return states[0] if isinstance(states, dict) else states
+
+
+def store_state(cache: Any, layer: int, state: Tensor) -> None:
+    """Put a layer's new state into a cache, which has a past from now on.
+
+    transformers notes the past with a convolution's, which not every recurrence has.
+    """
+    cache.update_recurrent_state(state, layer)
+    if isinstance(cache.layers[layer].has_previous_state, dict):
+        cache.layers[layer].has_previous_state[0] = True
+    else:
+        cache.layers[layer].has_previous_state = True
 
 
 def check(cache: Any, n_layers: int, recurrent: dict[int, tuple[int, int, int]], batch: int) -> None:

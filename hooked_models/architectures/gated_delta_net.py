@@ -1,4 +1,4 @@
-"""Gated DeltaNet (Qwen3.5, Qwen3-Next) with hook points on its cache writes."""
+"""Gated DeltaNet (Qwen3.5, Qwen3-Next, OLMo-Hybrid) with hook points on its cache writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_models.mixers import AttributeNames, HookedMixer, causal_convolution
 from hooked_models.recurrence import Recurrence
@@ -42,31 +42,48 @@ class HookedGatedDeltaNet(HookedMixer):
     def inputs(
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, real: Bool[Tensor, "batch pos"] | None
     ) -> tuple[Recurrence, Tensor]:
-        layer = self.wrapped
-        mixed, z, b, a = self._project(hidden)  # [batch, pos, channel] twice, [batch, pos, head] twice
-        mixed = causal_convolution(mixed, layer.conv1d, cache, self.layer_index, real)
-        mixed = torch.nn.functional.silu(mixed)
-        q, k, v = mixed.split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
+        mixed, z, beta, g = self.project(hidden)
+        mixed = causal_convolution(mixed, self.wrapped.conv1d, cache, self.layer_index, real)
+        mixed = torch.nn.functional.silu(mixed).to(g.dtype)
         d_k, d_v = self.write_shape
-        repeats = layer.num_v_heads // layer.num_k_heads
-        wide = torch.promote_types(hidden.dtype, torch.float32)  # of the recurrence, from here on
-        q, k = (_unit(x.to(wide).unflatten(-1, (-1, d_k))) for x in (q, k))
-        if repeats > 1:
+        values = self.n_heads * d_v
+        keys = (mixed.shape[-1] - values) // 2
+        q, k, v = mixed.split([keys, keys, values], dim=-1)
+        q, k = (_unit(x.unflatten(-1, (-1, d_k))) for x in (q, k))
+        if (repeats := self.n_heads // k.shape[2]) > 1:
             q, k = (x.repeat_interleave(repeats, dim=2) for x in (q, k))
-        v = v.to(wide).unflatten(-1, (-1, d_v))
-        beta = b.sigmoid().to(wide)
-        g = -layer.A_log.to(wide).exp() * torch.nn.functional.softplus(a.to(wide) + layer.dt_bias)
         g = self.fire_decay(g)
-        return Recurrence(q=q * d_k**-0.5, g=g, k=k, v=beta[..., None] * v, a=-g.exp() * beta, b=k), z
+        a, b = self.erase_factors(g, beta, k)
+        v = beta[..., None] * v.unflatten(-1, (-1, d_v))
+        return Recurrence(q=q * d_k**-0.5, g=g, k=k, v=v, a=a, b=b), z
+
+    def project(self, hidden: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Flat [Q | K | V] before the convolution, the output gate z, and beta and the log decay per head.
+
+        The last two have the recurrence's dtype, float32 at least.
+        """
+        mixed, z, b, a = self._projections(hidden)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        steps = torch.nn.functional.softplus(a.to(wide) + self.wrapped.dt_bias)
+        return mixed, z, b.sigmoid().to(wide), -self.wrapped.A_log.to(wide).exp() * steps
+
+    def erase_factors(self, g: Tensor, beta: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors a and b of the erase: alpha (I - beta k k^T) has -alpha beta k and k."""
+        return -g.exp() * beta, k
 
     def head_outputs(
         self, outputs: Float[Tensor, "batch pos head d_v"], bypass: Tensor
     ) -> Float[Tensor, "batch pos head d_v"]:
         z, d_v = bypass, outputs.shape[-1]
-        normed = self.wrapped.norm(outputs.to(z.dtype).reshape(-1, d_v), z.reshape(-1, d_v))
+        normed = self.output_norm(outputs.to(z.dtype).reshape(-1, d_v), z.reshape(-1, d_v))
         return normed.view(outputs.shape)
 
-    def _project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @property
+    def output_norm(self) -> nn.Module:
+        """The norm of each head's output, which also applies the gate."""
+        return self.wrapped.norm
+
+    def _projections(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Flat [Q | K | V] before the convolution, the output gate z, and the gates b and a per head."""
         layer = self.wrapped
         if hasattr(layer, "in_proj_qkv"):
@@ -85,6 +102,30 @@ class HookedGatedDeltaNet(HookedMixer):
         gates = layer.in_proj_ba(hidden).unflatten(-1, (layer.num_k_heads, 2 * repeats))
         b, a = (x.flatten(-2) for x in gates.split(repeats, dim=-1))
         return torch.cat([q, k, v], dim=-1), z, b, a
+
+
+class HookedOlmoDeltaNet(HookedGatedDeltaNet):
+    __doc__ = f"""Wraps transformers' ``OlmoHybridGatedDeltaNet``.
+
+    The recurrence is that of `HookedGatedDeltaNet`; beta is doubled, so that it lies in (0, 2) and a
+    transition can have negative eigenvalues, where the model's ``linear_allow_neg_eigval`` says so.
+
+    {HookedMixer.__doc__}"""
+
+    attribute_names = AttributeNames("num_v_heads", "head_k_dim", "head_v_dim", output_projection="o_proj")
+
+    def project(self, hidden: Float[Tensor, "batch pos d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mixed, z, beta, g = super().project(hidden)
+        return mixed, z, 2 * beta if self.wrapped.allow_neg_eigval else beta, g
+
+    @property
+    def output_norm(self) -> nn.Module:
+        return self.wrapped.o_norm
+
+    def _projections(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        layer = self.wrapped
+        mixed = torch.cat([layer.q_proj(hidden), layer.k_proj(hidden), layer.v_proj(hidden)], dim=-1)
+        return mixed, layer.g_proj(hidden), layer.b_proj(hidden), layer.a_proj(hidden)
 
 
 def _unit(x: Tensor) -> Tensor:

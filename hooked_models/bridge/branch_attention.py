@@ -29,7 +29,8 @@ _SCORES_AT_ONCE = 2**24
 def attention_of(module: nn.Module) -> Iterator[nn.Module]:
     """The softmax attentions in a module, beside and inside the mixers that are not recurrent."""
     for child in module.children():
-        if "Attention" in type(child).__name__:
+        name = type(child).__name__
+        if "Attention" in name and "DecoderLayer" not in name:  # as OlmoHybridAttentionDecoderLayer
             yield child
         elif not (isinstance(child, HookedMixer) and child.is_recurrent):
             yield from attention_of(child)
