@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from hooked_models import caches, edits
+from hooked_models.bridge import position_ids
 from hooked_models.caches import Past
 from hooked_models.errors import HookedModelError
 
@@ -65,8 +66,8 @@ class Call:
         return here.masked_fill(mask == 0, -1)
 
 
-_HYBRID = {"full_attention", "linear_attention"}
-"""Kinds of layers of the models that take a mask for each."""
+_HYBRID = {"full_attention", "linear_attention", "hybrid", "moe", "mlp"}
+"""Kinds of layers of the models that take a mask for attention and one for recurrent layers."""
 _CALL: ContextVar[Call | None] = ContextVar("call of a Hugging Face model that is running", default=None)
 _LAST_ONLY: ContextVar[list[bool] | None] = ContextVar("True until a loop that samples begins", default=None)
 
@@ -80,15 +81,20 @@ def current() -> Call | None:
     return _CALL.get()
 
 
+def _innermost(module: nn.Module) -> Call | None:
+    call = _CALL.get()
+    while call is not None and call.module is not module:
+        call = call.outer
+    return call
+
+
 def running(module: nn.Module) -> Call:
     """The call of this Hugging Face model that is running.
 
     Raises:
         NoCallError: there is none.
     """
-    call = _CALL.get()
-    while call is not None and call.module is not module:
-        call = call.outer
+    call = _innermost(module)
     if call is None:
         raise NoCallError(
             "no forward pass is running: model.positions and model.attention_mask are there inside hooks, "
@@ -97,18 +103,23 @@ def running(module: nn.Module) -> Call:
     return call
 
 
-def real_tokens(attention_mask: Tensor | None, length: int) -> Bool[Tensor, "batch pos"] | None:
+def real_tokens(attention_mask: Tensor | None, shape: torch.Size) -> Bool[Tensor, "batch pos"] | None:
     """Which of a layer's tokens are real (None: all are).
 
+    The running call knows it from the mask that the model was given. What reaches a layer of it differs by
+    model: nothing for a single token, a mask of attention where that stands in the same block. So a layer's
+    own mask counts only where it is called by itself.
+
     Args:
-        attention_mask: what the model gives its layer, of new tokens, or of cached and new ones.
-        length: how many new tokens there are.
+        attention_mask: what the layer is given, of new tokens, or of cached and new ones.
+        shape: rows and new tokens, as the first axes of what the layer reads.
     """
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return attention_mask[:, -length:] != 0
-    # transformers gives no mask for a single token, as if it could not be padding.
     call = _CALL.get()
-    return call.real if call is not None and call.shape[1] == length == 1 else None
+    if call is not None and call.shape == tuple(shape[:2]):
+        return call.real
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return attention_mask[:, -shape[1] :] != 0
+    return None
 
 
 def without_padding(x: Tensor, real: Bool[Tensor, "batch pos"] | None) -> Tensor:
@@ -165,7 +176,10 @@ def watch(model: HookedRecurrent) -> None:
     kinds = set(getattr(module.config, "layer_types", None) or ())
     names = tuple(inspect.signature(module.forward).parameters)
     n_cache_layers = len(model.new_cache().layers)
-    facts = _Facts(names, layers, n_cache_layers, model.has_attention, kinds == _HYBRID)
+    # Where attention has a window, transformers makes its mask.
+    has_window = getattr(module.config, "sliding_window", None) is not None
+    is_hybrid = bool(kinds) and kinds <= _HYBRID and "position_ids" in names and not has_window
+    facts = _Facts(names, layers, n_cache_layers, model.has_attention, is_hybrid)
     module.register_forward_pre_hook(functools.partial(_begin, facts), with_kwargs=True)
     module.register_forward_hook(_end, with_kwargs=True, always_call=True)
 
@@ -179,7 +193,8 @@ class _Facts:
         layers: heads, d_k and d_v of each recurrent layer, by its number in a cache.
         n_cache_layers: layers of a cache.
         has_attention: whether any layer has softmax attention.
-        is_hybrid: whether the model takes one mask for attention and one for recurrent layers.
+        is_hybrid: whether the model takes one mask for attention and one for recurrent layers, and either may
+            be missing.
     """
 
     names: tuple[str, ...]
@@ -203,16 +218,13 @@ def _begin(facts: _Facts, module: nn.Module, args: Any, kwargs: Any) -> Any:
     if edits.swapped_writes() is None:  # whose branches have a mask and positions of their own
         mask, ids = given.get("attention_mask"), given.get("position_ids")
         into_cache = cache is not None or bool(given.get("use_cache"))
+        rearranged = call.past.rearranged
         changes = _read_mask(call, mask, into_cache, facts.has_attention)
-        if ids is not None or "position_ids" not in facts.names:
-            changes.pop("position_ids", None)
-        _check_position_ids(call, ids)
-        eager = getattr(module.config, "_attn_implementation", None) == "eager"  # type: ignore[union-attr]
-        own_mask = facts.is_hybrid and eager and not caches.has_fixed_length(cache)
-        if own_mask and call.real is not None and "attention_mask" in changes:
-            seen = _seen_by_padding_too(changes["attention_mask"] != 0, call.shape[1])
-            changes["attention_mask"] = {"full_attention": seen, "linear_attention": call.real.long()}
-        ids = changes.get("position_ids", ids)
+        position_ids.check(call, ids)
+        if ids is None and "position_ids" in facts.names:
+            ids = changes["position_ids"] = position_ids.following(call, rearranged, facts.has_attention)
+        if facts.is_hybrid and not caches.has_fixed_length(cache) and not isinstance(mask, dict):
+            changes |= _masks_by_kind(call, module, changes.get("attention_mask"), facts.has_attention)
         if ids is not None:
             call.last_position = ids.reshape(-1, *ids.shape[-2:])[0, :, -1:].expand(call.shape[0], 1)
     if cache is not None:
@@ -224,9 +236,7 @@ def _begin(facts: _Facts, module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def _end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     """Close a call; if it came to its end, note what the cache now holds."""
-    call = _CALL.get()
-    while call is not None and call.module is not module:
-        call = call.outer
+    call = _innermost(module)
     if call is None:
         return
     _CALL.set(call.outer)
@@ -270,17 +280,26 @@ def _checked_tokens(module: nn.Module, given: dict[str, Any]) -> tuple[tuple[int
     return (x.shape[0], x.shape[1]), x.device
 
 
-def _seen_by_padding_too(
-    real: Bool[Tensor, "batch all_pos"], length: int
-) -> Bool[Tensor, "batch one pos all"]:
-    """The attention mask of the last ``length`` tokens, in which padding sees itself.
+def _masks_by_kind(call: Call, module: Any, mask: Tensor | None, has_attention: bool) -> dict[str, Any]:
+    """A hybrid's masks, to change in the arguments of its call.
 
-    transformers lets it see nothing; then its attention is 0 / 0 where the mask is -inf (in float64 and in
-    TransformerLens's compatibility mode), which later layers and all gradients would take over.
+    In that of attention padding sees itself. transformers lets it see nothing; then its attention is 0 / 0
+    where the mask is -inf (in float64 and in TransformerLens's compatibility mode), which later layers and
+    all gradients would take over. Without attention there is no such mask: transformers would make one of
+    the cache's length, which a cache of recurrent layers alone does not know.
     """
-    key = torch.arange(real.shape[1], device=real.device)
-    query = key[-length:, None]
-    return ((key <= query) & real[:, None] | (key == query))[:, None]
+    recurrent = None if call.real is None else call.real.long()
+    if not has_attention:
+        return {"attention_mask": {"full_attention": None, "linear_attention": recurrent}}
+    if mask is None or recurrent is None or module.config._attn_implementation != "eager":
+        return {}
+    key = torch.arange(mask.shape[1], device=mask.device)
+    query = key[-call.shape[1] :, None]
+    sees = ((key <= query) & (mask != 0)[:, None] | (key == query))[:, None]  # [batch, one, pos, all]
+    dtype = module.get_input_embeddings().weight.dtype
+    full = torch.zeros(sees.shape, dtype=dtype, device=mask.device)
+    full = full.masked_fill(~sees, torch.finfo(dtype).min)
+    return {"attention_mask": {"full_attention": full, "linear_attention": recurrent}}
 
 
 def _checked_past(facts: _Facts, module: nn.Module, cache: Any, batch: int) -> Past:
@@ -298,8 +317,7 @@ def _read_mask(call: Call, mask: Any, into_cache: bool, has_attention: bool) -> 
     """Find a call's padding in its mask, and what the cache holds in the mask's earlier columns.
 
     Returns:
-        arguments of the model to change: the mask, and where the cache's padding has to be filled in the
-        positions.
+        the mask, where that of the model's arguments has to be changed.
 
     Raises:
         HookedModelError: the mask's shape or values do not fit, or it cannot be honoured.
@@ -318,11 +336,7 @@ def _read_mask(call: Call, mask: Any, into_cache: bool, has_attention: bool) -> 
                 "the rows of the cache were rearranged, and some have padding: give the attention_mask "
                 "[batch, past + new]"
             )
-        mask = torch.cat([past.mask, past.mask.new_ones(batch, length)], 1).long()
-        assert past.columns is not None, "a mask is remembered with its columns"
-        first = past.columns if past.last_position is None else past.last_position + 1
-        ids = (first + torch.arange(length, device=call.device)).expand(batch, -1)
-        return {"attention_mask": mask, "position_ids": ids}
+        return {"attention_mask": torch.cat([past.mask, past.mask.new_ones(batch, length)], 1).long()}
     _check_mask_shape(call, mask, has_attention)
     given, mask = mask, mask.to(call.device)
     only_zero_one, all_real = torch.stack([((mask == 0) | (mask == 1)).all(), (mask != 0).all()]).tolist()
@@ -393,35 +407,3 @@ def _check_padding(real: Bool[Tensor, "batch all_pos"], length: int, into_cache:
             f"row {empty_of.index(True)} of the batch has no token, only padding: leave the row out"
         )
     return all(all_new)
-
-
-def _check_position_ids(call: Call, ids: Any) -> None:
-    """Refuse position ids that do not count up: the recurrent layers keep no documents apart.
-
-    Raises:
-        HookedModelError: their shape does not fit, or they jump or restart.
-    """
-    if ids is None:
-        return
-    batch, length = call.shape
-    if (
-        not isinstance(ids, Tensor)
-        or ids.ndim not in (2, 3)
-        or ids.shape[-1] != length
-        or (ids.shape[-2] not in (1, batch))
-    ):
-        shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise HookedModelError(
-            f"position_ids must have shape {batch, length}, that of the tokens; got {shape}"
-        )
-    if length == 1:
-        return
-    ids = ids if ids.ndim == 2 else ids[0]
-    jumps = (ids[:, 1:] - ids[:, :-1] != 1).expand(batch, -1)
-    if call.real is not None:
-        jumps = jumps & call.real[:, 1:] & call.real[:, :-1]
-    if bool(jumps.any()):
-        raise HookedModelError(
-            "position_ids do not go up by one from token to token, as those of packed documents: recurrent "
-            "layers carry their memory from one document into the next; give each document a row of its own"
-        )

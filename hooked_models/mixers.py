@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from hooked_models import calls, edits, recordings
-from hooked_models.caches import cached, pop_cache, refuse_unknown
+from hooked_models.caches import cached, pop_cache, refuse_unknown, store_state
 from hooked_models.errors import HookedModelError
 from hooked_models.head_hooks import HeadHooks, fire, fire_copy
 from hooked_models.recurrence import LOG_ZERO, Recurrence, scan
@@ -251,7 +251,7 @@ class HookedMixer(GeneralizedComponent):
             raise HookedModelError("there are no tokens to read: give one at least")
         swapped, added = edits.swapped_writes(), edits.added_writes(self)
         # 1. The layer's input. After every hook, what it put at padding is taken out again.
-        real = calls.real_tokens(attention_mask, hidden_states.shape[1])
+        real = calls.real_tokens(attention_mask, hidden_states.shape)
         hidden = calls.without_padding(fire(self.hook_in, hidden_states), real)
         # 2. q, g, a, b, k and v of each token.
         recurrence, bypass = self.inputs(hidden, cache, real, **own)
@@ -317,7 +317,7 @@ class HookedMixer(GeneralizedComponent):
                 final_state = final_state.index_add(1, here, change[1])
         if cache is not None:
             new = final_state.mT if self.state_is_transposed else final_state
-            cache.update_recurrent_state(new, self.layer_index)
+            store_state(cache, self.layer_index, new)
         return outputs
 
     def _state_before(self, cache: Any) -> Float[Tensor, "batch head d_k d_v"] | None:
@@ -328,14 +328,15 @@ class HookedMixer(GeneralizedComponent):
 
 def causal_convolution(
     hidden: Float[Tensor, "batch pos channel"],
-    conv: nn.Conv1d,
+    conv: Any,
     cache: Any,
     layer: int,
     real: Bool[Tensor, "batch pos"] | None,
 ) -> Float[Tensor, "batch pos channel"]:
     """Depthwise causal convolution over positions; reads its history from a cache and updates it.
 
-    Padding, where ``real`` is False, counts as zeros.
+    ``conv`` has the ``weight`` and ``bias`` of an ``nn.Conv1d``. Padding, where ``real`` is False, counts as
+    zeros.
     """
     hidden = calls.without_padding(hidden, real)
     weight, taps = conv.weight.squeeze(1), conv.weight.shape[-1]  # [channel, tap], the token itself last

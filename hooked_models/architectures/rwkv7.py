@@ -91,7 +91,7 @@ class HookedRWKV7FeedForward(GeneralizedComponent):
         cache = pop_cache(options)
         refuse_unknown(options, type(self).__name__)
         layer: Any = self.original_component
-        real = calls.real_tokens(attention_mask, hidden_states.shape[1])
+        real = calls.real_tokens(attention_mask, hidden_states.shape)
         hidden = calls.without_padding(self.hook_in(hidden_states), real)
         previous = _one_earlier(hidden, cache, layer.cache_idx)
         return calls.without_padding(self.hook_out(layer.mix(hidden, previous)), real)

@@ -32,7 +32,8 @@ class LowerLayers:
     Args:
         layer: the lowest layer that is still to be run.
         output: what the layer before it returns, as it returns it: the residual stream
-            ``[batch, pos, d_model]``, on RWKV-7 with the first layer's values beside it.
+            ``[batch, pos, d_model]``, on RWKV-7 with the first layer's values beside it. What has no entry
+            for each token, as weights of attention, is None.
     """
 
     layer: int
@@ -158,6 +159,14 @@ def _is_inside(outer: calls.Call | None) -> bool:
     return now is not None and now.outer is outer
 
 
+def _by_token(output: Any) -> Any:
+    """What a block returns, without what has no entry for each token, as weights of attention."""
+    if isinstance(output, Tensor):
+        return output
+    shape = output[0].shape[:2]
+    return type(output)(x if isinstance(x, Tensor) and x.shape[:2] == shape else None for x in output)
+
+
 def make_blocks_skippable(model: HookedRecurrent) -> None:
     """Let every block of a model look up whether it is left out; done once, when the model is loaded."""
     for layer, block in enumerate(model.blocks):
@@ -180,7 +189,7 @@ def _forward(block: nn.Module, layer: int, *args: Any, **options: Any) -> Any:
         output = run(*args, **options)
     # A pass inside the one that is to be kept, from a hook, is not kept.
     if keep is not None and layer == keep.layer - 1 and _is_inside(keep.outer):
-        keep.found = LowerLayers(keep.layer, output)
+        keep.found = LowerLayers(keep.layer, _by_token(output))
         if keep.stops:
             raise _Stopped
     return output
