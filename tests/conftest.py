@@ -63,6 +63,8 @@ def poisoned_memory() -> Iterator[None]:
 # Mean (None: the initial value) and deviation of parameters, by the first pattern that their name matches;
 # one number, or one for each quarter of the parameter.
 SPREADS: dict[str, tuple[Any, Any]] = {
+    r"forget_gate\.A_log$": (0.5, 1.2),
+    r"\.([abf]|f_[ab]|g_[ab])_proj\.weight$": (0.0, 0.2),
     r"A_log$": (torch.tensor([0.02, 0.3, 2.0, 12.0]).log(), 0.3),
     r"dt_bias$": (-0.5, 1.0),
     r"norm(_f)?\.weight$": (None, 0.3),  # 1; or 0 where a model multiplies by 1 + w
@@ -70,7 +72,7 @@ SPREADS: dict[str, tuple[Any, Any]] = {
     r"conv1d\.weight$": (0.0, 0.5),
     r"in_proj_(ba|b|a)\.weight$": (0.0, 0.2),
     r"lm_head\.weight$": (0.0, 0.1),
-    r"mixer\.D$": (None, 0.5),
+    r"(mixer|mamba)\.D$": (None, 0.5),
     r"w_lora\.lora\.2\.bias$": (-1.0, 3.0),
     r"lora\.2\.bias$": (0.0, 1.0),
     r"lora\..\.weight$": (0.0, 0.15),
@@ -79,6 +81,8 @@ SPREADS: dict[str, tuple[Any, Any]] = {
     # Short in the last heads, where the ways to make it a unit vector differ.
     r"\.attn\.k_k$": (0.0, torch.tensor([1.0, 1.0, 1.0, 0.004])),
     r"model\.embeddings\.weight$": (0.0, 0.3),
+    r"\.g_norm_swish_gate\.weight$": (None, 0.3),
+    r"\.gk_proj\.1\.bias$": (torch.tensor([6.0, 0.0, -8.0, -40.0]), 1.0),
     r"\.(attn\.[rkv]_proj|ffn\.(key|value))\.weight$": (0.0, 0.1),
     r"\.attn\.o_proj\.weight$": (0.0, 0.16),
 }

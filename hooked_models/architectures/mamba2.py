@@ -14,7 +14,7 @@ from hooked_models.recurrence import Recurrence
 
 
 class HookedMamba2(HookedMixer):
-    __doc__ = f"""Wraps transformers' ``Mamba2Mixer``.
+    __doc__ = f"""Wraps transformers' ``Mamba2Mixer``, and those of Nemotron-H, Granite 4, Bamba and Zamba2.
 
     Per head, with x, B and C from the convolution and dt clamped to the configured limits::
 
@@ -49,7 +49,7 @@ class HookedMamba2(HookedMixer):
     ) -> tuple[Recurrence, tuple[Tensor, Tensor]]:
         layer = self.wrapped
         groups, keys = layer.n_groups, layer.n_groups * layer.ssm_state_size
-        gate, mixed, dt = layer.in_proj(hidden).split(
+        gate, mixed, dt = self.projected(hidden).split(
             [layer.intermediate_size, layer.intermediate_size + 2 * keys, layer.num_heads], dim=-1
         )
         mixed = layer.act(causal_convolution(mixed, layer.conv1d, cache, self.layer_index, real))
@@ -68,5 +68,17 @@ class HookedMamba2(HookedMixer):
     ) -> Float[Tensor, "batch pos head d_v"]:
         gate, x = bypass
         outputs = outputs + self.wrapped.D[:, None] * x
-        normed = self.wrapped.norm(outputs.flatten(2).to(gate.dtype), gate)
+        normed = self.gated(outputs.flatten(2).to(gate.dtype), gate)
         return normed.to(gate.dtype).view(outputs.shape)
+
+    def projected(
+        self, hidden: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos gate_and_channel_and_head"]:
+        """The gate, the channels of the convolution (x, B, C) and the heads' dt, one after another."""
+        return self.wrapped.in_proj(hidden)
+
+    def gated(
+        self, outputs: Float[Tensor, "batch pos inner"], gate: Float[Tensor, "batch pos inner"]
+    ) -> Float[Tensor, "batch pos inner"]:
+        """The gate and the norm on the outputs of all heads."""
+        return self.wrapped.norm(outputs, gate)

@@ -153,14 +153,17 @@ class Layer:
     """One recurrent layer of a checkpoint folder."""
 
     path: str
-    """Where modules and checkpoints keep it, with a place for the layer's number."""
+    """Where modules keep it, with a place for the layer's number."""
+    checkpoint_path: str | None = None
+    """Where checkpoints keep it, if they have another name for it than modules."""
     output_projection = "out_proj"
 
     def __init__(self, folder: Path, layer: int) -> None:
         text = (folder / "config.json").read_text()
         self.config = json.loads(text, object_hook=lambda x: float(x["__float__"]) if "__float__" in x else x)
         self.name = self.path.format(layer)
-        tensors, prefix = load_file(folder / "model.safetensors"), f"{self.name}."
+        prefix = f"{(self.checkpoint_path or self.path).format(layer)}."
+        tensors = load_file(folder / "model.safetensors")
         self.weights = {
             n.removeprefix(prefix): x.double() for n, x in tensors.items() if n.startswith(prefix)
         }
@@ -270,18 +273,21 @@ class Mamba2Layer(Layer):
         b, c = mixed[..., inner:].reshape(*shape, 2, groups, d_k).unbind(2)
         b, c = (torch.stack([y[:, :, head // (heads // groups)] for head in range(heads)], 2) for y in (b, c))
         dt = torch.log1p(torch.exp(dt + w["dt_bias"])).clamp(*config["time_step_limit"])
-        # From transformers 5.23 on the norm is per group; before it was over all channels.
-        norms = groups if "group_size" in inspect.signature(MambaRMSNormGated).parameters else 1
 
         def head_outputs(out: Tensor) -> Tensor:
-            y = (out + w["D"][:, None] * x).reshape(*shape, -1) * gate * torch.sigmoid(gate)
-            y = y.reshape(*shape, norms, -1)
-            y = y / (y.square().mean(-1, keepdim=True) + config["layer_norm_epsilon"]).sqrt()
-            y = y.reshape(*shape, -1) * w["norm.weight"]
-            return y.reshape(out.shape)
+            y = (out + w["D"][:, None] * x).reshape(*shape, -1)
+            return self.normed(y, gate).reshape(out.shape)
 
         decay = torch.exp(-torch.exp(w["A_log"]) * dt)
         return Native(c, b, dt[..., None] * x, decay, lambda decay: (None, None), head_outputs)
+
+    def normed(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Gate and norm of all heads' outputs [batch, pos, channel]."""
+        # From transformers 5.23 on the norm is per group; before it was over all channels.
+        by_group = "group_size" in inspect.signature(MambaRMSNormGated).parameters
+        y = (y * gate * torch.sigmoid(gate)).unflatten(-1, (self.config["n_groups"] if by_group else 1, -1))
+        y = y / (y.square().mean(-1, keepdim=True) + self.config["layer_norm_epsilon"]).sqrt()
+        return y.flatten(-2) * self.weights["norm.weight"]
 
 
 class RWKV7Layer(Layer):
