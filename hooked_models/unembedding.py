@@ -134,6 +134,8 @@ def rounding_kl(
 
         (eps^2 / 12) n_roundings sum_i x_i^2 Var_p(W_i)        x after the last norm, W the unembedding
 
+    times the square of the factor by which some models (Granite, Falcon-H1) scale their logits.
+
     Args:
         model: the model.
         residual: the native residual stream after the last layer.
@@ -152,7 +154,8 @@ def rounding_kl(
         square += part @ weight.float().square()
         start += len(weight)
     spread = (x.square() * (square - mean.square()).clamp(min=0)).sum(-1)
-    return eps**2 / 12 * n_roundings * spread
+    scale = model.adapter.apply_output_logits_transform(torch.ones((), device=spread.device))
+    return eps**2 / 12 * n_roundings * scale**2 * spread
 
 
 def _normed(model: HookedRecurrent, residual: Float[Tensor, "*batch d_model"]) -> Tensor:
