@@ -69,4 +69,4 @@ class Zamba2Adapter(stock.Zamba2ArchitectureAdapter):
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         blocks = self.components["blocks"]
-        self.components["blocks"] = Zamba2Block(name=blocks.name, submodules=blocks.submodules)
+        self.components["blocks"] = Zamba2Block(name="model.layers", submodules=blocks.submodules)

@@ -100,7 +100,7 @@ def nemotron_h(**changes: Any) -> Any:
     options |= {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 48}
     kinds = ["linear_attention", "moe", "linear_attention", "full_attention", "mlp", "linear_attention"]
     options |= {"layers_block_type": kinds, "rescale_prenorm_residual": False}
-    model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**{**options, **changes}))
+    model: Any = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**{**options, **changes}))
     for layer in model.model.layers:
         if layer.block_type == "moe":
             layer.mixer.gate.e_score_correction_bias.normal_(std=0.1)
