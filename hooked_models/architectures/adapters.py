@@ -15,14 +15,26 @@ from transformer_lens.model_bridge import supported_architectures as stock
 from transformers import DynamicCache
 
 from hooked_models import upstream
-from hooked_models.architectures.gated_delta_net import HookedGatedDeltaNet
+from hooked_models.architectures.gated_delta_net import HookedGatedDeltaNet, HookedOlmoDeltaNet
+from hooked_models.architectures.kda import HookedKDA
+from hooked_models.architectures.lightning import HookedLightningAttention, LightningCache
 from hooked_models.architectures.mamba2 import HookedMamba2
+from hooked_models.architectures.mamba2_hybrids import (
+    GraniteMoeHybridAdapter,
+    HookedFalconH1Mamba2,
+    Zamba2Adapter,
+)
+from hooked_models.architectures.own_adapters import HybridAdapter, MiniMaxAdapter
 from hooked_models.architectures.rwkv7 import HookedRWKV7, HookedRWKV7FeedForward
 from hooked_models.modeling.rwkv7 import RWKV7Cache
 
 
 def _dynamic_cache(hf_model: Any, *_: Any, **__: Any) -> DynamicCache:
     return DynamicCache(config=hf_model.config)
+
+
+def _lightning_cache(hf_model: Any, *_: Any, **__: Any) -> LightningCache:
+    return LightningCache(hf_model.config)
 
 
 def _rwkv7_cache(hf_model: Any, *_: Any, **__: Any) -> RWKV7Cache:
@@ -57,7 +69,20 @@ ADAPTERS: dict[str, Row] = {
     "Qwen3_5ForCausalLM": Row(stock.Qwen3_5ArchitectureAdapter, {"linear_attn": HookedGatedDeltaNet}),
     "Qwen3_5MoeForCausalLM": Row(stock.Qwen3_5MoeArchitectureAdapter, {"linear_attn": HookedGatedDeltaNet}),
     "Qwen3NextForCausalLM": Row(stock.Qwen3NextArchitectureAdapter, {"linear_attn": HookedGatedDeltaNet}),
+    "OlmoHybridForCausalLM": Row(
+        stock.OlmoHybridArchitectureAdapter, {"linear_attn": HookedOlmoDeltaNet}
+    ),
+    "KimiLinearForCausalLM": Row(HybridAdapter, {"attn": HookedKDA}),
+    "BailingHybridForCausalLM": Row(HybridAdapter, {"attn": HookedKDA}),
+    "MiniMaxForCausalLM": Row(
+        MiniMaxAdapter, {"attn": HookedLightningAttention}, new_cache=_lightning_cache
+    ),
     "Mamba2ForCausalLM": Row(stock.Mamba2ArchitectureAdapter, {"mixer": HookedMamba2}, new_cache=None),
+    "NemotronHForCausalLM": Row(stock.NemotronHArchitectureAdapter, {"mixer": HookedMamba2}),
+    "GraniteMoeHybridForCausalLM": Row(GraniteMoeHybridAdapter, {"mixer": HookedMamba2}),
+    "BambaForCausalLM": Row(stock.BambaArchitectureAdapter, {"mixer": HookedMamba2}),
+    "FalconH1ForCausalLM": Row(stock.FalconH1ArchitectureAdapter, {"mamba": HookedFalconH1Mamba2}),
+    "Zamba2ForCausalLM": Row(Zamba2Adapter, {"mixer": HookedMamba2}),
     "RWKV7ForCausalLM": Row(
         stock.RWKV7ArchitectureAdapter,
         {"attn": HookedRWKV7, "ffn": HookedRWKV7FeedForward},
