@@ -15,7 +15,9 @@ from transformer_lens.model_bridge import supported_architectures as stock
 from transformers import DynamicCache
 
 from hooked_models import upstream
+from hooked_models.architectures.delta_net import FLAAdapter, HookedDeltaNet, HookedFLAGatedDeltaNet
 from hooked_models.architectures.gated_delta_net import HookedGatedDeltaNet, HookedOlmoDeltaNet
+from hooked_models.architectures.gla import HookedGLA
 from hooked_models.architectures.kda import HookedKDA
 from hooked_models.architectures.lightning import HookedLightningAttention, LightningCache
 from hooked_models.architectures.mamba2 import HookedMamba2
@@ -26,7 +28,7 @@ from hooked_models.architectures.mamba2_hybrids import (
 )
 from hooked_models.architectures.own_adapters import HybridAdapter, MiniMaxAdapter
 from hooked_models.architectures.rwkv7 import HookedRWKV7, HookedRWKV7FeedForward
-from hooked_models.modeling.rwkv7 import RWKV7Cache
+from hooked_models.modeling.causal_lm import RecurrentCache
 
 
 def _dynamic_cache(hf_model: Any, *_: Any, **__: Any) -> DynamicCache:
@@ -37,8 +39,8 @@ def _lightning_cache(hf_model: Any, *_: Any, **__: Any) -> LightningCache:
     return LightningCache(hf_model.config)
 
 
-def _rwkv7_cache(hf_model: Any, *_: Any, **__: Any) -> RWKV7Cache:
-    return RWKV7Cache(hf_model.config.num_hidden_layers)
+def _own_cache(hf_model: Any, *_: Any, **__: Any) -> RecurrentCache:
+    return hf_model.model.new_cache()
 
 
 def _prepare_nothing(model_name: str, model_kwargs: dict[str, Any]) -> None:
@@ -86,8 +88,14 @@ ADAPTERS: dict[str, Row] = {
     "RWKV7ForCausalLM": Row(
         stock.RWKV7ArchitectureAdapter,
         {"attn": HookedRWKV7, "ffn": HookedRWKV7FeedForward},
-        new_cache=_rwkv7_cache,
+        new_cache=_own_cache,
         is_own_model=True,
+    ),
+    # Of flash-linear-attention's folders.
+    "DeltaNetForCausalLM": Row(FLAAdapter, {"attn": HookedDeltaNet}, _own_cache, is_own_model=True),
+    "GLAForCausalLM": Row(FLAAdapter, {"attn": HookedGLA}, _own_cache, is_own_model=True),
+    "GatedDeltaNetForCausalLM": Row(
+        FLAAdapter, {"attn": HookedFLAGatedDeltaNet}, _own_cache, is_own_model=True
     ),
 }
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hooked_models.caches import cached
-from hooked_models.errors import HookedModelError
+from hooked_models.modeling.causal_lm import RecurrentCache, masked
 from hooked_models.modeling.rwkv7.config import RWKV7Config
 from hooked_models.recurrence import Recurrence, scan
 
@@ -21,31 +21,14 @@ from hooked_models.recurrence import Recurrence, scan
 LOWEST_LOG_DECAY = -0.6065306597126334
 
 
-class RWKV7Cache(DynamicCache):
+class RWKV7Cache(RecurrentCache):
     """The cache for decoding: the last input and the state of each attention, the last input of each FFN.
 
     In a model of n layers, cache layer i belongs to the attention of layer i, cache layer n + i to its FFN.
     """
 
     def __init__(self, n_layers: int) -> None:
-        super().__init__()
-        self.layers = [LinearAttentionLayer() for _ in range(2 * n_layers)]
-        self.seen_tokens = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.seen_tokens
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise HookedModelError(
-            "a recurrent state cannot be rolled back: keep copy.deepcopy(cache) of the point to go back to"
-        )
-
-    def activate_past_recording(self) -> None:
-        self.crop(0)
-
-    def reset(self) -> None:
-        super().reset()
-        self.seen_tokens = 0
+        super().__init__([LinearAttentionLayer() for _ in range(2 * n_layers)])
 
 
 class BonusAndGate(NamedTuple):
@@ -214,15 +197,6 @@ class RWKV7Block(GradientCheckpointingLayer):
         mixed, first = self.attn(self.attn_norm(hidden), v_first=v_first, **past)
         hidden = hidden + mixed
         return hidden + self.ffn(self.ffn_norm(hidden), **past), first
-
-
-def masked(
-    hidden: Float[Tensor, "batch pos size"], attention_mask: Int[Tensor, "batch all_pos"] | None
-) -> Float[Tensor, "batch pos size"]:
-    """The input with zeros at padded positions, which then write nothing and shift in nothing."""
-    if attention_mask is None or attention_mask.ndim != 2:
-        return hidden
-    return hidden.masked_fill(attention_mask[:, -hidden.shape[1] :, None] == 0, 0)
 
 
 def one_earlier(

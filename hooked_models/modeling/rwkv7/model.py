@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,11 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
 
-from hooked_models.caches import refuse_unknown
+from hooked_models.modeling.causal_lm import RecurrentCache, RecurrentForCausalLM, RecurrentModel
 from hooked_models.modeling.rwkv7.config import RWKV7Config
 from hooked_models.modeling.rwkv7.layers import RWKV7Attention, RWKV7Block, RWKV7Cache, RWKV7FeedForward
 
@@ -69,7 +67,7 @@ class RWKV7PreTrainedModel(PreTrainedModel):
         init.constant_(layer.g_norm.weight, ((layer.layer_idx + 1) / config.num_hidden_layers) ** 0.7)
 
 
-class RWKV7Model(RWKV7PreTrainedModel):
+class RWKV7Model(RecurrentModel, RWKV7PreTrainedModel):
     """The model up to its last hidden state: embedding, blocks and last norm."""
 
     def __init__(self, config: RWKV7Config) -> None:
@@ -80,132 +78,28 @@ class RWKV7Model(RWKV7PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
+    def new_cache(self) -> RWKV7Cache:
+        return RWKV7Cache(self.config.num_hidden_layers)
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
-
-    def forward(
+    def run_layers(
         self,
-        input_ids: Int[Tensor, "batch pos"] | None = None,
-        attention_mask: Int[Tensor, "batch all_pos"] | None = None,
-        inputs_embeds: Float[Tensor, "batch pos size"] | None = None,
-        past_key_values: RWKV7Cache | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **options: Any,
-    ) -> BaseModelOutputWithPast:
-        refuse_unknown(options, "an RWKV-7 model")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:  # as in transformers: layers run twice
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = RWKV7Cache(self.config.num_hidden_layers)
-        if past_key_values is not None and not isinstance(past_key_values, RWKV7Cache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}: an RWKV-7 model needs an RWKV7Cache"
-            )
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        v_first, hidden_states = None, [hidden]
+        hidden: Float[Tensor, "batch pos size"],
+        cache: RecurrentCache | None,
+        attention_mask: Any,
+        position_ids: Int[Tensor, "rows pos"] | None,
+    ) -> Iterator[Float[Tensor, "batch pos size"]]:
+        v_first = None
         for layer in self.layers:
             # Positional, because the older form of checkpointing differentiates nothing else.
-            hidden, v_first = layer(
-                hidden, v_first, past_key_values=past_key_values, attention_mask=attention_mask
-            )
-            hidden_states.append(hidden)
-        if past_key_values is not None:
-            past_key_values.seen_tokens += hidden.shape[1]
-        hidden = self.norm(hidden)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*hidden_states[:-1], hidden) if output_hidden_states else None,
-        )
+            hidden, v_first = layer(hidden, v_first, past_key_values=cache, attention_mask=attention_mask)
+            yield hidden
 
 
-class RWKV7ForCausalLM(RWKV7PreTrainedModel, GenerationMixin):
+class RWKV7ForCausalLM(RecurrentForCausalLM, RWKV7PreTrainedModel):
     """The RWKV-7 language model; ``from_pretrained`` reads flash-linear-attention's folders as they are."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: RWKV7Config) -> None:
         super().__init__(config)
         self.model = RWKV7Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embeddings = value
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the model makes an RWKV7Cache itself
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        past_key_values: RWKV7Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **_: Any,
-    ) -> dict[str, Any]:
-        """Cut the inputs down to the tokens that the cache has not seen."""
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        options: dict[str, Any] = {"past_key_values": past_key_values, "use_cache": use_cache}
-        options["attention_mask"] = attention_mask
-        if inputs_embeds is None:
-            return {"input_ids": input_ids[:, seen:], **options}
-        if not seen:
-            return {"inputs_embeds": inputs_embeds, **options}
-        # Callers differ in whether ``input_ids`` begins with the embedded prompt, so only its end is used.
-        return {"input_ids": input_ids[:, -1:], **options}
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Int[Tensor, "batch pos"] | None = None,
-        attention_mask: Int[Tensor, "batch all_pos"] | None = None,
-        inputs_embeds: Float[Tensor, "batch pos size"] | None = None,
-        past_key_values: RWKV7Cache | None = None,
-        labels: Int[Tensor, "batch pos"] | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        logits_to_keep: int | Int[Tensor, " position"] = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits and loss, with the arguments of transformers' causal language models.
-
-        ``labels`` are the input ids themselves: they are shifted by one token here.
-        """
-        if labels is None:
-            refuse_unknown(kwargs, "an RWKV-7 model")
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-        )
-        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, positions])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-        )
