@@ -7,6 +7,8 @@ importing TransformerLens) without notice. ``tests/hooked_models/test_upstream.p
 |---|---|
 | `registered` | ``ArchitectureAdapterFactory._adapters`` and ``SUPPORTED_ARCHITECTURES``, the dictionaries in which TransformerLens looks a model class up |
 | the table in `architectures.adapters` | ``adapter.component_mapping["blocks"].submodules``, ``create_stateful_cache`` and ``prepare_loading`` of TransformerLens's adapters |
+| `architectures.own_adapters` | ``ArchitectureAdapter`` and its ``prepare_model``, called with the loaded model; ``hook_aliases`` of blocks; ``sparse_required`` of ``MoEBridge`` |
+| `architectures.lightning` | that MiniMax's model takes no cache but a ``MiniMaxCache``, and its ``linear_cache`` (the model classes' tests) |
 | `complete_checkpoints` | ``PreTrainedModel.from_pretrained``, through which every model is loaded, and its ``output_loading_info`` |
 | `is_listened_to` | torch's dictionaries of a module's hooks, to which ``HookPoint.add_hook`` adds |
 | `HeadSplit` | ``splits_attention_heads`` of a hook point's conversion, by which ``pos_slice`` finds the position axis |

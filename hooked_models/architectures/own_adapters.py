@@ -36,6 +36,8 @@ class PostNormBlock(HybridBlock):
     What attention and MLP return is not what the stream gets, so there are no hooks of these names.
     """
 
+    adds_its_parts = False
+    """Read by `hooked_models.bridge.activation_cache`."""
     hook_aliases: ClassVar = {
         name: place
         for name, place in HybridBlock.hook_aliases.items()

@@ -94,14 +94,28 @@ class RecurrentActivationCache(ActivationCache):
 
 
 def _outputs(model: Any, layer: int) -> dict[str, str]:
-    """The hooks on what a layer adds to the stream: of its mixer or attention ("attn"), and of its MLP."""
+    """The hooks on what a layer adds to the stream: of its mixer or attention ("attn"), and of its MLP.
+
+    Raises:
+        HookedModelError: the layer adds something else than its parts return, or several parts at once.
+    """
     block = model.blocks[layer]
     found: dict[str, str] = {}
     for slot, part in block.named_children():
         if isinstance(getattr(part, "hook_out", None), HookPoint) and not isinstance(part, HookPoint):
             kind = "mlp" if slot in ("mlp", "ffn") else "attn"
-            if not _is_norm(slot):
-                found[kind] = f"blocks.{layer}.{slot}.hook_out"
+            if _is_norm(slot):
+                continue
+            if kind in found or not getattr(block, "adds_its_parts", True):
+                raise HookedModelError(
+                    f"decompose_resid: layer {layer} of this {model.cfg.architecture} scales, sums or norms "
+                    "what its parts return before the residual stream gets it: read hook_resid_pre and "
+                    "hook_resid_post instead"
+                )
+            # OLMo-Hybrid norms it first in some layers, where this alias names the norm.
+            alias = block.hook_aliases.get(f"hook_{kind}_out")
+            is_here = isinstance(alias, str) and hasattr(block, alias.partition(".")[0])
+            found[kind] = f"blocks.{layer}.{alias if is_here else f'{slot}.hook_out'}"
     return found
 
 

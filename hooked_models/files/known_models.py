@@ -21,6 +21,7 @@ TEXT_MODELS: dict[str | None, str] = {
 _MAMBA_1 = "no matrix memory: Mamba-1 keeps a vector per channel, and no head has a key or a value"
 _CONVOLUTION = "no matrix memory: beside attention it has short convolutions"
 _PER_CHANNEL = "no matrix memory: its recurrence keeps one number per channel"
+_LANES = "recurrent layers, but several residual streams and sparse attention: edits there are unsupported"
 _NOT_WRITTEN = "a matrix memory of an unsupported kind: nobody has written a mixer for its gates"
 # Why models with a recurrence have no hooks, by the model type in transformers or flash-linear-attention.
 _REASONS = {
@@ -28,6 +29,7 @@ _REASONS = {
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl"), _CONVOLUTION),
     **dict.fromkeys(("inkling", "inkling2", "zaya"), _CONVOLUTION),
     **dict.fromkeys(("recurrent_gemma", "hgrn"), _PER_CHANNEL),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text", "glm5_next", "glm5_next_text"), _LANES),
     "rwkv": "no matrix memory: RWKV-4 keeps a weighted mean per channel",
     "xlstm": "a matrix memory of an unsupported kind: it divides reads by a normaliser and scales writes by "
     "a running maximum",

@@ -33,6 +33,9 @@ CASES = {
     "lfm2_moe": ("Lfm2MoeForCausalLM", "short convolutions"),
     "recurrent_gemma": ("RecurrentGemmaForCausalLM", "one number per channel"),
     "rwkv": ("RwkvForCausalLM", "RWKV-4"),
+    "qwen4_exp": ("Qwen4ExpForConditionalGeneration", "several residual streams"),
+    "qwen4_exp_text": ("Qwen4ExpForCausalLM", "several residual streams"),
+    "glm5_next": ("Glm5NextForConditionalGeneration", "several residual streams"),
     "xlstm": ("xLSTMForCausalLM", "a normaliser and scales"),
     # Unknown to transformers: of flash-linear-attention, or of nobody.
     "rwkv6": ("RWKV6ForCausalLM", "before the token's write"),

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hooked_models import HookedRecurrent
+from tests.hooked_models.architectures import refused
 from tests.hooked_models.model_classes.case import Case, build
-from tests.hooked_models.model_classes.checks import CHECKS, LENGTH, TOLERANCE
+from tests.hooked_models.model_classes.checks import CHECKS, LENGTH, TOLERANCE, share
 from tests.hooked_models.model_classes.table import MODEL_CLASSES
 
 
@@ -34,6 +35,22 @@ def test_cells(case: Case) -> None:
 def test_check(case: Case, check: str) -> None:
     error = CHECKS[check](case)
     assert error <= TOLERANCE, f"{check} of {case.of.name}: off by {error:.1e} of the spread"
+
+
+ADDS_NOT_ITS_PARTS = ("GraniteMoeHybridForCausalLM", "FalconH1ForCausalLM", "MiniMaxForCausalLM")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", MODEL_CLASSES, indirect=True, scope="module")
+def test_the_parts_of_the_residual_stream_add_up_to_it(case: Case) -> None:
+    """Where a block scales, sums or norms them, that is said instead."""
+    _, cache = case.model.run_with_cache(case.tokens(2, LENGTH))
+    if case.of.name.split()[0] in ADDS_NOT_ITS_PARTS:
+        with refused("decompose_resid", "scales, sums or norms"):
+            cache.decompose_resid()
+        return
+    stream = cache[f"blocks.{len(case.model.blocks) - 1}.hook_out"]
+    assert share(cache.decompose_resid().sum(0), stream) <= TOLERANCE
 
 
 @torch.no_grad()
