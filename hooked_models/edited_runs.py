@@ -256,13 +256,22 @@ def _dual_level(model: HookedRecurrent) -> Iterator[None]:
                 "a run with linear=True cannot run inside another one, or inside another forward-mode "
                 "derivative: torch has no nested ones"
             ) from error
-        config: Any = model.original_model.config
-        experts = getattr(config, "_experts_implementation", None)
         try:
-            if experts is not None:
-                config._experts_implementation = "eager"
-            yield
+            with _experts_one_by_one(model):
+                yield
         finally:
-            if experts is not None:
-                config._experts_implementation = experts
             forward_ad.exit_dual_level(level=level)
+
+
+@contextlib.contextmanager
+def _experts_one_by_one(model: HookedRecurrent) -> Iterator[None]:
+    native: Any = model.original_model
+    before = getattr(native.config, "_experts_implementation", None)
+    if before in (None, "eager") or not native._can_set_experts_implementation():
+        yield
+        return
+    native.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        native.set_experts_implementation(before)
