@@ -91,7 +91,7 @@ def from_blinkdl(source: str, tensors: Tensors) -> Checkpoint:
         kind = "no RWKV checkpoint of a known version" if version is None else f"{version}, by its tensors"
         raise HookedModelError(f"{source} is {kind}: only plain RWKV-7 (x070) is supported in this form")
     config = _config_from_shapes(source, tensors)
-    shapes = model_shapes(RWKV7ForCausalLM, config, len(tensors))
+    shapes = model_shapes(source, RWKV7ForCausalLM, config, len(tensors))
     theirs = {name: _counterpart(name) for name in shapes}
     # Published files hold att.v0 to v2 in the first block too, where nothing uses them.
     used = {name: x for name, x in tensors.items() if not re.fullmatch(r"blocks\.0\.att\.v[012]", name)}
@@ -144,7 +144,7 @@ def to_blinkdl(model: RWKV7ForCausalLM) -> Tensors:
                 f"BlinkDL's files cannot express {field} = {value!r}: their readers take {field} = {needed!r}"
             )
     ours = model.state_dict()
-    if ours.keys() != model_shapes(RWKV7ForCausalLM, config, len(ours)).keys():
+    if ours.keys() != model_shapes("the model", RWKV7ForCausalLM, config, len(ours)).keys():
         raise HookedModelError(
             "a bridge has changed the modules of this model: write it before HookedRecurrent wraps it"
         )

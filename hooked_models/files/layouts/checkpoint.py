@@ -122,18 +122,28 @@ def bad_field(source: str, field: str, value: Any, expected: str) -> HookedModel
     )
 
 
-def model_shapes(model_class: type[PreTrainedModel], config: Any, n_tensors: int) -> dict[str, torch.Size]:
+def check_layers(source: str, n_layers: int, n_tensors: int) -> None:
+    """Refuse more layers than a checkpoint has tensors for: building them could take any amount of time.
+
+    Raises:
+        HookedModelError: there are fewer than eight tensors a layer; any model here has as many.
+    """
+    if n_layers * 8 > n_tensors:
+        raise HookedModelError(
+            f"{source}: {short_count(n_layers)} layers cannot be made of {n_tensors} tensors"
+        )
+
+
+def model_shapes(
+    source: str, model_class: type[PreTrainedModel], config: Any, n_tensors: int
+) -> dict[str, torch.Size]:
     """The shapes of a model's tensors by name, without allocating the tensors.
 
     Raises:
         HookedModelError: the configuration has more layers than the checkpoint has tensors for
-            (``n_tensors``): building them could take any amount of time.
+            (``n_tensors``).
     """
-    # A layer of any model here has eight tensors or more.
-    if config.num_hidden_layers * 8 > n_tensors:
-        raise HookedModelError(
-            f"{short_count(config.num_hidden_layers)} layers cannot be made of {n_tensors} tensors"
-        )
+    check_layers(source, config.num_hidden_layers, n_tensors)
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
 

@@ -15,6 +15,7 @@ from hooked_models.files.layouts.checkpoint import (
     Tensors,
     bad_field,
     check_activation,
+    check_layers,
     check_tensors,
     model_shapes,
 )
@@ -59,11 +60,13 @@ def from_fla(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkpoint:
     if is_rwkv7:
         raw |= _ranks(raw, tensors)
     _check_types(source, raw, config_class)
+    # First, because the configuration lists its layers.
+    check_layers(source, raw.get("num_hidden_layers", 0), len(tensors))
     if is_rwkv7 and raw.get("hidden_act") != "sqrelu":  # its name for transformers' relu2
         check_activation(source, raw.get("hidden_act"))
     try:
         config = config_class.from_dict({**raw, "architectures": [model_class.__name__]})
-        shapes = model_shapes(model_class, config, len(tensors))
+        shapes = model_shapes(source, model_class, config, len(tensors))
     except HookedModelError:
         raise
     except _UNUSABLE as error:

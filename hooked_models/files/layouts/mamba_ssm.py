@@ -50,7 +50,7 @@ def from_mamba_ssm(source: str, raw: dict[str, Any], tensors: Tensors) -> Checkp
             f"{source} has ssm_cfg.ngroups = {config.n_groups}: this needs transformers 5.23 or later: "
             "earlier versions normalise all groups together"
         )
-    shapes = model_shapes(Mamba2ForCausalLM, config, len(tensors))
+    shapes = model_shapes(source, Mamba2ForCausalLM, config, len(tensors))
     shapes[_MAMBA_SSM_EMBEDDING] = shapes.pop(_EMBEDDING)
     check_tensors(source, tensors, shapes, _MAMBA_SSM_EMBEDDING if config.tie_word_embeddings else None)
     ours = dict(tensors)
