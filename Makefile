@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= writesae-demo
 MODEL ?= tiny-gdn
 
-.PHONY: demo test test-slow tutorials docs lint bench bench-full cells clean
+.PHONY: demo test test-slow tutorials docs lint bench bench-full cells dist dist-demo clean
 
 demo: $(VENV)/.user  ## train a WriteSAE on a shipped model, test it, write a report
 	$(BIN)/writesae-lens demo --model $(MODEL) --out $(OUT)
@@ -36,6 +36,18 @@ bench-full: $(VENV)/.dev  ## a model of Qwen3.5-0.8B's size with random weights:
 cells: $(VENV)/.dev  ## train and test every cell of a shipped model, print one table: 5 to 25 minutes
 	$(BIN)/python -m tests.benchmarks.all_cells --model $(MODEL) --out writesae-cells-$(MODEL) --workers 2
 
+dist: $(VENV)/.dev  ## wheel and sdist in dist/, with all files of the packages and no others
+	rm -rf build dist
+	$(BIN)/python -m build --quiet --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/check_dist.py dist
+
+dist-demo: dist  ## the wheel in an empty environment, away from the checkout: package data included, its demo runs
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	build/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build/empty && bin/writesae-lens demo --out demo
+
 # torch is asked for by its exact version first: a range would fetch the registry's newest build and its CUDA
 # packages where a CPU build of the tested version is at hand.
 $(VENV)/.torch: constraints.txt
@@ -52,4 +64,4 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $@ $(VENV)/.user
 
 clean:
-	rm -rf $(VENV) $(OUT) site build *.egg-info
+	rm -rf $(VENV) $(OUT) site build dist *.egg-info
