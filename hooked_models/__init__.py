@@ -14,6 +14,8 @@ from hooked_models.moved import OLD_NAMES, keep_old_names
 
 if TYPE_CHECKING:
     from hooked_models.architectures.gated_delta_net import HookedGatedDeltaNet
+    from hooked_models.architectures.kda import HookedKDA
+    from hooked_models.architectures.lightning import HookedLightningAttention
     from hooked_models.architectures.mamba2 import HookedMamba2
     from hooked_models.architectures.rwkv7 import HookedRWKV7
     from hooked_models.errors import HookedModelError
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Cell",
     "HookedGatedDeltaNet",
+    "HookedKDA",
+    "HookedLightningAttention",
     "HookedMamba2",
     "HookedModelError",
     "HookedRWKV7",
@@ -48,6 +52,8 @@ keep_old_names(OLD_NAMES)
 _HOMES = {
     "Cell": "hooked_recurrent",
     "HookedGatedDeltaNet": "architectures.gated_delta_net",
+    "HookedKDA": "architectures.kda",
+    "HookedLightningAttention": "architectures.lightning",
     "HookedMamba2": "architectures.mamba2",
     "HookedModelError": "errors",
     "HookedRWKV7": "architectures.rwkv7",

@@ -92,24 +92,35 @@ class MiniMaxAdapter(HybridAdapter):
 
     block = PostNormBlock
 
-    def __init__(self, cfg: Any) -> None:
-        super().__init__(cfg)
-        if getattr(cfg, "sliding_window", None) is not None:
-            raise HookedModelError(
-                f"MiniMax with sliding_window={cfg.sliding_window} is not supported: its attention sees all "
-                "earlier tokens here"
-            )
+    def prepare_loading(self, model_name: str, model_kwargs: dict[str, Any]) -> None:
+        super().prepare_loading(model_name, model_kwargs)
+        _refuse_windows(model_kwargs["config"])
 
     def prepare_model(self, hf_model: Any) -> None:
         super().prepare_model(hf_model)
+        _refuse_windows(hf_model.config)
         hf_model.model.register_forward_pre_hook(_with_cache, with_kwargs=True)
+
+
+def _refuse_windows(config: Any) -> None:
+    if config.sliding_window is not None:
+        raise HookedModelError(
+            f"MiniMax with sliding_window={config.sliding_window} is not supported: with padding or swapped "
+            "writes its attention would see all earlier tokens"
+        )
 
 
 def _with_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Give MiniMax's model the cache that its layers understand, where it would make another one."""
     config: Any = model.config
-    use_cache = kwargs.get("use_cache")
-    wants_cache = config.use_cache if use_cache is None else use_cache
-    if not wants_cache or cache_in(kwargs) is not None:
+    use_cache, cache = kwargs.get("use_cache"), cache_in(kwargs)
+    if not (config.use_cache if use_cache is None else use_cache):
         return None
-    return args, kwargs | {"past_key_values": LightningCache(config)}
+    if cache is None:
+        return args, kwargs | {"past_key_values": LightningCache(config)}
+    if not isinstance(cache, LightningCache):
+        raise HookedModelError(
+            f"MiniMax takes no {type(cache).__name__}, but a cache of its own kind: make one with "
+            "model.new_cache()"
+        )
+    return None
