@@ -76,6 +76,8 @@ ADAPTERS: dict[str, Row] = {
     ),
     "KimiLinearForCausalLM": Row(HybridAdapter, {"attn": HookedKDA}),
     "BailingHybridForCausalLM": Row(HybridAdapter, {"attn": HookedKDA}),
+    # What published checkpoints of Ling 3.0 call the class before.
+    "BailingMoeV3ForCausalLM": Row(HybridAdapter, {"attn": HookedKDA}),
     "MiniMaxForCausalLM": Row(
         MiniMaxAdapter, {"attn": HookedLightningAttention}, new_cache=_lightning_cache
     ),

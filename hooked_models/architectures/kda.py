@@ -1,4 +1,4 @@
-"""Kimi Delta Attention (Kimi Linear, Ring and Ling) with hook points on its cache writes."""
+"""Kimi Delta Attention (Kimi Linear, Ling 3.0) with hook points on its cache writes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class HookedKDA(HookedGatedDeltaNet):
         return self.wrapped.o_norm
 
     def _log_decay(self, hidden: Tensor) -> Float[Tensor, "batch pos head d_k"]:
-        """-rate softplus(x), or lower_bound sigmoid(rate x) where Ring and Ling bound it."""
+        """-rate softplus(x), or lower_bound sigmoid(rate x) where Ling bounds it."""
         gate = self.wrapped.forget_gate
         wide = torch.promote_types(hidden.dtype, torch.float32)
         is_low_rank = hasattr(gate, "f_a_proj")

@@ -1,4 +1,4 @@
-"""Adapters for hybrids that TransformerLens does not know: Kimi Linear, Ring and Ling, MiniMax.
+"""Adapters for hybrids that TransformerLens does not know: Kimi Linear, Ling 3.0, MiniMax.
 
 They are written as its own adapters are. The table in `adapters` puts the hooked mixers into the slot
 ``attn``, which holds the recurrence in some layers and softmax attention in the others.

@@ -30,6 +30,8 @@ _REASONS = {
     **dict.fromkeys(("inkling", "inkling2", "zaya"), _CONVOLUTION),
     **dict.fromkeys(("recurrent_gemma", "hgrn"), _PER_CHANNEL),
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text", "glm5_next", "glm5_next_text"), _LANES),
+    # Both have this model type; transformers would build Ling 3.0 of the other's sizes.
+    "bailing_hybrid": "lightning attention in a class (Ring and Ling 2.5, 2.6) that transformers has not",
     "rwkv": "no matrix memory: RWKV-4 keeps a weighted mean per channel",
     "xlstm": "a matrix memory of an unsupported kind: it divides reads by a normaliser and scales writes by "
     "a running maximum",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ def test_minimax_refuses_other_caches(minimax_case: Case) -> None:
     for cache in (MiniMaxCache(), DynamicCache(config=model.original_model.config)):
         with refused(type(cache).__name__, "model.new_cache()"):
             model(tokens, past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+def test_ling_boots_under_the_name_that_its_checkpoints_have(tmp_path: Path) -> None:
+    case = build(MODEL_CLASSES["BailingHybridForCausalLM"], tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BailingMoeV3ForCausalLM"]}))
+    model, tokens = HookedRecurrent.boot_transformers(tmp_path, device="cpu"), case.tokens(1, 9)
+    assert model.cells == case.model.cells
+    assert torch.equal(model(tokens), case.model(tokens))
 
 
 def test_minimax_with_a_sliding_window_is_refused(tmp_path: Path) -> None:

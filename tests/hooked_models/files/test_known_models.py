@@ -36,6 +36,7 @@ CASES = {
     "qwen4_exp": ("Qwen4ExpForConditionalGeneration", "several residual streams"),
     "qwen4_exp_text": ("Qwen4ExpForCausalLM", "several residual streams"),
     "glm5_next": ("Glm5NextForConditionalGeneration", "several residual streams"),
+    "bailing_hybrid": ("BailingMoeV2_5ForCausalLM", "that transformers has not"),
     "xlstm": ("xLSTMForCausalLM", "a normaliser and scales"),
     # Unknown to transformers: of flash-linear-attention, or of nobody.
     "rwkv6": ("RWKV6ForCausalLM", "before the token's write"),

@@ -1,4 +1,4 @@
-"""OLMo-Hybrid (Gated DeltaNet), Kimi Linear and Ring/Ling (KDA), and MiniMax (lightning attention)."""
+"""OLMo-Hybrid (Gated DeltaNet), Kimi Linear and Ling 3.0 (KDA), and MiniMax (lightning attention)."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def kimi_linear(**changes: Any) -> Any:
 
 
 def bailing_hybrid(**changes: Any) -> Any:
-    """A tiny Ring/Ling: 4 heads of 16 x 16, softmax attention (MLA) in one layer, experts in two."""
+    """A tiny Ling 3.0: 4 heads of 16 x 16, softmax attention (MLA) in one layer, experts in two."""
     sizes: dict[str, Any] = _SIZES | _MLA | _MOE | {"head_dim": 16, "num_mtp_layers": 0} | changes
     return _with_expert_biases(
         transformers.BailingHybridForCausalLM(transformers.BailingHybridConfig(**sizes))
@@ -208,10 +208,10 @@ MODEL_CLASSES = (
         seed=21,
     ),
     ModelClass("KimiLinearForCausalLM", "Kimi Linear", kimi_linear, *_KIMI, seed=22),
-    ModelClass("BailingHybridForCausalLM", "Ring and Ling 2.5", bailing_hybrid, *_BAILING, seed=23),
+    ModelClass("BailingHybridForCausalLM", "Ling 3.0", bailing_hybrid, *_BAILING, seed=23),
     ModelClass(
         "BailingHybridForCausalLM without bound of the decay",
-        "Ring and Ling 2.5",
+        "Ling 3.0",
         lambda: bailing_hybrid(kda_safe_gate=False),
         *_BAILING,
         seed=24,
