@@ -108,6 +108,7 @@ class HookedRecurrent(upstream.CheckedBridge):
         lower_layers.make_blocks_skippable(model)
         branch_attention.run_in_cuts(model)
         copies.keep_names(model.original_model)
+        unembedding.freeze_added_bias(model)
         model.cfg.model_name = model_name
         if model_name in zoo.SHIPPED:  # TransformerLens's defaults differ by architecture
             model.cfg.default_prepend_bos = False

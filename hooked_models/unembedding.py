@@ -198,6 +198,16 @@ def _unembedded(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return nn.functional.linear(hidden, weight.to(hidden), None if bias is None else bias.to(hidden))
 
 
+def freeze_added_bias(model: HookedRecurrent) -> None:
+    """Keep out of training the bias of zeros that TransformerLens gives an unembedding which has none.
+
+    The Hugging Face model has no place for it: once trained, it would be lost on saving.
+    """
+    bias = model.unembed.original_component.bias
+    if bias is not None and not bias.any():
+        bias.requires_grad_(False)
+
+
 def is_hooked(model: HookedRecurrent) -> bool:
     """Whether a hook or an SAE is on the last norm or the unembedding."""
     return any(name.startswith(("ln_final.", "unembed.")) for name in model.busy_hooks)

@@ -169,3 +169,13 @@ def test_a_run_past_the_last_hooks_is_refused(half, tokens, point):
             assert torch.equal(run_to_logits(half, tokens), half(tokens))
     finally:
         half.reset_saes()
+
+
+def test_nothing_is_trained_that_a_saved_model_does_not_have(name):
+    """As the bias of zeros that TransformerLens gives the unembedding."""
+    model = HookedRecurrent.boot_transformers(name, device="cpu")
+    model(model.to_tokens("It is a truth"), return_type="loss").backward()
+    net = model.original_model
+    trained = {n.replace("_original_component.", "") for n, x in net.named_parameters() if x.grad is not None}
+    assert trained
+    assert trained <= type(net)(net.config).state_dict().keys()
