@@ -74,6 +74,11 @@ def _check_objects(given: dict[str, Any]) -> None:
 
 def _check_beside_model(given: dict[str, Any]) -> None:
     model = given["hf_model"]
+    if any(x.device.type == "meta" for x in model.parameters()):
+        raise HookedModelError(
+            f"{_TAKER}: hf_model has weights on the device meta, that is nowhere: accelerate offloaded them, "
+            'or they were not loaded; load it with device_map="cpu" or on GPUs'
+        )
     loaded = "hf_model is loaded already"
     idle_names = ["hf_config_overrides", "model_class", "n_ctx", "checkpoint_index", "checkpoint_value"]
     idle_names += ["device_map", "n_devices", "max_memory"]

@@ -136,6 +136,14 @@ def test_a_loaded_model_keeps_its_dtype_and_device(name):
             boot(name, hf_model=type(loaded)(loaded.config).to(torch.bfloat16), **other, **{argument: value})
 
 
+def test_weights_that_were_offloaded(model, name):
+    """accelerate leaves them on the device meta, and loads them in hooks that a bridge's layers pass by."""
+    with torch.device("meta"):
+        offloaded = type(model.original_model)(model.original_model.config)
+    with refused("meta"):
+        boot(name, hf_model=offloaded, device=None)
+
+
 # What another package would have to be there for.
 
 METHODS = "bitsandbytes gptq awq compressed-tensors hqq aqlm quanto torchao eetq vptq auto-round nonsense"
