@@ -71,16 +71,12 @@ ADAPTERS: dict[str, Row] = {
     "Qwen3_5ForCausalLM": Row(stock.Qwen3_5ArchitectureAdapter, {"linear_attn": HookedGatedDeltaNet}),
     "Qwen3_5MoeForCausalLM": Row(stock.Qwen3_5MoeArchitectureAdapter, {"linear_attn": HookedGatedDeltaNet}),
     "Qwen3NextForCausalLM": Row(stock.Qwen3NextArchitectureAdapter, {"linear_attn": HookedGatedDeltaNet}),
-    "OlmoHybridForCausalLM": Row(
-        stock.OlmoHybridArchitectureAdapter, {"linear_attn": HookedOlmoDeltaNet}
-    ),
+    "OlmoHybridForCausalLM": Row(stock.OlmoHybridArchitectureAdapter, {"linear_attn": HookedOlmoDeltaNet}),
     "KimiLinearForCausalLM": Row(HybridAdapter, {"attn": HookedKDA}),
     "BailingHybridForCausalLM": Row(HybridAdapter, {"attn": HookedKDA}),
     # What published checkpoints of Ling 3.0 call the class before.
     "BailingMoeV3ForCausalLM": Row(HybridAdapter, {"attn": HookedKDA}),
-    "MiniMaxForCausalLM": Row(
-        MiniMaxAdapter, {"attn": HookedLightningAttention}, new_cache=_lightning_cache
-    ),
+    "MiniMaxForCausalLM": Row(MiniMaxAdapter, {"attn": HookedLightningAttention}, new_cache=_lightning_cache),
     "Mamba2ForCausalLM": Row(stock.Mamba2ArchitectureAdapter, {"mixer": HookedMamba2}, new_cache=None),
     "NemotronHForCausalLM": Row(stock.NemotronHArchitectureAdapter, {"mixer": HookedMamba2}),
     "GraniteMoeHybridForCausalLM": Row(GraniteMoeHybridAdapter, {"mixer": HookedMamba2}),

@@ -167,7 +167,7 @@ def kimi_linear(**changes: Any) -> Any:
 
 def bailing_hybrid(**changes: Any) -> Any:
     """A tiny Ling 3.0: 4 heads of 16 x 16, softmax attention (MLA) in one layer, experts in two."""
-    sizes: dict[str, Any] = _SIZES | _MLA | _MOE | {"head_dim": 16, "num_mtp_layers": 0} | changes
+    sizes: dict[str, Any] = _SIZES | _MLA | _MOE | {"head_dim": 16} | changes
     return _with_expert_biases(
         transformers.BailingHybridForCausalLM(transformers.BailingHybridConfig(**sizes))
     )
