@@ -170,7 +170,8 @@ class HookedMixer(GeneralizedComponent):
         Raises:
             HookedModelError: the projection has a dropout that is on, so that it is no one matrix.
         """
-        d_v, projection = self.write_shape[1], self.output_projection
+        d_v = self.write_shape[1]
+        projection: Any = self.output_projection
         if isinstance(projection, GeneralizedComponent):  # whose hooks are for the model's own pass
             projection = projection.original_component
         if type(projection) is nn.Linear and not projection.weight.is_meta:

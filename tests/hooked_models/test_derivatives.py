@@ -69,7 +69,7 @@ def test_the_gradient_at_a_hook_can_be_differentiated(model: Any, tokens: Tensor
     if name is None:
         pytest.skip("this architecture erases nothing")
     edit = (lambda x: 0.9 * x + 0.02) if edited else None
-    parameters = list(model.original_model.parameters())
+    parameters = [x for x in model.original_model.parameters() if x.requires_grad]
     rng = torch.Generator().manual_seed(0)
     noise = [torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in parameters]
     direction = [x.std().nan_to_num(0) * n for x, n in zip(parameters, noise, strict=True)]

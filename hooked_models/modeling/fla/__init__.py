@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 MODEL_CLASSES: dict[str, type[FLAForCausalLM]] = {
-    model_class.config_class.model_type: model_class
+    str(getattr(model_class.config_class, "model_type", "")): model_class
     for model_class in (DeltaNetForCausalLM, GLAForCausalLM, GatedDeltaNetForCausalLM)
 }
 """By the model type in their config.json."""

@@ -39,7 +39,7 @@ class SoftmaxAttention(LlamaAttention):
             attention_bias=spec.get("qkv_bias", False),
             max_position_embeddings=config.max_position_embeddings,
             rope_parameters={"rope_type": "default", "rope_theta": float(spec.get("rope_theta", 1e4))},
-            attn_implementation="eager",
+            attn_implementation="eager",  # type: ignore[call-arg]  (of every PreTrainedConfig)
         )
         super().__init__(like_llama, layer_idx)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
