@@ -164,8 +164,8 @@ class HookedMixer(GeneralizedComponent):
     def head_output(self, head: int) -> Float[Tensor, "d_v d_model"]:
         """W_O of one head: how ``hook_head_out`` enters the layer's output.
 
-        Of a plain Linear it is a part of the weight. One that is adapted (peft's LoRA) or quantised is applied
-        to unit vectors, and what it makes of zero is subtracted.
+        Of a plain Linear it is a part of the weight. One that is adapted (peft's LoRA) or quantised is
+        applied to unit vectors, and what it makes of zero is subtracted.
 
         Raises:
             HookedModelError: the projection has a dropout that is on, so that it is no one matrix.
