@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from hooked_models.moved import OLD_NAMES, keep_old_names
 
 if TYPE_CHECKING:
+    from hooked_models.architectures.delta_net import HookedDeltaNet, HookedFLAGatedDeltaNet
     from hooked_models.architectures.gated_delta_net import HookedGatedDeltaNet
+    from hooked_models.architectures.gla import HookedGLA
     from hooked_models.architectures.kda import HookedKDA
     from hooked_models.architectures.lightning import HookedLightningAttention
     from hooked_models.architectures.mamba2 import HookedMamba2
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cell",
+    "HookedDeltaNet",
+    "HookedFLAGatedDeltaNet",
+    "HookedGLA",
     "HookedGatedDeltaNet",
     "HookedKDA",
     "HookedLightningAttention",
@@ -51,6 +56,9 @@ keep_old_names(OLD_NAMES)
 # Loaded on first use, so that the training recipe and the shipped files need no TransformerLens.
 _HOMES = {
     "Cell": "hooked_recurrent",
+    "HookedDeltaNet": "architectures.delta_net",
+    "HookedFLAGatedDeltaNet": "architectures.delta_net",
+    "HookedGLA": "architectures.gla",
     "HookedGatedDeltaNet": "architectures.gated_delta_net",
     "HookedKDA": "architectures.kda",
     "HookedLightningAttention": "architectures.lightning",

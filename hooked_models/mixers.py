@@ -125,14 +125,6 @@ class HookedMixer(GeneralizedComponent):
         """Whether a component is this architecture's recurrence, by default by its attributes."""
         return all(hasattr(component, name) for name in dataclasses.astuple(self.attribute_names))
 
-    def stop_decay(self) -> None:
-        """Make every decay 1, so that the layer forgets nothing but what it erases.
-
-        Raises:
-            HookedModelError: the architecture has no such form.
-        """
-        raise HookedModelError(f"the decay of {self.architecture} layers cannot be stopped")
-
     # Common to all architectures.
 
     @property

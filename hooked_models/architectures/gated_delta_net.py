@@ -34,11 +34,6 @@ class HookedGatedDeltaNet(HookedMixer):
 
     attribute_names = AttributeNames(n_heads="num_v_heads", d_k="head_k_dim", d_v="head_v_dim")
 
-    @torch.no_grad()
-    def stop_decay(self) -> None:
-        """Make the layer a DeltaNet: every decay is 1, and it forgets only what it overwrites."""
-        self.wrapped.A_log.fill_(-float("inf"))
-
     def inputs(
         self, hidden: Float[Tensor, "batch pos d_model"], cache: Any, real: Bool[Tensor, "batch pos"] | None
     ) -> tuple[Recurrence, Tensor]:

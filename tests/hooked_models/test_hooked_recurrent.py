@@ -457,19 +457,3 @@ def test_a_cache_that_does_not_fit_is_refused(pair: Pair):
 def test_shipped_models_read_the_same_text_as_the_same_tokens():
     read = [boot(name).to_tokens("It is a truth").tolist() for name in zoo.SHIPPED]
     assert read[0] == read[1] == read[2]
-
-
-@once_per_architecture
-@torch.no_grad()
-def test_stopped_decay(pair: Pair):
-    """Every decay is 1; a mixer that has no such form refuses."""
-    model = boot(pair.folder)
-    if pair.name != "gated_delta_net":
-        with pytest.raises(HookedModelError, match=f"decay of {pair.name} layers cannot be stopped"):
-            model.mixers[0].stop_decay()
-        return
-    model.mixers[1].stop_decay()
-    names = [pair.point(layer, "decay") for layer in (0, 1)]
-    _, cache = model.run_with_cache(some_tokens(1, 9), names_filter=names)
-    assert (cache[names[1]] == 1).all()
-    assert (cache[names[0]] < 1).any()

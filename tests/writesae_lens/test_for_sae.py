@@ -1,9 +1,11 @@
 """The base model that belongs to an SAE."""
 
+import huggingface_hub
 import pytest
 import torch
 
 from hooked_models import HookedModelError, HookedRecurrent
+from tests.writesae_lens.fla_models import save_model
 from tests.writesae_lens.published.made import checkpoint, save
 from writesae_lens import WriteSAE
 
@@ -34,6 +36,32 @@ def test_it_boots_and_the_sae_runs_on_it(tmp_path, tag, d_k, d_v, kind):
     assert cache[found[0]].shape == (*tokens.shape, 24)
 
 
+@pytest.mark.parametrize(
+    ("kind", "tag", "cell", "sides"),
+    [
+        ("delta_net", "deltanet-1.3b", "L12_H8", (128, 128)),
+        ("gla", "gla-1.3b", "L12_H0", (256, 512)),
+    ],
+)
+def test_published_saes_of_flash_linear_attentions_models(tmp_path, monkeypatch, kind, tag, cell, sides):
+    """A narrow model with the published one's cells lies where a download would."""
+    made = sae(tmp_path, tag, cell, *sides)
+    name = {"delta_net": "fla-hub/delta_net-1.3B-100B", "gla": "fla-hub/gla-1.3B-100B"}[kind]
+    assert made.cfg.metadata.model_name == name
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+    save_model(place / "snapshots" / "main", kind)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("main")
+    model = HookedRecurrent.for_sae(made)
+    layer, head = (int(part[1:]) for part in cell.split("_"))
+    assert made.cfg.metadata.hook_name == model.state_hook_name(layer, head)
+    assert model.cell(layer, head).architecture == kind
+    tokens = model.to_tokens("It is a truth", prepend_bos=False)
+    _, cache = model.run_with_cache_with_saes(tokens, saes=[made])
+    assert any(found.endswith("hook_sae_acts_post") for found in cache)
+
+
 def test_options_of_the_metadata_and_of_the_caller(tmp_path):
     made = sae(tmp_path, model_from_pretrained_kwargs={"dtype": "bfloat16"})
     assert next(HookedRecurrent.for_sae(made).parameters()).dtype == torch.bfloat16
@@ -48,7 +76,7 @@ def test_the_metadata_has_no_say_in_running_code(tmp_path):
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     asked = {"trust_remote_code": True, "revision": None}
     made = sae(tmp_path, model_name=str(folder), model_from_pretrained_kwargs=asked)
-    with pytest.raises(HookedModelError, match="trust_remote_code"):
+    with pytest.raises(HookedModelError, match="unknown to transformers"):
         HookedRecurrent.for_sae(made)
     assert not (tmp_path / "ran").exists()
 

@@ -11,13 +11,15 @@ from sae_lens import SAE
 
 from hooked_models import HookedModelError, HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run as run_command
+from tests.writesae_lens.fla_models import save_model
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError, WriteSAETrainingConfig
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment
 from writesae_lens.published import releases
 from writesae_lens.reproduce import CONFIGS, estimate, reproduce, run
 from writesae_lens.reproduce.paper import SIZES
 
-MAIN, ALL, DELTANET = "qwen3.5-0.8b-L9H4", "qwen3.5-0.8b-L9-all", "deltanet-1.3b-L12H8"
+MAIN, ALL = "qwen3.5-0.8b-L9H4", "qwen3.5-0.8b-L9-all"
+DELTANET, GLA = "deltanet-1.3b-L12H8", "gla-1.3b-L12H0"
 # Every figure by "experiment.path value": arXiv:2605.12770 v4, text, tables and appendices.
 PAPER = {
     "qwen3.5-0.8b-L1H4": "replace.win_rate 0.939 replace.median_kl_atom 2.07 replace.median_kl_delete 2.82",
@@ -42,7 +44,7 @@ PAPER = {
     "rwkv7-1.5b-L12H0": "replace.win_rate 0.453 partition.register_median_cosine 0.180 compare.writesae 0.453"
     " compare.flat_svd 0.478",
     DELTANET: "replace.win_rate 0.483 replace.strict_chain_rate 0.177 partition.register_median_cosine 0.997",
-    "gla-1.3b-L12H0": "partition.register_median_cosine 0.110",
+    GLA: "partition.register_median_cosine 0.110",
 }
 
 
@@ -94,7 +96,6 @@ def test_a_config_has_the_papers_figures_and_an_estimate_mentions_sizes(name):
     assert {of for of, _ in paper.figures} <= set(EXPERIMENTS)
     layer, head = re.fullmatch(r".*-L(\d+)(?:H(\d+)|-all)", name).groups()
     assert (paper.layer, paper.head) == (int(layer), None if head is None else int(head))
-    assert paper.decay == (name != DELTANET)
     base, text = releases.BASE_MODELS[paper.base], estimate(name)
     assert "/" in base.name
     assert f"{base.name}: {SIZES[paper.base].n_parameters / 1e6:,.1f} M parameters" in text
@@ -192,37 +193,26 @@ def test_an_experiment_that_reproduce_does_not_know_runs_like_any_other(
     assert (tmp_path / "toy" / "summary.json").exists()
 
 
-def decays_of_run(name, model_name, out, monkeypatch):
-    """Decays and logits of the model that the experiments get."""
-    seen, replacement_test = {}, EXPERIMENTS["replace"].function
-
-    def look(model, sae, passages, **options):
-        names = [n for n in model.hook_dict if n.endswith("hook_decay")]
-        with torch.no_grad():
-            logits, cache = model.run_with_cache(passages[:1], names_filter=names)
-        seen.update({n: cache[n] for n in names}, logits=logits)
-        return replacement_test(model, sae, passages, **options)
-
-    replace_experiment(monkeypatch, "replace", look)
-    reproduce(name, out, model_name, experiments=("replace",))
-    logits = seen.pop("logits")
-    return torch.stack([x.exp() if bool((x <= 0).all()) else x for x in seen.values()]), logits
+@pytest.mark.parametrize(("name", "kind", "cell"), [(DELTANET, "delta_net", "12:8"), (GLA, "gla", "12:0")])
+@pytest.mark.filterwarnings("error::writesae_lens.experiments.origin.ResultWarning")
+def test_models_of_flash_linear_attentions_folders(small, untrained, tmp_path, monkeypatch, name, kind, cell):
+    folder = str(save_model(tmp_path / "model", kind))
+    texts = (zoo.documents("train")[:2], zoo.text("test")[:4000])
+    monkeypatch.setattr(run, "texts", lambda source: texts)
+    table = reproduce(name, tmp_path / "out", folder, experiments=("replace", "partition"))
+    assert set(table.cell) == {cell}
+    assert table.ours[table.figure == "win_rate"].notna().all()
+    assert "another recurrence" not in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_only_the_stand_in_for_deltanet_does_not_decay(small, untrained, tmp_path, monkeypatch):
-    decays, logits = decays_of_run(DELTANET, "tiny-gdn", tmp_path / "delta", monkeypatch)
-    assert len(decays)
-    assert (decays == 1).all()
-    assert logits.isfinite().all()
-    decays, other = decays_of_run(MAIN, "tiny-gdn", tmp_path / "main", monkeypatch)
-    assert float(decays.min()) < 0.99
-    assert (other - logits).abs().max() > 0.1
-
-
-def test_a_stand_in_whose_decay_cannot_be_stopped_is_refused(tmp_path):
-    with pytest.raises(HookedModelError, match="decay"):
-        reproduce(DELTANET, tmp_path, "tiny-mamba2", experiments=("replace",))
-    assert not list(tmp_path.iterdir())
+def test_the_table_says_where_the_recurrence_is_of_another_kind(small, untrained, tmp_path):
+    """A model that ships in the place of the paper's."""
+    words = "another recurrence (gated_delta_net) than the paper's fla-hub/delta_net-1.3B-100B (delta_net)"
+    with pytest.warns(UserWarning, match=re.escape(words)):
+        reproduce(DELTANET, tmp_path / "delta", "tiny-gdn", experiments=("partition",))
+    assert words in (tmp_path / "delta" / "table.md").read_text()
+    reproduce(MAIN, tmp_path / "main", "tiny-gdn", experiments=("partition",))
+    assert "another recurrence" not in (tmp_path / "main" / "table.md").read_text()
 
 
 def test_the_papers_recipe_trains_on_states(small, untrained, tmp_path, monkeypatch):

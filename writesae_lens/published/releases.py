@@ -20,6 +20,7 @@ class BaseModel(NamedTuple):
     mixer: str  # the recurrent layer's name within a block, as it stands in hook names
     d_k: int
     d_v: int
+    architecture: str  # of its cells, as in `Cell.architecture`
     # Whether transformers' cache, on whose states the SAEs were trained, keeps a head's state as [d_v, d_k].
     transposed: bool = False
 
@@ -30,16 +31,16 @@ class BaseModel(NamedTuple):
 
 # By the model's name in the folders of checkpoints.
 BASE_MODELS = {
-    "qwen0p8b": BaseModel("Qwen/Qwen3.5-0.8B", "linear_attn", 128, 128),
-    "qwen4b": BaseModel("Qwen/Qwen3.5-4B", "linear_attn", 128, 128),
-    "qwen27b": BaseModel("Qwen/Qwen3.5-27B", "linear_attn", 128, 128),
-    "mamba2-370m": BaseModel("state-spaces/mamba2-370m", "mixer", 128, 64, transposed=True),
-    "rwkv7-1.5b": BaseModel("fla-hub/rwkv7-1.5B-world", "attn", 64, 64),
-    "deltanet-1.3b": BaseModel("fla-hub/delta_net-1.3B-100B", "attn", 128, 128),
-    "gla-1.3b": BaseModel("fla-hub/gla-1.3B-100B", "attn", 256, 512),
-    "tiny-gdn": BaseModel("tiny-gdn", "linear_attn", 32, 48),
-    "tiny-mamba2": BaseModel("tiny-mamba2", "mixer", 48, 32, transposed=True),
-    "tiny-rwkv7": BaseModel("tiny-rwkv7", "attn", 32, 32),
+    "qwen0p8b": BaseModel("Qwen/Qwen3.5-0.8B", "linear_attn", 128, 128, "gated_delta_net"),
+    "qwen4b": BaseModel("Qwen/Qwen3.5-4B", "linear_attn", 128, 128, "gated_delta_net"),
+    "qwen27b": BaseModel("Qwen/Qwen3.5-27B", "linear_attn", 128, 128, "gated_delta_net"),
+    "mamba2-370m": BaseModel("state-spaces/mamba2-370m", "mixer", 128, 64, "mamba2", transposed=True),
+    "rwkv7-1.5b": BaseModel("fla-hub/rwkv7-1.5B-world", "attn", 64, 64, "rwkv7"),
+    "deltanet-1.3b": BaseModel("fla-hub/delta_net-1.3B-100B", "attn", 128, 128, "delta_net"),
+    "gla-1.3b": BaseModel("fla-hub/gla-1.3B-100B", "attn", 256, 512, "gla"),
+    "tiny-gdn": BaseModel("tiny-gdn", "linear_attn", 32, 48, "gated_delta_net"),
+    "tiny-mamba2": BaseModel("tiny-mamba2", "mixer", 48, 32, "mamba2", transposed=True),
+    "tiny-rwkv7": BaseModel("tiny-rwkv7", "attn", 32, 32, "rwkv7"),
 }
 
 # Of each release: the model's name in the folders, the cells of its WriteSAEs, the cells of its flat

@@ -19,8 +19,6 @@ class Paper:
         figures: the paper's figures by (experiment, path into the summary of its result).
         training_tokens: four fifths of the paper's 5,000 sequences of 1,024 tokens, times its epochs.
         batch, warm_up: inputs per step, and steps over which the learning rate rises.
-        decay: whether the base model's states decay; if not, the decay of a model that stands in for it is
-            stopped.
     """
 
     base: str
@@ -31,7 +29,6 @@ class Paper:
     training_tokens: int = 4000 * 1024 * 20
     batch: int = 256
     warm_up: int = 50
-    decay: bool = True
 
 
 # Of the language models alone, from their published configurations, by the keys of `releases.BASE_MODELS`.
@@ -135,7 +132,6 @@ CONFIGS = {
     "deltanet-1.3b-L12H8": Paper(
         "deltanet-1.3b", 12, 8, "No decay: at chance in the paper, though atoms align best here.",
         {WIN: 0.483, CHAIN: 0.177, ("partition", "register_median_cosine"): 0.997},
-        decay=False,
     ),
     "gla-1.3b-L12H0": Paper(
         "gla-1.3b", 12, 0, "Gated linear attention: decay by key channel, no erase.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens import baselines
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment, find_experiment
 from writesae_lens.experiments.options import Count, Seed, as_list, check
+from writesae_lens.experiments.origin import ResultWarning
 from writesae_lens.experiments.passages import DEFAULT_CONTEXT, as_passages
 from writesae_lens.experiments.result import ExperimentResult, Progress, write_table
 from writesae_lens.locks import locked
@@ -115,7 +117,8 @@ def reproduce(
         name: of `CONFIGS`.
         out: folder for the SAE, a folder for each experiment, table.csv and table.md.
         model_name: another model in the base model's place; a shipped one brings its own text, and its
-            default cell where it does not have the paper's.
+            default cell where it does not have the paper's. If its recurrence is of another kind, the table
+            says so.
         recipe: ``paper`` trains on states with the paper's recipe and uses its formula and direction;
             ``recommended`` is this package's: codes of writes.
         training_tokens: (None: the paper's; on shipped models 350,000).
@@ -129,7 +132,7 @@ def reproduce(
 
     Raises:
         WriteSAEError: no such configuration or experiment, or a folder with another run in it or under way.
-        HookedModelError: the model cannot be loaded, or cannot stand in for one whose states do not decay.
+        HookedModelError: the model cannot be loaded.
     """
     paper = config(name)
     check(Recipe, recipe=recipe)
@@ -140,9 +143,6 @@ def reproduce(
     source = model_name or releases.BASE_MODELS[paper.base].name
     tokens = training_tokens or (zoo.TRAINING_TOKENS if source in zoo.SHIPPED else paper.training_tokens)
     model = HookedRecurrent.boot_transformers(source, device=device, dtype=dtype)
-    if model_name is not None and not paper.decay:
-        for mixer in model.mixers.values():
-            mixer.stop_decay()
     cells = find_cells(model, source, paper)
     settings = {"config": name, "model": source, "recipe": recipe, "training_tokens": tokens, "dtype": dtype}
     with locked(out):
@@ -150,7 +150,7 @@ def reproduce(
         setup = Setup(paper, model, source, recipe, tokens, cells, Path(out), *texts(source), seed)
         table = test(setup, train(setup, with_flat=any(each.name == "compare" for each in chosen)), chosen)
         title = f"# {name}: {source}, recipe {recipe}, {dtype}"
-        notes = [paper.about, VARIANTS[recipe]]
+        notes = [paper.about, *_other_recurrence(paper, source, cells[0]), VARIANTS[recipe]]
         if any(each.name == "replace" for each in chosen):
             notes.append(NOTE.format(**OPTIONS["replace"]))
         page = "\n\n".join([title, *notes, as_markdown(table)]) + "\n"
@@ -158,6 +158,19 @@ def reproduce(
             write_table(beside / "table.csv", table)
             (beside / "table.md").write_text(page, encoding="utf-8")
     return table
+
+
+def _other_recurrence(paper: Paper, source: str, cell: Cell) -> list[str]:
+    """What to say of a run on another kind of recurrence than the paper's, which also warns of it."""
+    base = releases.BASE_MODELS[paper.base]
+    if cell.architecture == base.architecture:
+        return []
+    note = (
+        f"{source} has another recurrence ({cell.architecture}) than the paper's {base.name} "
+        f"({base.architecture}): its figures are not of the same kind of memory as the paper's beside them."
+    )
+    warnings.warn(note, ResultWarning, stacklevel=3)
+    return [note]
 
 
 def training_config(recipe: Recipe) -> Callable[..., WriteSAETrainingConfig]:

@@ -713,5 +713,5 @@ def test_base_models_have_the_hooks_and_sides_of_their_models(name):
     model, base = HookedRecurrent.boot_transformers(name, device="cpu"), BASE_MODELS[name]
     for cell in model.cells:
         assert base.hook_name(cell.layer, cell.head) == model.state_hook_name(cell.layer, cell.head)
-        assert (base.d_k, base.d_v) == (cell.d_k, cell.d_v)
+        assert (base.d_k, base.d_v, base.architecture) == (cell.d_k, cell.d_v, cell.architecture)
     assert base.transposed == model.mixers[model.cells[0].layer].state_is_transposed
