@@ -1,7 +1,9 @@
-"""What hooks on one layer cost, against a stock bridge that runs the layer natively; T = 1,024.
+"""What hooks cost at T = 1,024: on one layer, against a stock bridge; on a hybrid, against transformers.
 
-The layers have the sizes of Qwen3.5-0.8B (hidden 1,024, 16 heads of 128 x 128), Mamba-2-370M (hidden 1,024,
-32 heads of 128 x 64) and RWKV-7-0.4B (hidden 1,024, 16 heads of 64 x 64).
+The single layers have the sizes of Qwen3.5-0.8B (hidden 1,024, 16 heads of 128 x 128), Mamba-2-370M (hidden
+1,024, 32 heads of 128 x 64) and RWKV-7-0.4B (hidden 1,024, 16 heads of 64 x 64). The hybrids have three
+recurrent layers and one of attention, and run from tokens to logits: Granite 4 with 32 heads of 128 x 64, and
+OLMo-Hybrid with 16 heads of 128 x 128.
 """
 
 import copy
@@ -13,8 +15,12 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoTokenizer,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
+    OlmoHybridConfig,
+    OlmoHybridForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
 )
@@ -23,7 +29,21 @@ from hooked_models import HookedRecurrent, RWKV7Config, RWKV7ForCausalLM, zoo
 from tests.benchmarks.timing import Row, slowdown, take_turns
 
 LENGTH, ROUNDS = 1024, 9
-COMMON = {"vocab_size": 1000, "hidden_size": 1024, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+COMMON: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+HYBRID: dict[str, Any] = COMMON | {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+
+# A stock model, and the keyword arguments with which it and the hooked one are run.
+Run = tuple[Callable[..., Any], dict[str, Any]]
 
 
 def gated_delta_net() -> Any:
@@ -53,34 +73,70 @@ def rwkv7() -> Any:
     return RWKV7ForCausalLM(RWKV7Config(num_hidden_layers=1, head_dim=64, **COMMON))
 
 
+def granite_hybrid() -> Any:
+    return GraniteMoeHybridForCausalLM(
+        GraniteMoeHybridConfig(
+            **HYBRID,
+            layer_types=["mamba", "mamba", "attention", "mamba"],
+            num_local_experts=0,
+            shared_intermediate_size=3584,
+            mamba_n_heads=32,
+            mamba_d_state=128,
+        )
+    )
+
+
+def olmo_hybrid() -> Any:
+    return OlmoHybridForCausalLM(
+        OlmoHybridConfig(
+            **HYBRID,
+            layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+            intermediate_size=3584,
+            linear_num_key_heads=16,
+            linear_num_value_heads=16,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+        )
+    )
+
+
 def rows() -> Iterator[Row]:
     for build in (gated_delta_net, mamba2, rwkv7):
-        yield from _rows(build)
+        yield from _rows(build, "stock TransformerBridge", _bridge_of_one_layer)
+    for build in (granite_hybrid, olmo_hybrid):
+        yield from _rows(build, "stock transformers", _whole_model)
 
 
-def _rows(build: Callable[[], Any]) -> list[Row]:
+def _rows(build: Callable[[], Any], against: str, run_stock: Callable[..., Run]) -> list[Row]:
     torch.manual_seed(0)
     net = build().eval()
     net.config.architectures = [type(net).__name__]
     tokenizer = AutoTokenizer.from_pretrained(zoo.model_path("tiny-gdn"))  # any will do
-    stock, model = (
-        bridge.boot_transformers("a/model", hf_model=copy.deepcopy(net), tokenizer=tokenizer, device="cpu")
-        for bridge in (TransformerBridge, HookedRecurrent)
-    )
+    stock, how = run_stock(copy.deepcopy(net), tokenizer)
+    model = HookedRecurrent.boot_transformers("a/model", hf_model=net, tokenizer=tokenizer, device="cpu")
     tokens = torch.randint(0, 1000, (1, LENGTH))
-    run = functools.partial(model.run_with_hooks, tokens, stop_at_layer=1)
+    run = functools.partial(model.run_with_hooks, tokens, **how)
     write = model.write_hook_name(0, 5)
     sides = {
-        "stock": lambda: stock(tokens, stop_at_layer=1),
-        "idle": lambda: model(tokens, stop_at_layer=1),
+        "stock": lambda: stock(tokens, **how),
+        "idle": lambda: model(tokens, **how),
         "read": lambda: run(fwd_hooks=[(write, lambda x, hook: None)]),
         "edit": lambda: run(fwd_hooks=[(write, lambda x, hook: x * 0.5)]),
     }
     with torch.no_grad():
         seconds = take_turns(sides, ROUNDS)
-    where, against = build.__name__, "stock TransformerBridge"
+    where = build.__name__
     return [
         slowdown(f"{where}: idle hooks", seconds["idle"], seconds["stock"], against, "<= 1.05 x"),
         slowdown(f"{where}: read one head's writes", seconds["read"], seconds["stock"], against, "<= 1.15 x"),
         slowdown(f"{where}: edit one head's writes", seconds["edit"], seconds["stock"], against, "<= 1.6 x"),
     ]
+
+
+def _bridge_of_one_layer(net: Any, tokenizer: Any) -> Run:
+    bridge = TransformerBridge.boot_transformers("a/model", hf_model=net, tokenizer=tokenizer, device="cpu")
+    return bridge, {"stop_at_layer": 1}
+
+
+def _whole_model(net: Any, _: Any) -> Run:
+    return net, {"use_cache": False}
