@@ -35,7 +35,7 @@ class Cell:
     d_k: int
     d_v: int
     architecture: str
-    """The mixer's kind: "gated_delta_net", "mamba2", "rwkv7"."""
+    """The mixer's kind: "gated_delta_net", "delta_net", "gla", "kda", "lightning", "mamba2", "rwkv7"."""
 
 
 class Site(NamedTuple):
@@ -71,8 +71,9 @@ class HookedRecurrent(upstream.CheckedBridge):
     def boot_transformers(cls, model_name: loading.Name, **kwargs: Any) -> HookedRecurrent:
         """Load a model: a Hugging Face id, a local folder or file, or one that ships (``"tiny-gdn"``).
 
-        Beside Hugging Face's form: Mamba-2 as the mamba_ssm package saves it, RWKV-7 as
-        flash-linear-attention does, and BlinkDL's RWKV-7 files (``"RWKV-x070-....pth"``).
+        Beside Hugging Face's form: Mamba-2 as the mamba_ssm package saves it, RWKV-7,
+        DeltaNet, GLA and Gated DeltaNet as flash-linear-attention does, and BlinkDL's RWKV-7 files
+        (``"RWKV-x070-....pth"``).
 
         Args:
             model_name: hub id, folder, ``.pth`` file, or a name in `hooked_models.zoo.SHIPPED`.

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hooked_models import HookedRecurrent
 from hooked_models.files.layouts import to_blinkdl
+from hooked_models.modeling.fla import DeltaNetConfig, DeltaNetForCausalLM
 from tests import conftest
 from tests.fuzz.harness import Form
 from tests.writesae_lens.published.made import checkpoint
@@ -83,6 +84,10 @@ def _of_models(folder: Path) -> list[Form]:
     sizes |= {"decay_low_rank_dim": 2, "a_low_rank_dim": 2, "v_low_rank_dim": 2, "gate_low_rank_dim": 2}
     rwkv = conftest.rwkv7(**sizes, group_norm_eps=64e-5, **_ZERO)
     rwkv.save_pretrained(folder / "fla")
+    narrow: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "conv_size": 2}
+    spec = {"layers": [1], "num_heads": 2}
+    delta_net = DeltaNetForCausalLM(DeltaNetConfig(**small, **_ZERO, **narrow, attn=spec))
+    delta_net.save_pretrained(folder / "delta_net")
     mamba = conftest.mamba2(
         **small, **_ZERO, hidden_size=8, expand=2, num_heads=2, head_dim=8, state_size=4, n_groups=1,
         time_step_limit=(0.0, float("inf")), tie_word_embeddings=True,
@@ -99,7 +104,10 @@ def _of_models(folder: Path) -> list[Form]:
     hybrid.save_pretrained(folder / "hf")
     conftest.save_tokenizer(folder / "hf")
     transformers.Mamba2ForCausalLM(mamba.config).save_pretrained(folder / "mamba_hf")
-    fla = {name: (folder / "fla" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    fla, delta = (
+        {name: (folder / at / name).read_bytes() for name in ("config.json", "model.safetensors")}
+        for at in ("fla", "delta_net")
+    )
     hf = {name: (folder / "hf" / name).read_bytes() for name in _KEPT if (folder / "hf" / name).is_file()}
     pth, half = to_blinkdl(rwkv), {name: x.half() for name, x in to_blinkdl(rwkv).items()}
     mamba_files = {"config.json": json.dumps(raw).encode(), "pytorch_model.bin": _saved(folder, tensors)}
@@ -119,6 +127,7 @@ def _of_models(folder: Path) -> list[Form]:
         Form("mamba_ssm folder", mamba_files, read),
         Form("mamba_ssm folder, in parts", in_parts, read),
         Form("fla folder", fla, read),
+        Form("fla folder, DeltaNet", delta, read),
         Form("HF folder", hf, _read_model),
     ]
 

@@ -61,7 +61,7 @@ def attention(x: Tensor, w: dict[str, Tensor], spec: dict[str, Any]) -> Tensor:
 def reference(case: Case, tokens: Tensor) -> Tensor:
     """Logits of the whole model in float64, from the formulas and the checkpoint's tensors."""
     w = {name: x.double() for name, x in load_file(case.folder / "model.safetensors").items()}
-    config = case.model.original_model.config
+    config: Any = case.model.original_model.config
     x = w["model.embeddings.weight"][tokens]
     for n in range(config.num_hidden_layers):
         own = {k.removeprefix(f"model.layers.{n}."): v for k, v in w.items() if f".layers.{n}." in k}
@@ -112,7 +112,8 @@ def test_the_models_own_generate_and_padding(case: Case) -> None:
 
 @pytest.mark.parametrize("case", ["GatedDeltaNetForCausalLM without gate"], indirect=True)
 def test_training_with_checkpointed_blocks(case: Case) -> None:
-    model, tokens = GatedDeltaNetForCausalLM.from_pretrained(case.folder), case.tokens(2, 12)
+    model: Any = GatedDeltaNetForCausalLM.from_pretrained(case.folder)
+    tokens = case.tokens(2, 12)
     grads = []
     for checkpointed in (False, True):
         model.train()

@@ -59,7 +59,9 @@ def words(passages: int, length: int) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["FalconH1ForCausalLM", "BailingHybridForCausalLM", "MiniMaxForCausalLM"])
+@pytest.mark.parametrize(
+    "name", ["FalconH1ForCausalLM", "BailingHybridForCausalLM", "MiniMaxForCausalLM", "GLAForCausalLM"]
+)
 def test_experiments_on_a_hybrid(name: str, tmp_path: Path) -> None:
     """A small SAE of a tiny random model stands in for writes, now and later, and goes through the report."""
     case = build(MODEL_CLASSES[name], tmp_path / "model")
