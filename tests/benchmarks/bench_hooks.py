@@ -3,7 +3,8 @@
 The single layers have the sizes of Qwen3.5-0.8B (hidden 1,024, 16 heads of 128 x 128), Mamba-2-370M (hidden
 1,024, 32 heads of 128 x 64) and RWKV-7-0.4B (hidden 1,024, 16 heads of 64 x 64). The hybrids have three
 recurrent layers and one of attention, and run from tokens to logits: Granite 4 with 32 heads of 128 x 64, and
-OLMo-Hybrid with 16 heads of 128 x 128.
+OLMo-Hybrid with 16 heads of 128 x 128. transformers runs attention as "sdpa" unless told otherwise; any
+bridge of TransformerLens runs it as "eager", which is slower, so that its pattern can be hooked. Hence both.
 """
 
 import copy
@@ -104,7 +105,9 @@ def rows() -> Iterator[Row]:
     for build in (gated_delta_net, mamba2, rwkv7):
         yield from _rows(build, "stock TransformerBridge", _bridge_of_one_layer)
     for build in (granite_hybrid, olmo_hybrid):
-        yield from _rows(build, "stock transformers", _whole_model)
+        for attention in ("sdpa", "eager"):
+            whole_model = functools.partial(_whole_model, attention)
+            yield from _rows(build, f"stock transformers, {attention} attention", whole_model)
 
 
 def _rows(build: Callable[[], Any], against: str, run_stock: Callable[..., Run]) -> list[Row]:
@@ -138,5 +141,6 @@ def _bridge_of_one_layer(net: Any, tokenizer: Any) -> Run:
     return bridge, {"stop_at_layer": 1}
 
 
-def _whole_model(net: Any, _: Any) -> Run:
+def _whole_model(attention: str, net: Any, _: Any) -> Run:
+    net.set_attn_implementation(attention)
     return net, {"use_cache": False}
