@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from hooked_models.mixers import AttributeNames, HookedMixer, causal_convolution
 from hooked_models.recurrence import Recurrence
@@ -39,7 +40,7 @@ class HookedGatedDeltaNet(HookedMixer):
     ) -> tuple[Recurrence, Tensor]:
         mixed, z, beta, g = self.project(hidden)
         mixed = causal_convolution(mixed, self.wrapped.conv1d, cache, self.layer_index, real)
-        mixed = torch.nn.functional.silu(mixed).to(g.dtype)
+        mixed = ACT2FN[self.wrapped.activation](mixed).to(g.dtype)
         d_k, d_v = self.write_shape
         values = self.n_heads * d_v
         keys = (mixed.shape[-1] - values) // 2

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from hooked_models import HookedModelError, HookedRecurrent
 from tests.conftest import hybrid, mamba2, randomise
 from tests.hooked_models.architectures import assert_close, random, some_tokens
+from tests.hooked_models.model_classes import delta_rules
 from tests.toy_architecture import HookedToy
 
 
@@ -39,6 +41,30 @@ def test_a_new_architecture_is_one_mixer_and_one_row(toy_folder: Path):
         lambda model: model.generate(tokens, max_new_tokens=4, do_sample=False, return_type="tokens"),
     ):
         assert torch.equal(run(toy), run(twin))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **changes: hybrid("qwen3_5", **changes),
+        lambda **changes: hybrid("qwen3_next", **changes),
+        delta_rules.olmo_hybrid,
+        delta_rules.kimi_linear,
+        delta_rules.bailing_hybrid,
+    ],
+    ids=["qwen3_5", "qwen3_next", "olmo_hybrid", "kimi_linear", "bailing_hybrid"],
+)
+@torch.no_grad()
+def test_the_convolutions_activation_is_the_configurations(build: Any, build_folder: Any):
+    """transformers applies ``hidden_act`` to queries, keys and values, too."""
+    torch.manual_seed(0)
+    folder = build_folder("gelu", build(hidden_act="gelu"), 0)
+    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    model, tokens = HookedRecurrent.boot_transformers(folder, device="cpu"), some_tokens(2, 12)
+    expected, cache = reference(tokens, use_cache=False).logits, model.new_cache()
+    parts = [model(x, past_key_values=cache, use_cache=True) for x in tokens.split([8, 1, 3], 1)]
+    for found in (model(tokens, use_cache=False), torch.cat(parts, 1)):
+        assert_close(found / expected.std(), expected / expected.std())
 
 
 # Hybrids.
