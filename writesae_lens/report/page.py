@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 from jaxtyping import Int
 from plotly.offline import get_plotlyjs
@@ -35,6 +33,7 @@ from writesae_lens.report.browser import as_json, browser_data
 from writesae_lens.report.columns import columns_of, table_of_atoms
 from writesae_lens.report.effects import measure_effects
 from writesae_lens.report.measured_on import cautions, check_weights, differences
+from writesae_lens.report.template import fill_in
 
 PAGE = "report.html"
 # Experiments whose results the page cannot be made without; they are run if no result is given.
@@ -189,9 +188,8 @@ def _render(
     def position(result: ExperimentResult) -> int:
         return list(EXPERIMENTS).index(find_experiment(result.name).name)
 
-    source = files("writesae_lens.report")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return template.from_string(source.joinpath("report.html").read_text(encoding="utf-8")).render(
+    return fill_in(
+        "report.html",
         title=f"{type(sae).__name__} on {model.cfg.model_name}",
         subtitle=f"layer {cell.layer}, head {cell.head}: {site.kind}s of {cell.d_k} x {cell.d_v}, "
         f"{sae.cfg.d_sae:,} {what}{', n-gram tables by construction' if not cell.layer else ''}",
@@ -211,6 +209,5 @@ def _render(
         n_atoms=len(table),
         data=as_json(data),
         plotly=get_plotlyjs(),
-        script=source.joinpath("report.js").read_text(encoding="utf-8"),
         code=code,
     )

@@ -13,15 +13,7 @@
   const DIVERGING = [[0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#ffffff"], [0.75, "#f4a582"], [1, "#b2182b"]];
   const PAGE = 100;
 
-  const element = (tag, text, name) => {
-    const made = document.createElement(tag);
-    if (text !== undefined) made.textContent = text;
-    if (name) made.className = name;
-    return made;
-  };
-  const visible = (text) => String(text).replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/[\u0000-\u001f\u200b-\u200f\u202a-\u202e\u2066-\u2069]/g, "");
-  const number = (x, digits = 3) => (x === null ? "–" : Number.isInteger(x) ? x.toLocaleString("en") : Number(x.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: digits }));
-  const percent = (x) => (x === null ? "–" : `${Math.round(100 * x)}%`);
+  const { element, visible, number, percent, compare } = shared;
   const of = (atom, key) => data.rows[atom][at[key]];
   const cell = (atom, key) => {
     const value = of(atom, key);
@@ -67,12 +59,7 @@
     shown = data.rows.map((_, atom) => atom).filter((atom) =>
       (!name || of(atom, "class") === name) && (!side || of(atom, "side") === side) && (!words || atom === exact || texts[atom].includes(words)));
     const column = at[order.key];
-    const sign = order.down ? -1 : 1;
-    shown.sort((a, b) => {
-      const [x, y] = [data.rows[a][column], data.rows[b][column]];
-      if (x === null || y === null) return (x === null) - (y === null) || a - b; // what is not known comes last
-      return sign * (typeof x === "string" ? x.localeCompare(y) : x - y) || a - b;
-    });
+    shown.sort((a, b) => compare(data.rows[a][column], data.rows[b][column], order.down) || a - b);
     // An atom that is asked for by number comes before those whose texts hold the number.
     if (exact !== null && shown.includes(exact)) shown = [exact, ...shown.filter((atom) => atom !== exact)];
     limit = PAGE;
