@@ -40,11 +40,47 @@ class HookedFalconH1Mamba2(HookedMamba2):
         return outputs * torch.nn.functional.silu(gate)
 
 
+class Half(nn.Module):
+    """The first or second half of a projection's outputs, computed with the projection's own weights.
+
+    Args:
+        projection: stays where it is in the Hugging Face model, and is no part of this module.
+        number: 0 or 1.
+    """
+
+    def __init__(self, projection: nn.Module, number: int) -> None:
+        super().__init__()
+        self._projection = (projection,)  # in a tuple, where nn.Module does not see it
+        self.number = number
+
+    @property
+    def weight(self) -> Float[Tensor, "half d_model"]:
+        return self._projection[0].weight.chunk(2)[self.number]
+
+    bias = None
+
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch half"]:
+        projection = self._projection[0]
+        if type(projection) is nn.Linear:
+            return nn.functional.linear(x, self.weight)
+        return projection(x).chunk(2, -1)[self.number]  # adapted, as by peft's LoRA, or quantised
+
+
+def _halves(mlp: Any) -> tuple[Half, Half]:
+    return Half(mlp.input_linear, 0), Half(mlp.input_linear, 1)
+
+
 class GraniteMoeHybridAdapter(stock.GraniteMoeHybridArchitectureAdapter):
-    """TransformerLens's adapter, which expects rotary positions of a model whose configuration names none."""
+    """TransformerLens's adapter, mended in two places.
+
+    It expects rotary positions of a model whose configuration names none. And it cuts the MLP's first
+    projection into two new ones: what is trained in a copied or converted model is then not saved, and a LoRA
+    on the projection not computed.
+    """
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
+        self.components["blocks"].submodules["shared_mlp"].split_gate_up_matrix = _halves
         if getattr(cfg, "position_embedding_type", None) != "rope":
             self.cfg.positional_embedding_type = "none"
             self.components.pop("rotary_emb", None)

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from hooked_models import HookedRecurrent
 from hooked_models.unembedding import output_embedding, run_to_logits
 from tests.hooked_models.architectures import assert_close, random, refused, some_tokens
+from tests.hooked_models.model_classes.case import build
+from tests.hooked_models.model_classes.table import MODEL_CLASSES
 
 
 def adapted(folder: Path, targets: list[str], **options: Any) -> Any:
@@ -81,3 +83,13 @@ def test_an_adapted_unembedding_is_refused_where_its_weight_is_read(gdn_folder: 
 def test_the_wrapper_of_peft_is_refused(gdn_folder: Path) -> None:
     with refused("PeftModel", "get_base_model()"):
         boot(gdn_folder, adapted(gdn_folder, ["out_proj"]))
+
+
+@torch.no_grad()
+def test_adapters_of_a_fused_projection_are_computed(tmp_path: Path) -> None:
+    """Granite's MLP has gate and input in one projection, which TransformerLens takes apart."""
+    case, tokens = build(MODEL_CLASSES["GraniteMoeHybridForCausalLM"], tmp_path), some_tokens(2, 9)
+    peft_model = adapted(tmp_path, ["input_linear"]).eval()
+    expected = peft_model(tokens, use_cache=False).logits
+    assert_close(boot(tmp_path, peft_model.get_base_model())(tokens, use_cache=False), expected)
+    assert float((expected - case.logits(tokens)).abs().max()) > 0.01
