@@ -77,6 +77,43 @@ class CopyableBridge(CheckedMethods):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(save_directory)
 
+    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """All weights: by TransformerLens's names, and where it has none by the Hugging Face model's.
+
+        TransformerLens leaves out what belongs to no component of its own, as decays and experts, and its
+        ``load_state_dict`` then finds that all keys match.
+        """
+        held = super().state_dict(destination, prefix=prefix, keep_vars=keep_vars)
+        if destination is None and not prefix:
+            others = self._weights_without_name().items()
+            held |= {name: x if keep_vars else x.detach() for name, x in others}
+        return held
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As TransformerLens's, with the weights that only `state_dict` here has.
+
+        Raises:
+            HookedModelError: ``strict``, and the weights are not complete.
+        """
+        given = {name.replace("_original_component.", "") for name in state_dict}
+        missing = [name for name in self._weights_without_name() if name not in given]
+        if strict and missing:
+            raise HookedModelError(
+                f"load_state_dict: weights are missing, {missing[0]} among {len(missing)}: give what "
+                "HookedRecurrent.state_dict returns"
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _weights_without_name(self) -> dict[str, Tensor]:
+        """Parameters and buffers that TransformerLens has no name for, by the Hugging Face model's."""
+        seen = {id(x) for x in super().state_dict(keep_vars=True).values()}
+        others: dict[str, Tensor] = {}
+        for name, x in self.original_model.state_dict(keep_vars=True).items():
+            if id(x) not in seen and ".hook_" not in name:  # not those of an SAE in a hook's place
+                seen.add(id(x))
+                others[name.replace("_original_component.", "")] = x
+        return others
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         keep_names(self.original_model)

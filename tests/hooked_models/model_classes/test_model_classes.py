@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,38 @@ def test_the_parts_of_the_residual_stream_add_up_to_it(case: Case) -> None:
         return
     stream = cache[f"blocks.{len(case.model.blocks) - 1}.hook_out"]
     assert share(cache.decompose_resid().sum(0), stream) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", MODEL_CLASSES, indirect=True, scope="module")
+def test_what_is_trained_in_a_copy_is_saved(case: Case, tmp_path: Path) -> None:
+    """Every weight, once each; the reference that reads the folder gives the trained copy's logits."""
+    tokens, copied = case.tokens(2, LENGTH), copy.deepcopy(case.model)
+    trained = [x for x in copied.parameters() if x.requires_grad]
+    assert sum(x.numel() for x in trained) == sum(x.numel() for x in case.reference.parameters())
+    copied(tokens, return_type="loss", use_cache=False).backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1)
+    torch.optim.SGD(trained, lr=0.3).step()
+    copied.save_pretrained(tmp_path)
+    with torch.no_grad():
+        found = copied(tokens, use_cache=False)
+        expected = case.of.reference(tmp_path)(tokens, use_cache=False).logits
+        assert share(case.logits(tokens), expected) > 100 * TOLERANCE
+    assert share(found, expected) <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", MODEL_CLASSES, indirect=True, scope="module")
+def test_a_state_dict_has_every_weight(case: Case) -> None:
+    tokens, copied, weights = case.tokens(2, LENGTH), copy.deepcopy(case.model), case.model.state_dict()
+    for x in copied.parameters():
+        x.mul_(0.5)
+    copied.load_state_dict(weights)
+    assert share(copied(tokens, use_cache=False), case.logits(tokens)) <= TOLERANCE
+    recurrent = f".{case.of.layers[0]}."
+    other = next((x for x in weights if recurrent in x and not x.startswith("blocks.")), None)
+    if other is not None:  # a weight that TransformerLens has no name for
+        with refused("load_state_dict", "are missing", other):
+            copied.load_state_dict({name: x for name, x in weights.items() if name != other})
 
 
 @torch.no_grad()
