@@ -13,6 +13,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers import AutoHfQuantizer
 
 from hooked_models import zoo
@@ -75,6 +76,7 @@ def prepare(model_name: str, options: dict[str, Any], accepted: Iterable[str]) -
         options["tokenizer"] = keep_tokenizer(options["tokenizer"])
     if "hf_model" in options:
         check_model(source, options["hf_model"].config, options["hf_model"])
+        _name_class(options["hf_model"])
         if "tokenizer" not in options:
             check_tokenizer(source, options | {"load_weights": False})
         return source, boot_options.placement_of(options["hf_model"]) | options
@@ -175,12 +177,15 @@ def _check_quantisation(source: str, quantised: Any) -> None:
 
 
 def _text_model(source: str, config: Any, options: dict[str, Any]) -> Any:
-    """The text part of a checkpoint that was published with a vision tower (None for any other checkpoint).
+    """The text part of a checkpoint with a vision tower, or a model whose configuration names no class.
 
-    TransformerLens would load the tower too, through an adapter of its own.
+    TransformerLens would load the tower too, through an adapter of its own, and finds no adapter without a
+    class's name. Any other checkpoint is left to it (None).
     """
     text_config: Any = getattr(config, "text_config", None)
     model_class = TEXT_MODELS.get(getattr(text_config, "model_type", None))
+    if model_class is None and not config.architectures:
+        text_config, model_class = config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if model_class is None:
         return None
     text_config.architectures = [model_class]
@@ -191,6 +196,12 @@ def _text_model(source: str, config: Any, options: dict[str, Any]) -> Any:
     load = AutoModelForCausalLM.from_pretrained
     hub_options = _hub_options(options)
     return _loaded(lambda **how: load(source, config=text_config, **hub_options, **how), options)
+
+
+def _name_class(model: Any) -> None:
+    """Name a model's class in its configuration, where transformers puts it when it saves one."""
+    if not model.config.architectures:
+        model.config.architectures = [type(model).__name__]
 
 
 def _fresh(source: str, model_class: Any, config: Any, options: dict[str, Any]) -> Any:

@@ -15,7 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hooked_models import HookedRecurrent, upstream, zoo
-from tests.hooked_models.architectures import assert_close, nothing, refused
+from tests.conftest import save_tokenizer
+from tests.hooked_models.architectures import assert_close, nothing, refused, some_tokens
+from tests.hooked_models.model_classes import delta_rules, fla_folders, mamba2_hybrids
 
 TOKENS = torch.arange(20, 40)[None]
 
@@ -286,3 +288,19 @@ def test_compatibility_mode_keeps_writes_and_probabilities(name, model, tmp_path
     if name == "tiny-gdn":
         with refused("fold_ln"):
             boot(name).enable_compatibility_mode(fold_ln=True)
+
+
+@pytest.mark.parametrize("build", [mamba2_hybrids.nemotron_h, delta_rules.kimi_linear, fla_folders.gla])
+@torch.no_grad()
+def test_a_configuration_that_does_not_name_the_models_class(build: Any, tmp_path: Path):
+    """That of a model which was never saved; and of a folder, where the model type is enough."""
+    torch.manual_seed(0)
+    model, tokens = build().eval(), some_tokens(2, 9)
+    expected = model(tokens, use_cache=False).logits
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    reconfigure(tmp_path, architectures=None)
+    model.config.architectures = None
+    for options in ({"hf_model": copy.deepcopy(model)}, {"device": "cpu"}):
+        hooked = HookedRecurrent.boot_transformers(tmp_path, **options)
+        assert_close(hooked(tokens, use_cache=False), expected)
