@@ -110,6 +110,8 @@ class HookedRecurrent(upstream.CheckedBridge):
         branch_attention.run_in_cuts(model)
         copies.keep_names(model.original_model)
         unembedding.freeze_added_bias(model)
+        # TransformerLens's adapter of RWKV-7 is of another implementation, which cannot decode from a cache.
+        model.adapter.supports_kv_cache = model.adapter.supports_batched_generation = True
         model.cfg.model_name = model_name
         if model_name in zoo.SHIPPED:  # TransformerLens's defaults differ by architecture
             model.cfg.default_prepend_bos = False

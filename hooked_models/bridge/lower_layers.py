@@ -149,7 +149,9 @@ def run_lower_layers(
 
 def _is_hooked_below(model: HookedRecurrent, layer: int) -> bool:
     """Whether anything is hooked in the embedding or in a layer below this one."""
-    above = "ln_final.", "unembed.", *(f"blocks.{n}." for n in range(layer, len(model.blocks)))
+    of_layers = (f"blocks.{n}." for n in range(layer, len(model.blocks)))
+    # TransformerLens 4 lists a hook point by its alias too.
+    above = "ln_final.", "unembed.", "hook_unembed", *of_layers
     return any(not name.startswith(above) for name in model.busy_hooks)
 
 

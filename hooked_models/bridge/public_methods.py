@@ -16,8 +16,7 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Int
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from hooked_models import calls
@@ -359,7 +358,9 @@ def _checked_property(name: str, part: property) -> property:
     return property(get)
 
 
-for _owner in (TransformerBridge, SAETransformerBridge):
+# TransformerLens 4 defines the methods about hooks in a class that TransformerBridge inherits from.
+_bases = CheckedMethods.__mro__[1:]
+for _owner in _bases[: _bases.index(nn.Module)]:
     for _name, _part in list(vars(_owner).items()):
         if _name.startswith("_") or _name in vars(CheckedMethods) or _name in _OF_TORCH:
             continue

@@ -142,6 +142,8 @@ def test_hooks_below_the_cell_see_every_row(model):
     with model.hooks(fwd_hooks=[("blocks.0.hook_in", see)]):
         residual_with_added_writes(model, tokens, cell, torch.tensor([1, 2]), keys, values)
     assert rows == [2]
+    with model.hooks(fwd_hooks=[("unembed.hook_out", see)]):
+        assert run_lower_layers(model, tokens[None], layer, use_cache=False) is not None
     assert run_lower_layers(model, tokens[None], 0) is None
 
 

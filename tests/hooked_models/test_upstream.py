@@ -1,6 +1,7 @@
 """The parts of transformers, TransformerLens and SAELens in the table of `upstream` are as it says.
 
-`test_new_architectures` tests that submodules are set up after the component.
+`test_new_architectures` tests that submodules are set up after the component, `test_mixers` that
+``pos_slice`` finds the position axis of heads' activations.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 from transformer_lens import ActivationCache
 from transformer_lens.factories import architecture_adapter_factory as factory
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge, bridge
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 from transformer_lens.utilities import get_tokenizer_with_bos
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -98,15 +99,6 @@ def test_hooks_of_a_hook_point_are_torchs(direction: Any):
         point.remove_hooks(direction, including_permanent=True)
         assert not upstream.is_listened_to(point)
     assert upstream.is_listened_to(nn.Identity())  # as an SAE in its place
-
-
-def test_the_position_axis_is_found_by_the_conversion():
-    point = HookPoint()
-    assert bridge._pos_axis_for_hook("blocks.0.mixer.hook_read", point) == -2
-    point.hook_conversion = upstream.HeadSplit()
-    assert bridge._pos_axis_for_hook("blocks.0.mixer.hook_read", point) == -3
-    x = torch.randn(2, 3)
-    assert point.hook_conversion.revert(point.hook_conversion.convert(x)) is x
 
 
 @once_per_architecture
