@@ -94,19 +94,24 @@ class MiniMaxAdapter(HybridAdapter):
 
     def prepare_loading(self, model_name: str, model_kwargs: dict[str, Any]) -> None:
         super().prepare_loading(model_name, model_kwargs)
-        _refuse_windows(model_kwargs["config"])
+        _refuse_unsupported(model_kwargs["config"])
 
     def prepare_model(self, hf_model: Any) -> None:
         super().prepare_model(hf_model)
-        _refuse_windows(hf_model.config)
+        _refuse_unsupported(hf_model.config)
         hf_model.model.register_forward_pre_hook(_with_cache, with_kwargs=True)
 
 
-def _refuse_windows(config: Any) -> None:
+def _refuse_unsupported(config: Any) -> None:
     if config.sliding_window is not None:
         raise HookedModelError(
             f"MiniMax with sliding_window={config.sliding_window} is not supported: with padding or swapped "
             "writes its attention would see all earlier tokens"
+        )
+    if "full_attention" not in config.layer_types:
+        raise HookedModelError(
+            "MiniMax without a layer of softmax attention is not supported: transformers' model asks such a "
+            "layer how many tokens its cache holds"
         )
 
 

@@ -103,10 +103,17 @@ def test_ling_boots_under_the_name_that_its_checkpoints_have(tmp_path: Path) -> 
     assert torch.equal(model(tokens), case.model(tokens))
 
 
-def test_minimax_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
-    model = minimax(sliding_window=8)
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"sliding_window": 8}, "sliding_window=8"),
+        ({"layer_types": ["linear_attention"] * 4}, "without a layer of softmax attention"),
+    ],
+)
+def test_what_minimax_cannot_honour_is_refused(changes: dict[str, Any], part: str, tmp_path: Path) -> None:
+    model = minimax(**changes)
     model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     for options in ({}, {"hf_model": model}):
-        with refused("sliding_window=8"):
+        with refused(part):
             HookedRecurrent.boot_transformers(tmp_path, device="cpu", **options)
