@@ -36,7 +36,8 @@ class HookedFalconH1Mamba2(HookedMamba2):
         self, outputs: Float[Tensor, "batch pos inner"], gate: Float[Tensor, "batch pos inner"]
     ) -> Float[Tensor, "batch pos inner"]:
         if self.wrapped.mamba_rms_norm:
-            return super().gated(outputs, gate)
+            # Before transformers 5.21 the norm takes the axis of positions away where there is one position.
+            return self.wrapped.norm(outputs.flatten(0, 1), gate.flatten(0, 1)).view_as(outputs)
         return outputs * torch.nn.functional.silu(gate)
 
 

@@ -259,6 +259,8 @@ class Mamba2Layer(Layer):
     """Mamba-2."""
 
     path = "backbone.layers.{}.mixer"
+    # From transformers 5.23 on Mamba-2's norm is per group; before it was over all channels.
+    by_group = "group_size" in inspect.signature(MambaRMSNormGated).parameters
 
     def native(self, hidden: Tensor, mask: Maybe, v_first: Maybe) -> Native:
         config, w = self.config, self.weights
@@ -283,9 +285,9 @@ class Mamba2Layer(Layer):
 
     def normed(self, y: Tensor, gate: Tensor) -> Tensor:
         """Gate and norm of all heads' outputs [batch, pos, channel]."""
-        # From transformers 5.23 on the norm is per group; before it was over all channels.
-        by_group = "group_size" in inspect.signature(MambaRMSNormGated).parameters
-        y = (y * gate * torch.sigmoid(gate)).unflatten(-1, (self.config["n_groups"] if by_group else 1, -1))
+        y = (y * gate * torch.sigmoid(gate)).unflatten(
+            -1, (self.config["n_groups"] if self.by_group else 1, -1)
+        )
         y = y / (y.square().mean(-1, keepdim=True) + self.config["layer_norm_epsilon"]).sqrt()
         return y.flatten(-2) * self.weights["norm.weight"]
 

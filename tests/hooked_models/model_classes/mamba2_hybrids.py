@@ -46,6 +46,7 @@ class NemotronHLayer(HybridLayer):
     """Its time step has a lower limit and none above."""
 
     path, checkpoint_path = "model.layers.{}.mixer", "backbone.layers.{}.mixer"
+    by_group = True
     names = {"num_heads": "mamba_num_heads", "head_dim": "mamba_head_dim", "state_size": "ssm_state_size"}  # noqa: RUF012
 
     def __init__(self, folder: Path, layer: int) -> None:
@@ -55,6 +56,8 @@ class NemotronHLayer(HybridLayer):
 
 class Zamba2Layer(HybridLayer):
     """As Nemotron-H's; in blocks with a transformer one level deeper."""
+
+    by_group = True
 
     names = {  # noqa: RUF012
         "num_heads": "n_mamba_heads",
