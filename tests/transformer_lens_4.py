@@ -7,9 +7,12 @@ removed classes, so empty ones stand for them.
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # as tests/conftest.py, which is imported after this
 
 import transformer_lens
 from torch import nn
