@@ -14,6 +14,7 @@ from tests.writesae_lens.cli.command_line import run as run_command
 from tests.writesae_lens.fla_models import save_model
 from writesae_lens import WriteSAE, WriteSAEConfig, WriteSAEError, WriteSAETrainingConfig
 from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment
+from writesae_lens.experiments.result import value_at
 from writesae_lens.published import releases
 from writesae_lens.reproduce import CONFIGS, estimate, reproduce, run
 from writesae_lens.reproduce.paper import SIZES
@@ -140,7 +141,7 @@ def test_a_small_run_from_training_to_table_and_again_without_training(small, tm
     assert "hook_write" in sae.cfg.metadata.hook_name
     for row in table.itertuples():
         summary = pd.read_json(tmp_path / row.experiment / "summary.json", typ="series")
-        assert row.ours == pytest.approx(run.value_at(summary.to_dict(), row.figure))
+        assert row.ours == pytest.approx(value_at(summary.to_dict(), row.figure))
         expected = figures(MAIN).get(f"{row.experiment}.{row.figure}")
         assert pd.isna(row.paper) if expected is None else row.paper == expected
     of_replace = table.figure[table.experiment == "replace"].tolist()
@@ -184,7 +185,9 @@ def test_an_experiment_that_reproduce_does_not_know_runs_like_any_other(
     def toy(model, saes, tokens, seed=0, progress_folder=None):
         (sae,) = saes
         result = EXPERIMENTS["splice"].function(model, sae, tokens, seed=seed)
-        return dataclasses.replace(result, summary=result.summary | {"answer": {"0.1": len(tokens)}})
+        return dataclasses.replace(
+            result, name="toy", summary=result.summary | {"answer": {"0.1": len(tokens)}}
+        )
 
     entry = Experiment("toy", toy, "Why?", "a passage", table=("answer.0.1",), max_passages=2)
     monkeypatch.setitem(EXPERIMENTS, "toy", entry)
@@ -283,7 +286,7 @@ def test_the_command_lists_estimates_and_runs(small, untrained, tmp_path):
 )
 def test_a_path_reaches_names_that_have_dots(path, value):
     summary = {"a": {"0.1": 2, "b": {"c": 3}}, "d": 4, "rows": [{"name": "one", "y": 5}]}
-    assert run.value_at(summary, path) == value
+    assert value_at(summary, path) == value
 
 
 @pytest.mark.parametrize("damage", [("cfg.json", 0), ("sae_weights.safetensors", 0.9)], ids=str)

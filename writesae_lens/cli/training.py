@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import io
 from collections.abc import Iterator, Sequence
@@ -21,10 +20,11 @@ from sae_lens import LanguageModelSAERunnerConfig
 from hooked_models import HookedModelError, HookedRecurrent
 from hooked_models.errors import one_line
 from hooked_models.hooked_recurrent import Cell, Site
+from writesae_lens.cells import parse_cells
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.reproduce.estimates import estimate_training
 from writesae_lens.saelens.registration import MODEL_CLASS_NAME
-from writesae_lens.saelens.runner import RUNNER_DEFAULTS, train_cells
+from writesae_lens.saelens.runner import RUNNER_DEFAULTS, sized, train_cells
 from writesae_lens.saelens.upstream import parse_flags
 from writesae_lens.saes.config import ARCHITECTURE, RECOMMENDED_SCHEDULE, WriteSAETrainingConfig
 
@@ -39,32 +39,6 @@ _OF_WANDB = ("log_activations_store_to_wandb", "log_optimizer_state_to_wandb", "
 _OF_WANDB += ("wandb_project", "run_name", "wandb_entity", "wandb_log_frequency", "eval_every_n_wandb_logs")
 _OF_WANDB += ("n_eval_batches", "eval_batch_size_prompts")
 _FLAGS_ARE_LISTED = "writesae-lens train --saelens-help lists the flags"
-
-
-def parse_cells(model: HookedRecurrent, text: str) -> list[Cell]:
-    """Cells from ``LAYER:HEAD``, comma-separated; ``*`` stands for every layer or head.
-
-    Raises:
-        WriteSAEError: the text is no list of cells, or names none of the model's.
-        HookedModelError: one of them does not exist; the message lists the valid ones.
-    """
-    cells: list[Cell] = []
-    for part in text.split(","):
-        layer, colon, head = (piece.strip() for piece in part.partition(":"))
-        if not colon or not all(piece == "*" or piece.isdecimal() for piece in (layer, head)):
-            raise WriteSAEError(
-                f"cells are written LAYER:HEAD, with * for all and commas between, for example 1:* or "
-                f"0:2,3:1; got {text!r}"
-            )
-        if "*" not in (layer, head):
-            cells.append(model.cell(int(layer), int(head)))
-            continue
-        matching = [c for c in model.cells if layer in ("*", str(c.layer)) and head in ("*", str(c.head))]
-        if not matching:
-            layers = ", ".join(str(n) for n in model.mixers)
-            raise WriteSAEError(f"{part.strip()!r} names no cell: this model's recurrent layers are {layers}")
-        cells += matching
-    return list(dict.fromkeys(cells))
 
 
 def run_training(
@@ -100,7 +74,7 @@ def run_training(
     return train_cells(
         plan.model,
         plan.chosen,
-        sae=lambda cell: _sized(plan.cfg.sae, cell),
+        sae=lambda cell: sized(plan.cfg.sae, cell),
         site=site,
         schedule={},  # the flags have it already
         win_rate_passages=win_rate_passages,
@@ -121,7 +95,7 @@ def estimate_run(
     return estimate_training(
         plan.model,
         [site.cell for site in sites],
-        [_sized(plan.cfg.sae, site.cell) for site in sites],
+        [sized(plan.cfg.sae, site.cell) for site in sites],
         sites[0].kind,
         plan.cfg.training_tokens,
         plan.cfg.train_batch_size_tokens,
@@ -206,7 +180,7 @@ def _recipe(given: dict[str, str]) -> dict[str, str]:
     """The recommended recipe, or that of atoms where the flags ask for atoms, as flags."""
     codes = given.get("--decoder", "codes") == "codes"
     recipe = (WriteSAETrainingConfig.recommended if codes else WriteSAETrainingConfig.atoms)(d_k=1, d_v=1)
-    # The parser wants the sides before the model is loaded: 1 stands there until `_sized` puts in the cell's.
+    # The parser wants the sides before the model is loaded: 1 stands there until `sized` puts in the cell's.
     flags = {
         f"--{field.name}": " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         for field in dataclasses.fields(recipe)
@@ -226,10 +200,3 @@ def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
             yield flag, value if equals else following
-
-
-def _sized(sae: Any, cell: Cell) -> Any:
-    """The SAE's configuration with the cell's sizes, and metadata of its own."""
-    ours = isinstance(sae, WriteSAETrainingConfig)
-    sizes = {"d_k": cell.d_k, "d_v": cell.d_v} if ours else {"d_in": cell.d_k * cell.d_v}
-    return dataclasses.replace(sae, metadata=copy.deepcopy(sae.metadata), **sizes)

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,22 @@ class ExperimentResult:
     def headline(self) -> str:
         """The main figure of merit in a line of text."""
         return self.summary.get("headline", "")
+
+    def figures_of_merit(self, others: Iterable[str] = ()) -> dict[str, Any]:
+        """The figures that tables show, by their paths in the summary; None where the result lacks one.
+
+        First what is recovered, then the same of the untrained baselines, then ``others``, then the rest.
+
+        Args:
+            others: paths of further figures.
+        """
+        table = find_experiment(self.name).table
+        recovered = [name for name in table if "recovered" in name]
+        untrained = self.summary.get("baselines")  # an experiment without may have an option of that name
+        names = [row["name"] for row in untrained] if isinstance(untrained, list) else []
+        baselines = [f"baselines.{name}.{figure}" for name in names for figure in recovered]
+        paths = dict.fromkeys([*recovered, *baselines, *others, *table])
+        return {path: value_at(self.summary, path) for path in paths}
 
     def __repr__(self) -> str:
         return (
@@ -104,6 +120,19 @@ class ExperimentResult:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise WriteSAEError(f"the result in {folder} does not read: {one_line(error)}") from error
         return cls(name, records, summary | {"experiment": name})
+
+
+def value_at(summary: Any, path: str) -> Any:
+    """The value in a summary at a path of names with dots between; names such as "0.1" have dots themselves.
+
+    The rows of a list are reached by their ``name``. None if there is no such value.
+    """
+    if isinstance(summary, list):
+        summary = {row["name"]: row for row in summary if isinstance(row, dict) and "name" in row}
+    if not isinstance(summary, dict) or path in summary:
+        return summary.get(path) if isinstance(summary, dict) else None
+    name, _, rest = path.partition(".")
+    return value_at(summary.get(name), rest) if rest else None
 
 
 def _pictures_in(folder: Path) -> list[Path]:

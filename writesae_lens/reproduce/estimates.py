@@ -267,13 +267,13 @@ def _costs(
         + "beside it "
         + " or ".join(f"{x / 2**30:,.2f} in {name}" for name, x in parts.items()),
     ]
-    whole = f"time: about {_duration(trained + sum(spent.values()))} on {subject.where}: "
-    whole += f"training {_duration(trained)} of it, " if works else ""
+    whole = f"time: about {duration(trained + sum(spent.values()))} on {subject.where}: "
+    whole += f"training {duration(trained)} of it, " if works else ""
     whole += f"{training['model'] / max(trained, 1e-9):.0%} of the training in the model's forward pass"
     if works:
         longest = sorted(spent, key=lambda name: -spent[name])
-        each = ", ".join(f"{name} {_duration(spent[name])}" for name in longest)
-        whole += f", experiments {_duration(sum(spent.values()))} ({each})"
+        each = ", ".join(f"{name} {duration(spent[name])}" for name in longest)
+        whole += f", experiments {duration(sum(spent.values()))} ({each})"
     return [*lines, whole]
 
 
@@ -291,7 +291,7 @@ def _figure_seconds() -> float:
     return seconds(draw)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"

@@ -289,7 +289,7 @@ def test(setup: Setup, dictionaries: Dictionaries, experiments: Sequence[Experim
             result = _run(setup, experiment, subject, dictionaries.saes[number], folder / experiment.name)
             seconds = time.perf_counter() - start
             head = "*" if several and experiment.name == "splice" else cell.head
-            for figure, value in _figures(experiment, result.summary, paper):
+            for figure, value in _figures(result, paper):
                 papers = paper.figures.get((experiment.name, figure))
                 rows.append((experiment.name, figure, f"{cell.layer}:{head}", papers, value, seconds))
     table = pd.DataFrame(rows, columns=["experiment", "figure", "cell", "paper", "ours", "seconds"])
@@ -336,33 +336,13 @@ def _run(setup: Setup, experiment: Experiment, subject: Any, sae: SAE[Any], fold
     return result
 
 
-def _figures(experiment: Experiment, summary: dict[str, Any], paper: Paper) -> list[tuple[str, Any]]:
-    """The figures of an experiment that the table shows.
-
-    What is recovered, the same of its baselines, the paper's figures, then the experiment's others.
-    """
-    if experiment.name == "compare":
-        return [(row["name"], row["win_rate"]) for row in summary["table"] if row["win_rate"] is not None]
-    recovered = [name for name in experiment.table if "recovered" in name]
-    untrained = summary.get("baselines")  # an experiment that has none may have an option of that name
-    names = [row["name"] for row in untrained] if isinstance(untrained, list) else []
-    baselines = [f"baselines.{name}.{figure}" for name in names for figure in recovered]
-    papers = [figure for name, figure in paper.figures if name == experiment.name]
-    paths = dict.fromkeys([*recovered, *baselines, *papers, *experiment.table])
-    return [(path, value_at(summary, path)) for path in paths]
-
-
-def value_at(summary: Any, path: str) -> Any:
-    """The value in a summary at a path of names with dots between; names such as "0.1" have dots themselves.
-
-    The rows of a list are reached by their ``name``. None if there is no such value.
-    """
-    if isinstance(summary, list):
-        summary = {row["name"]: row for row in summary if isinstance(row, dict) and "name" in row}
-    if not isinstance(summary, dict) or path in summary:
-        return summary.get(path) if isinstance(summary, dict) else None
-    name, _, rest = path.partition(".")
-    return value_at(summary.get(name), rest) if rest else None
+def _figures(result: ExperimentResult, paper: Paper) -> list[tuple[str, Any]]:
+    """The figures of a result that the table shows: its figures of merit, and the paper's."""
+    if result.name == "compare":
+        rows = result.summary["table"]
+        return [(row["name"], row["win_rate"]) for row in rows if row["win_rate"] is not None]
+    papers = [figure for name, figure in paper.figures if name == result.name]
+    return list(result.figures_of_merit(papers).items())
 
 
 def as_markdown(table: pd.DataFrame) -> str:

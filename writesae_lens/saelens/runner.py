@@ -19,8 +19,10 @@ from sae_lens import (
     LanguageModelSAERunnerConfig,
     LoggingConfig,
     MultiSAETrainingRunnerConfig,
+    TrainingSAE,
     TrainingSAEConfig,
 )
+from sae_lens.registry import get_sae_training_class
 
 from hooked_models import HookedModelError, HookedRecurrent, zoo
 from hooked_models.files.whole_files import is_temporary
@@ -125,15 +127,23 @@ def train_cells(
             "the win rate is logged to W&B: give --log_to_wandb true, in Python logger=LoggingConfig(...)"
         )
     overrides = {"override_model": model, "override_dataset": _dataset(cfg, text)}
-    torch.manual_seed(seed)  # SAELens's runners do not use the seed of their config
 
     def make_runner() -> Runner | MultiRunner:
+        torch.manual_seed(seed)  # SAELens's runners do not use the seed of their config
         if len(chosen) == 1:
             return Runner(cfg, **overrides)
-        return MultiRunner(_config_of_several(cfg, saes, hooks, folders), **overrides)
+        of_several = _config_of_several(cfg, saes, hooks, folders)
+        return MultiRunner(of_several, **overrides, override_saes=_as_alone(of_several.saes, seed))
 
     _run(make_runner, folders, win_rate_passages)
     return folders
+
+
+def sized(sae: Any, cell: Cell) -> Any:
+    """An SAE's configuration with the sizes of a cell, and metadata of its own."""
+    ours = isinstance(sae, WriteSAETrainingConfig)
+    sizes = {"d_k": cell.d_k, "d_v": cell.d_v} if ours else {"d_in": cell.d_k * cell.d_v}
+    return dataclasses.replace(sae, metadata=copy.deepcopy(sae.metadata), **sizes)
 
 
 def _hook_name(model: HookedRecurrent, cell: Cell | tuple[int, int] | str, site: str) -> str:
@@ -202,6 +212,19 @@ def _config_of_several(
     )
 
 
+def _as_alone(cfgs: Mapping[str, TrainingSAEConfig], seed: int) -> dict[str, TrainingSAE[Any]]:
+    """New SAEs, each with the parameters that it has when it is trained alone.
+
+    SAELens's runners draw parameters first and shuffles later, one shuffle for all SAEs. So an SAE is
+    trained alike whichever others share its forward passes, if all have the same sizes.
+    """
+    made = {}
+    for name, cfg in cfgs.items():
+        torch.manual_seed(seed)
+        made[name] = get_sae_training_class(cfg.architecture())[0](cfg)
+    return made
+
+
 def _run(
     make_runner: Callable[[], Runner | MultiRunner], folders: Sequence[Path], win_rate_passages: int
 ) -> None:
@@ -237,7 +260,9 @@ def _without_override_warnings() -> Iterator[None]:
     """Silence SAELens's warning that an object overrides its config, which names the same model and text."""
 
     def is_other(record: logging.LogRecord) -> bool:
-        return "will override the one specified in your configuration" not in record.getMessage()
+        # The runner of one SAE words it in the first way, that of several in the second.
+        said = record.getMessage()
+        return "will override the one specified" not in said and "override_" not in said
 
     sae_lens.logger.addFilter(is_other)
     try:

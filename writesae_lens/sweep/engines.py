@@ -1,0 +1,203 @@
+"""Where the steps of a sweep run: here one after another, in processes of this machine, or on a Ray cluster.
+
+An engine gets steps and gives back each with what came of it, as they end; more may be added meanwhile. What
+runs when is left to `concurrent.futures` and to Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol
+
+import torch
+
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.sweep.work import Job, Step, Train, run_step
+
+# How often a step is started again whose worker died; Ray counts by itself.
+_RETRIES = 2
+Outcome = list[dict[str, Any]] | Exception
+"""What failed in a step, or the error that ended it."""
+
+
+class Engine(Protocol):
+    """Runs steps."""
+
+    def submit(self, step: Step) -> None:
+        """Add a step."""
+        ...
+
+    def outcomes(self) -> Iterator[tuple[Step, Outcome]]:
+        """Steps as they end, until none is left."""
+        ...
+
+    def close(self) -> None:
+        """End whatever still runs."""
+        ...
+
+
+class InOrder:
+    """Steps one after another in this process; a cell is tested before further ones are trained."""
+
+    def __init__(self, job: Job, threads: int | None) -> None:
+        self._job, self._threads = job, threads
+        self._steps: list[Step] = []
+
+    def submit(self, step: Step) -> None:
+        self._steps.append(step)
+
+    def outcomes(self) -> Iterator[tuple[Step, Outcome]]:
+        while self._steps:
+            step = min(self._steps, key=lambda step: (isinstance(step, Train), step.cells))
+            self._steps.remove(step)
+            try:
+                yield step, run_step(self._job, step, self._job.device, self._threads)
+            except Exception as error:
+                yield step, error
+
+    def close(self) -> None:
+        self._steps.clear()
+
+
+_of_worker: dict[str, Any] = {}
+
+
+def _begin(devices: Any, job: Job, threads: int) -> None:
+    """Start a worker process: the device that is its own, and the job."""
+    _of_worker.update(device=devices.get(), job=job, threads=threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
+
+
+def _in_worker(step: Step) -> Outcome:
+    return run_step(_of_worker["job"], step, _of_worker["device"], _of_worker["threads"])
+
+
+class Processes:
+    """Steps in worker processes of this machine, each with a device of its own where there are several GPUs.
+
+    Workers that die are replaced, and the steps that ran then are started again, twice at most.
+    """
+
+    def __init__(self, job: Job, workers: int, threads: int) -> None:
+        self._job, self._workers, self._threads = job, workers, threads
+        self._context = multiprocessing.get_context("spawn")
+        self._pool = self._new_pool()
+        self._pending: dict[Future[Outcome], Step] = {}
+        self._deaths: Counter[Step] = Counter()
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever has that handles signals
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `close` ends the workers
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        devices = self._context.SimpleQueue()
+        for n in range(self._workers):
+            devices.put(
+                f"cuda:{n % torch.cuda.device_count()}" if self._job.device == "cuda" else self._job.device
+            )
+        return ProcessPoolExecutor(
+            self._workers, self._context, initializer=_begin, initargs=(devices, self._job, self._threads)
+        )
+
+    def submit(self, step: Step) -> None:
+        self._pending[self._pool.submit(_in_worker, step)] = step
+
+    def outcomes(self) -> Iterator[tuple[Step, Outcome]]:
+        while self._pending:
+            running = {future for future in self._pending if future.running()}
+            done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
+            if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
+                yield from self._replace_pool(running)
+                continue
+            for future in done:
+                step, error = self._pending.pop(future), future.exception()
+                if isinstance(error, Exception):
+                    yield step, error
+                else:
+                    yield step, future.result()
+
+    def _replace_pool(self, running: set[Future[Outcome]]) -> Iterator[tuple[Step, Outcome]]:
+        """After a worker's death: new workers for the steps that are left."""
+        self.close()
+        left, self._pending = self._pending, {}
+        self._pool = self._new_pool()
+        for future, step in left.items():
+            self._deaths[step] += future in running
+            if self._deaths[step] > _RETRIES:
+                yield step, WriteSAEError(f"its worker died {self._deaths[step]} times; is memory short?")
+            elif future.done() and future.exception() is None:
+                yield step, future.result()
+            else:
+                self.submit(step)
+
+    def close(self) -> None:
+        if self._pending:  # stopped, or a worker died
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Ray:
+    """Steps as tasks of Ray: on the cluster of ``RAY_ADDRESS``, else on one that is started for the sweep.
+
+    Ray starts a task again, on another node where there is one, when its worker or node dies or its disk is
+    full. Each task gets ``threads`` CPUs and, on GPUs, one of them. The job lies in Ray's object store.
+    """
+
+    def __init__(self, job: Job, workers: int, threads: int) -> None:
+        ray = import_ray()
+        self._ray, self._started = ray, not ray.is_initialized()
+        on_gpu = job.device.startswith("cuda")
+        if self._started:
+            quiet = {"log_to_driver": False, "include_dashboard": False, "logging_level": "ERROR"}
+            if os.environ.get("RAY_ADDRESS"):
+                ray.init(**quiet)
+            else:
+                gpus = {"num_gpus": workers} if on_gpu else {}
+                ray.init(address="local", num_cpus=workers * threads, **gpus, **quiet)
+        self._job, self._threads = ray.put(job), threads
+        self._device = "cuda" if on_gpu else job.device
+        self._run: Any = ray.remote(
+            num_cpus=threads, num_gpus=int(on_gpu), max_retries=3, retry_exceptions=[OSError]
+        )(run_step)
+        self._pending: dict[Any, Step] = {}
+
+    def submit(self, step: Step) -> None:
+        task = self._run.options(name=str(step)).remote(self._job, step, self._device, self._threads)
+        self._pending[task] = step
+
+    def outcomes(self) -> Iterator[tuple[Step, Outcome]]:
+        while self._pending:
+            (done,), _ = self._ray.wait(list(self._pending))
+            step = self._pending.pop(done)
+            try:
+                yield step, self._ray.get(done)
+            except self._ray.exceptions.RayTaskError as error:
+                yield step, error.cause
+            except self._ray.exceptions.RayError as error:  # its worker died, or its node left, too often
+                yield step, error
+
+    def close(self) -> None:
+        for task in self._pending:
+            self._ray.cancel(task, force=True)
+        if self._started:
+            self._ray.shutdown()
+
+
+def import_ray() -> Any:
+    """Ray.
+
+    Raises:
+        WriteSAEError: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise WriteSAEError("--engine ray needs Ray: pip install 'writesae-lens[cluster]'") from error
+    return ray
