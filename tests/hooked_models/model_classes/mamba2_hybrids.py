@@ -78,6 +78,8 @@ class Zamba2Layer(HybridLayer):
 class FalconH1Layer(HybridLayer):
     """With factors around the input projection, and a gate before, after or without a norm."""
 
+    by_group = True
+
     def __init__(self, folder: Path, layer: int) -> None:
         super().__init__(folder, layer)
         inner, keys = HEADS * D_V, self.config["mamba_n_groups"] * D_K
