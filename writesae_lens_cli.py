@@ -230,6 +230,95 @@ def train(
         typer.echo(f"trained: {folder}")
 
 
+@app.command(context_settings={"ignore_unknown_options": True}, rich_help_panel=SHARE)
+def sweep(
+    saelens_flags: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Flags of train: --model_name, --training_tokens, --context_size, --dataset_path, --d_sae, "
+            "--device, --seed, ...",
+            show_default=False,
+        ),
+    ] = None,
+    cells: Annotated[
+        str, typer.Option(help="Cells, LAYER:HEAD with * for all and commas between, such as 1,3:*.")
+    ] = "*:*",
+    site: Annotated[
+        Literal["write", "state"], typer.Option(help="Train on the writes or on the states.")
+    ] = "write",
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text; its last tenth is for the tests, and all of it if --dataset_path names a text "
+            "to train on; default: the shipped text.",
+            show_default=False,
+        ),
+    ] = None,
+    experiments: Annotated[
+        str, typer.Option(help="Experiments to run on each cell, commas between; none: '-'.")
+    ] = "replace",
+    max_passages: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Passages that each experiment reads, at most; default: as its own command.",
+            show_default=False,
+        ),
+    ] = None,
+    reports: Annotated[bool, typer.Option("--reports", help="Also write each cell's report page.")] = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="This machine, or Ray: the cluster of RAY_ADDRESS, else one started for the sweep."
+        ),
+    ] = "local",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes, each with a model of its own; with cuda one a GPU.")
+    ] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="CPU threads of a worker; default: the cores over the workers.", show_default=False
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            help="GiB of a worker for model and training; default: what is free.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        str, typer.Option(help="Folder, or an address of fsspec such as s3://bucket/sweep.")
+    ] = "writesae-sweep",
+    dry_run: DryRun = False,
+) -> None:
+    """Train an SAE on every cell of a model, run experiments on each, and write one table.
+
+    For example: writesae-lens sweep --model_name tiny-gdn --workers 2 --out my_sweep. The same command goes
+    on where a stopped run was, and tries again what failed. Then writesae-lens report --sae my_sweep makes
+    one page of it.
+    """
+    from writesae_lens.cli.sweeping import run_sweep
+
+    run_sweep(
+        saelens_flags or [],
+        cells=cells,
+        site=site,
+        text=text,
+        experiments=[] if experiments == "-" else experiments.split(","),
+        max_passages=max_passages,
+        reports=reports,
+        engine=engine,
+        workers=workers,
+        threads=threads,
+        memory=memory,
+        out=out,
+        dry_run=dry_run,
+    )
+
+
 @app.command(rich_help_panel=SHARE)
 def pull(
     release: Annotated[
@@ -298,7 +387,8 @@ def push(
 
 @app.command(rich_help_panel=REPORT)
 def report(
-    sae: Annotated[str, typer.Option(help=SAE_REFERENCE)],
+    context: typer.Context,
+    sae: Annotated[str, typer.Option(help=f"{SAE_REFERENCE} Or the folder of a sweep.")],
     results: Annotated[
         list[Path] | None,
         typer.Option(
@@ -314,7 +404,9 @@ def report(
     model: Annotated[
         str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("writesae-report"),
+    out: Annotated[Path, typer.Option(help="Folder of the page; default of a sweep: its own.")] = Path(
+        "writesae-report"
+    ),
     max_passages: Annotated[
         int, typer.Option(min=1, help="Passages to read, at most: the last ones of the text.")
     ] = 64,
@@ -330,13 +422,15 @@ def report(
     """Write one self-contained HTML page: overview, results, and a browser of all atoms or codes.
 
     The replacement test, the partition and the top contexts are run if they are not among the results given.
+    The page of a sweep's folder is its atlas: all cells, coloured, plotted and tabulated by any figure.
     """
     from writesae_lens.cli.runs import write_report
     from writesae_lens.cli.subjects import Subject
 
-    write_report(
-        Subject([sae], None, model, text, context_size, max_passages, device), results or [], out, seed
-    )
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    subject = Subject([sae], None, model, text, context_size, max_passages, device)
+    write_report(subject, results or [], out, seed, given)
 
 
 @app.command(rich_help_panel=REPORT)

@@ -62,15 +62,7 @@ def run_training(
         WriteSAEError: flags that do not go together, or no text to train on.
     """
     plan = _planned(arguments, cells)
-    options = {
-        f.name: getattr(plan.cfg, f.name) for f in dataclasses.fields(LanguageModelSAERunnerConfig) if f.init
-    }
-    # SAELens has appended the run's id, and will again.
-    options["checkpoint_path"] = plan.cfg.checkpoint_path and str(Path(plan.cfg.checkpoint_path).parent)
-    for name in ("sae", "hook_name"):
-        del options[name]
-    if "--prepend_bos" not in plan.given:
-        del options["prepend_bos"]
+    options = runner_options(plan.cfg, plan.given)
     return train_cells(
         plan.model,
         plan.chosen,
@@ -80,6 +72,20 @@ def run_training(
         win_rate_passages=win_rate_passages,
         **options,
     )
+
+
+def runner_options(cfg: LanguageModelSAERunnerConfig[Any], given: dict[str, str]) -> dict[str, Any]:
+    """Arguments of `train_cells` from SAELens's config, beside the SAEs and their cells."""
+    options = {
+        f.name: getattr(cfg, f.name) for f in dataclasses.fields(LanguageModelSAERunnerConfig) if f.init
+    }
+    # SAELens has appended the run's id, and will again.
+    options["checkpoint_path"] = cfg.checkpoint_path and str(Path(cfg.checkpoint_path).parent)
+    for name in ("sae", "hook_name"):
+        del options[name]
+    if "--prepend_bos" not in given:
+        del options["prepend_bos"]
+    return options
 
 
 def estimate_run(
@@ -119,13 +125,32 @@ def _planned(arguments: Sequence[str], cells: str | None) -> _Plan:
     Raises:
         WriteSAEError: flags that do not go together.
     """
-    given = dict(_flags(arguments))
+    given = flags_of(arguments)
     if cells is None and "--hook_name" not in given and "--help" not in given:
         raise WriteSAEError("nothing to train on: give --cells or --hook_name")
     if cells is not None and "--hook_name" in given:
         raise WriteSAEError("--cells and --hook_name both say what to train on: give one of them")
     if "--model_name" not in given and "--help" not in given:
         raise WriteSAEError("no model to train on: give --model_name")
+    cfg = parse_runner_config(arguments, given)
+    kwargs = dict(cfg.model_from_pretrained_kwargs or {})
+    model = HookedRecurrent.boot_transformers(cfg.model_name, device=cfg.llm_device, **kwargs)
+    chosen = [cfg.hook_name] if cells is None else parse_cells(model, cells)
+    if len(chosen) == 1 and cfg.use_cached_activations and "--cached_activations_path" not in given:
+        raise WriteSAEError("say where the cache is: --cached_activations_path")
+    return _Plan(model, chosen, cfg, given)
+
+
+def parse_runner_config(arguments: Sequence[str], given: dict[str, str]) -> LanguageModelSAERunnerConfig[Any]:
+    """SAELens's config from the flags that are given, and this command's defaults for the others.
+
+    Args:
+        arguments: flags of SAELens's parser.
+        given: the same, as `flags_of` gives them.
+
+    Raises:
+        WriteSAEError: SAELens refuses the flags, they would do nothing, or name another class of models.
+    """
     idle = [f"--{name}" for name in _OF_WANDB if f"--{name}" in given and "--log_to_wandb" not in given]
     if idle:
         raise WriteSAEError(f"{', '.join(idle)} would do nothing: give --log_to_wandb true too")
@@ -135,16 +160,10 @@ def _planned(arguments: Sequence[str], cells: str | None) -> _Plan:
             f"this command trains on {MODEL_CLASS_NAME}; for {cfg.model_class_name} use "
             "python -m sae_lens.llm_sae_training_runner"
         )
-    kwargs = dict(cfg.model_from_pretrained_kwargs or {})
-    model = HookedRecurrent.boot_transformers(cfg.model_name, device=cfg.llm_device, **kwargs)
-    chosen = [cfg.hook_name] if cells is None else parse_cells(model, cells)
-    if len(chosen) == 1 and cfg.use_cached_activations and "--cached_activations_path" not in given:
-        raise WriteSAEError("say where the cache is: --cached_activations_path")
-    return _Plan(model, chosen, cfg, given)
+    return cfg
 
 
 def _parse(arguments: Sequence[str], given: dict[str, str]) -> LanguageModelSAERunnerConfig[Any]:
-    """SAELens's parser on the flags that are given and this command's defaults for the others."""
     if "--sae" in given:  # SAELens's other name for it
         given["--architecture"] = given["--sae"]
     defaults = dict(DEFAULTS)
@@ -194,8 +213,12 @@ def _recipe(given: dict[str, str]) -> dict[str, str]:
     return flags
 
 
-def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def flags_of(arguments: Sequence[str]) -> dict[str, str]:
     """Flags and their values, in both forms: ``--flag value`` and ``--flag=value``."""
+    return dict(_flags(arguments))
+
+
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     for argument, following in zip(arguments, [*arguments[1:], ""]):
         if argument.startswith("--"):
             flag, equals, value = argument.partition("=")
