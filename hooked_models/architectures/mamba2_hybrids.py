@@ -49,7 +49,7 @@ class Half(nn.Module):
         number: 0 or 1.
     """
 
-    def __init__(self, projection: nn.Module, number: int) -> None:
+    def __init__(self, projection: Any, number: int) -> None:
         super().__init__()
         self._projection = (projection,)  # in a tuple, where nn.Module does not see it
         self.number = number
