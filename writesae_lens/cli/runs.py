@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,9 @@ import typer
 from writesae_lens import demo
 from writesae_lens import reproduce as paper
 from writesae_lens.cli.subjects import Subject, load, parse_cell, warnings_as_lines
-from writesae_lens.errors import interruptible
+from writesae_lens.errors import WriteSAEError, interruptible
+from writesae_lens.report.atlas import make_atlas
+from writesae_lens.report.cell_table import CellTable, is_sweep
 from writesae_lens.report.page import make_report, saved_results
 
 _RESUMES = "the same command goes on where it stopped"
@@ -26,15 +29,37 @@ def run_demo(
     typer.echo(result.headline)
 
 
-def write_report(subject: Subject, result_folders: list[Path], out: Path, seed: int) -> None:
-    """Write the report of an SAE and its saved results."""
+def write_report(
+    subject: Subject, result_folders: list[Path], out: Path, seed: int, given: Sequence[str]
+) -> None:
+    """Write the report of an SAE and its saved results, or the atlas of a sweep's folder.
+
+    Args:
+        subject, result_folders, out, seed: of the report.
+        given: names of the options that the user gave; an atlas refuses those that are not for it.
+    """
+    (reference,) = subject.saes
+    if is_sweep(Path(reference)):
+        _write_atlas(Path(reference), out if "out" in given else None, given)
+        return
     results = [result for folder in result_folders for result in saved_results(folder)]
     loaded = load(subject)
-    (reference,), (sae,) = subject.saes, loaded.saes
+    (sae,) = loaded.saes
     training = Path(reference) if Path(reference).is_dir() else None
     with interruptible(_RESUMES), warnings_as_lines():
         page = make_report(out, loaded.model, sae, loaded.passages, results, training, seed=seed)
     typer.echo(f"report: {page}")
+
+
+def _write_atlas(folder: Path, out: Path | None, given: Sequence[str]) -> None:
+    """Write the atlas of a sweep's folder; print its page and headline."""
+    if others := [f"--{name.replace('_', '-')}" for name in given if name not in ("sae", "out")]:
+        raise WriteSAEError(
+            f"{folder} is the folder of a sweep, and {others[0]} does not apply to it: its page shows what "
+            "the sweep measured"
+        )
+    typer.echo(f"atlas: {make_atlas(folder, out)}")
+    typer.echo(CellTable.read(folder).headline)
 
 
 def list_configurations() -> None:

@@ -1,14 +1,11 @@
 """The report: which results it shows, and the page in a real browser."""
 
 import json
-import os
 import re
-import shutil
 
 import pandas as pd
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
 
 from tests.writesae_lens.cli.command_line import run
 from tests.writesae_lens.experiments.truth import make_sae
@@ -42,26 +39,6 @@ def page(model, sae, passages, results, tmp_path_factory):
 def data(page):
     script = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"))
     return json.loads(script[1])
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        assert not os.environ.get("CI"), "CI tests the report in a browser: install chromium"
-        pytest.skip("no chromium on this machine")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
-             "--no-first-run", "--disable-component-update", "--disable-quic"]  # fmt: skip
-    try:
-        playwright = sync_playwright().start()
-    except Exception:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip("playwright's driver does not start (on Debian it wants libatomic1)")
-    browser = playwright.chromium.launch(executable_path=path, args=quiet)
-    yield browser
-    browser.close()
-    playwright.stop()
 
 
 @pytest.fixture
