@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -28,6 +28,7 @@ Outcome = list[dict[str, Any]] | Exception
 """What failed in a step, or the error that ended it."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs steps."""
 

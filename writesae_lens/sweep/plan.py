@@ -8,7 +8,7 @@ allows, but as many as there are workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -65,14 +65,13 @@ def free_bytes(device: str) -> int:
 
 
 def plan_groups(
-    model: HookedRecurrent, cells: Sequence[Cell], needs: Needs, n_bytes: int, workers: int
+    cells: Sequence[Cell], bytes_of: Callable[[Sequence[Cell]], int], n_bytes: int, workers: int
 ) -> list[Group]:
     """Groups of cells, in order of layer and head.
 
     Args:
-        model: that they are cells of.
         cells: to train on.
-        needs: of their training.
+        bytes_of: bytes that training some cells together takes beside the model.
         n_bytes: that the training of a group may take beside the model.
         workers: which shall all have something to do.
 
@@ -80,7 +79,7 @@ def plan_groups(
         WriteSAEError: one cell alone takes more memory.
     """
     cells = sorted(cells, key=lambda cell: (cell.layer, cell.head))
-    alone = max(needs.n_bytes(model, [cell]) for cell in cells)
+    alone = max(bytes_of([cell]) for cell in cells)
     if alone > n_bytes:
         raise WriteSAEError(
             f"training one cell takes {alone / 2**30:,.2f} GiB beside the model, and {n_bytes / 2**30:,.2f} "
@@ -90,7 +89,7 @@ def plan_groups(
     while True:
         size = math.ceil(len(cells) / n_groups)
         groups = [tuple(cells[start : start + size]) for start in range(0, len(cells), size)]
-        taken = [needs.n_bytes(model, group) for group in groups]
+        taken = [bytes_of(group) for group in groups]
         if max(taken) <= n_bytes:
             return [Group(*each) for each in zip(groups, taken)]
         n_groups = max(n_groups + 1, math.ceil(n_groups * max(taken) / n_bytes))

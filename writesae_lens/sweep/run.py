@@ -220,7 +220,9 @@ def plan_sweep(
     )
     missing = [cell for cell in wanted if not store.has_sae((cell.layer, cell.head))]
     n_bytes = _bytes_of_a_training(model, device, memory, workers)
-    groups = plan_groups(model, missing, needs, n_bytes, workers) if missing else []
+    groups = (
+        plan_groups(missing, functools.partial(needs.n_bytes, model), n_bytes, workers) if missing else []
+    )
     batch = (RECOMMENDED_SCHEDULE | dict(options.get("schedule") or {}) | options)["train_batch_size_tokens"]
     about = functools.partial(
         describe, model, groups, needs, training_tokens, batch, chosen, max_passages, workers

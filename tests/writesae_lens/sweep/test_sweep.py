@@ -1,0 +1,173 @@
+"""A sweep does what is done by hand for each cell, goes on where it stopped, and lists failures."""
+
+import json
+
+import pandas as pd
+import pytest
+from sae_lens import SAE
+
+from hooked_models import HookedRecurrent, zoo
+from writesae_lens import WriteSAEError
+from writesae_lens.experiments import replacement_test
+from writesae_lens.experiments.passages import as_passages
+from writesae_lens.experiments.result import read_table
+from writesae_lens.saelens.runner import train_cells
+from writesae_lens.sweep import sweep, work
+from writesae_lens.sweep.store import Store
+
+TOKENS, CELLS = 8_000, [(1, 1), (3, 0)]
+OPTIONS = {"horizon": 4, "max_firings": 12}
+SMALL = {
+    "training_tokens": TOKENS,
+    "context_size": 64,
+    "n_batches_in_buffer": 8,
+    "experiments": {"replace": OPTIONS},
+    "max_passages": 2,
+    "verbose": False,
+}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    return out, sweep("tiny-gdn", CELLS, out, **SMALL)
+
+
+def test_rows_are_those_of_each_cell_by_hand(swept, tmp_path):
+    out, done = swept
+    model = HookedRecurrent.boot_transformers("tiny-gdn")
+    table = read_table(out / "cells.csv")
+    assert list(zip(table.layer, table["head"])) == CELLS
+    for row in table.to_dict("records"):
+        cell = (row["layer"], row["head"])
+        (folder,) = train_cells(
+            model, [cell], tmp_path / str(cell), TOKENS, context_size=64, n_batches_in_buffer=8
+        )
+        sae = SAE.load_from_disk(folder)
+        passages = as_passages(model, zoo.text("test"), 64)[-2:]
+        summary = replacement_test(model, sae, passages, **OPTIONS, verbose=False).summary
+        lookup = next(row for row in summary["baselines"] if row["name"] == "lookup")
+        for figure in ("median_recovered", "recovered_later", "win_rate", "bits"):
+            assert row[f"replace_{figure}"] == pytest.approx(summary[figure], rel=1e-9), figure
+        assert row["replace_lookup_recovered"] == pytest.approx(lookup["recovered"], rel=1e-9)
+        assert (row["architecture"], row["d_k"], row["d_v"]) == ("gated_delta_net", 32, 48)
+        assert row["training_seconds"] > 0
+        assert row["replace_seconds"] > 0
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "cells.parquet"), done.cells)
+    assert not len(done.failed)
+    assert not (out / "failed.csv").exists()
+    assert (out / "L1H1" / "training.csv").exists()
+
+
+def test_what_is_finished_is_not_done_again(swept, monkeypatch):
+    out, done = swept
+
+    def never(*args, **kwargs):
+        raise AssertionError("done twice")
+
+    monkeypatch.setattr(work, "train_cells", never)
+    monkeypatch.setattr(work, "_test", never)
+    again = sweep("tiny-gdn", CELLS, out, **SMALL)
+    pd.testing.assert_frame_equal(again.cells, done.cells)
+
+
+def test_another_sweep_is_refused(swept):
+    out, _ = swept
+    with pytest.raises(WriteSAEError, match=r"another training_tokens"):
+        sweep("tiny-gdn", CELLS, out, **SMALL | {"training_tokens": 9_000})
+    with pytest.raises(WriteSAEError, match=r"another replace"):
+        sweep("tiny-gdn", CELLS, out, **SMALL | {"experiments": {"replace": OPTIONS | {"horizon": 5}}})
+
+
+def test_failures_are_listed_and_tried_again(tmp_path, monkeypatch):
+    """A training of one group and an experiment of one cell fail; the rest is there, and then all is."""
+    small = SMALL | {"memory": 0.2}  # a group a cell
+    run, train = work._run, work.train_cells
+    trained, tested = [], []
+
+    def training(model, cells, *args, **kwargs):
+        trained.append(cells)
+        if cells == [(1, 1)] and len(trained) == 1:
+            raise WriteSAEError("no luck")
+        return train(model, cells, *args, **kwargs)
+
+    def testing(job, experiment, options, model, sae, *args):
+        tested.append(sae.cfg.metadata.hook_name)
+        if len(tested) == 1:
+            raise RuntimeError("broken\nin two lines")
+        return run(job, experiment, options, model, sae, *args)
+
+    monkeypatch.setattr(work, "train_cells", training)
+    monkeypatch.setattr(work, "_run", testing)
+    monkeypatch.setattr("writesae_lens.sweep.run._bytes_of_a_training", lambda *_: 1)
+    monkeypatch.setattr("writesae_lens.sweep.plan.training_bytes", lambda *_: 0)
+    first = sweep("tiny-gdn", [*CELLS, (3, 1)], tmp_path, workers=1, **small)
+    listed = read_table(tmp_path / "failed.csv")
+    pd.testing.assert_frame_equal(listed, first.failed)
+    assert set(first.failed.step) <= {"training", "replace"}
+    assert all("\n" not in reason for reason in first.failed.reason)
+    n_done = len(first.cells)
+    second = sweep("tiny-gdn", [*CELLS, (3, 1)], tmp_path, workers=1, **small)
+    assert len(second.cells) == 3 > n_done
+    assert not len(second.failed)
+    assert not (tmp_path / "failed.csv").exists()
+
+
+def test_a_full_disk_is_a_failure_of_the_step(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(work, "write_whole", full)
+    first = sweep("tiny-gdn", CELLS[:1], tmp_path, **SMALL)
+    assert first.failed[["layer", "head", "step"]].to_numpy().tolist() == [[1, 1, "tests"]]
+    assert "No space left" in first.failed.reason[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(work, "train_cells", lambda *_, **__: pytest.fail("trained twice"))
+    assert len(sweep("tiny-gdn", CELLS[:1], tmp_path, **SMALL).cells) == 1
+
+
+def test_at_an_address_of_fsspec(swept):
+    _, done = swept
+    there = sweep("tiny-gdn", CELLS, "memory://sweeps/one", **SMALL)
+    seconds = [name for name in done.cells if name.endswith("seconds")]
+    pd.testing.assert_frame_equal(there.cells.drop(columns=seconds), done.cells.drop(columns=seconds))
+    store = Store("memory://sweeps/one")
+    for name in ("cells.csv", "cells.parquet", "L1H1/cfg.json", "results/L3H0/replace/summary.json"):
+        assert store.has(name), name
+    assert not store.has("L1H1/.writesae-lens.lock")
+    with store.open(read_only="L1H1") as (folder,):
+        SAE.load_from_disk(folder)
+
+
+def test_further_experiments_join_the_rows(swept):
+    out, done = swept
+    more = sweep("tiny-gdn", CELLS, out, **SMALL | {"experiments": ["partition"]})
+    assert set(more.cells) > set(done.cells)
+    assert more.cells.partition_n_register.notna().all()
+    assert set(json.loads((out / "sweep.json").read_text())["experiments"]) == {"replace", "partition"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"experiments": ["compare"]}, "several SAEs"),
+        ({"experiments": ["nonsense"]}, "no experiment is called"),
+        ({"experiments": "replace"}, "a list of names"),
+        ({"experiments": {"replace": {"horizons": 3}}}, "no option 'horizons'"),
+        ({"workers": 0}, "workers"),
+        ({"site": "reads"}, "site"),
+        ({"cells": "9:*"}, "names no cell"),
+        ({"out": "nonsense://x"}, "cannot write"),
+        ({"memory": 0.001}, "raise --memory"),
+    ],
+)
+def test_wrong_input(wrong, message, tmp_path):
+    options = {"cells": CELLS, "out": tmp_path} | SMALL | wrong
+    with pytest.raises(WriteSAEError, match=message) as raised:
+        sweep("tiny-gdn", **options)
+    assert len(str(raised.value)) < 300
+
+
+def test_a_model_without_text(tmp_path):
+    with pytest.raises(WriteSAEError, match=r"ships with no text"):
+        sweep(str(zoo.model_path("tiny-gdn")), CELLS, tmp_path, **SMALL)
