@@ -640,7 +640,7 @@ def test_a_bad_file(pth, mamba_folder, tmp_path, tokenizer, form, kind):
         part = "truncated or damaged"
         file.write_bytes(pth.read_bytes()[:-1000])
     elif kind == "pickle":
-        part = "wants to run code (io.open)"
+        part = "io.open) and was not loaded"
         file.write_bytes(pickle.dumps({"emb.weight": Code(marker)}))
     else:
         content, part = BAD_CONTENTS[kind]
