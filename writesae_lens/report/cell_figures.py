@@ -189,6 +189,8 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         ),
         "reach": Meaning("reach", "tokens", "within which half of all reading of a write happens, median"),
         "write_norm": Meaning("write norm", "", "median Frobenius norm of the writes"),
+        "write_norm_p5": Meaning("write norm, 5%", "", "5th percentile of the writes' norms"),
+        "write_norm_p95": Meaning("write norm, 95%", "", "95th percentile of the writes' norms"),
         "key_dims": Meaning(
             "dimensions of keys", "", "effective number; 1 where all keys are multiples of one"
         ),

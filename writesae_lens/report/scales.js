@@ -21,7 +21,8 @@ const scalesOf = (columns, cells) => {
     return visible(unit && !["share", "count", "text"].includes(unit) ? `${label}, ${unit}` : label);
   };
 
-  // Scales: ends at the data, without values far outside the quartiles, which take the colour or edge of the end.
+  // Scales end at the data. Values far outside the quartiles take the colour, or the edge, of the nearer end where
+  // the others would else share less than a fifth of the scale.
   const scaleOf = (i, around) => {
     const known = cells.map((cell) => cell.values[i]).filter((x) => x !== null).sort((a, b) => a - b);
     if (!known.length) return null;
@@ -30,7 +31,8 @@ const scalesOf = (columns, cells) => {
     const quartile = (q) => inner[Math.round(q * (inner.length - 1))];
     const far = 3 * (quartile(0.75) - quartile(0.25)) || Infinity;
     const inside = inner.filter((x) => x >= quartile(0.25) - far && x <= quartile(0.75) + far);
-    let [low, high] = [inside[0], inside.at(-1)];
+    const squeezed = inside.at(-1) - inside[0] < (inner.at(-1) - inner[0]) / 5;
+    let [low, high] = squeezed ? [inside[0], inside.at(-1)] : [inner[0], inner.at(-1)];
     const diverging = low < 0 && high > 0 && !log;
     if (diverging && around) [low, high] = [-Math.max(-low, high), Math.max(-low, high)];
     if (low === high) [low, high] = [low - (Math.abs(low) || 1) / 20, high + (Math.abs(high) || 1) / 20];

@@ -338,6 +338,16 @@ def test_values_far_outside_take_the_ends_colour(tmp_path, open_page):
     assert "1 cell far outside" in tab.locator("#caption").inner_text()
 
 
+def test_values_a_little_outside_are_on_the_scale(tmp_path, open_page):
+    table = figures(12).assign(**{FIRST: np.linspace(0.7, 0.8, 12)})
+    table.loc[4, FIRST] = 0.4
+    write_sweep(tmp_path / "sweep", [(0, head) for head in range(12)], table)
+    tab = open_page(make_atlas(tmp_path / "sweep"))
+    assert tab.locator("#ticks span").all_inner_texts() == ["40.0%", "60.0%", "80.0%"]
+    assert tab.locator("#plot circle").count() == 12
+    assert tab.locator("#plot circle.beyond").count() == 0
+
+
 def test_one_cell_without_map(tmp_path, open_page):
     write_sweep(tmp_path / "sweep", [(2, 5)])
     tab = open_page(make_atlas(tmp_path / "sweep"), "#L2H5")
