@@ -202,7 +202,6 @@
     // Where both axes are shares, points above the diagonal have more of the upper figure.
     const [from, to] = [Math.max(ax.low, ay.low), Math.min(ax.high, ay.high)];
     const diagonal = columns[x].unit === "share" && columns[y].unit === "share" && x !== y && from < to;
-    if (diagonal) plot.append(svg("line", { class: "diagonal", x1: across(ax.raw(from)), y1: up(ay.raw(from)), x2: across(ax.raw(to)), y2: up(ay.raw(to)) }));
     let beyond = 0;
     for (const cell of both) {
       const [px, py] = [ax.raw(cell.values[x]), ay.raw(cell.values[y])];
@@ -215,6 +214,7 @@
       circles.set(cell, circle);
       dots.push(dot);
     }
+    if (diagonal) plot.append(svg("line", { class: "diagonal", x1: across(ax.raw(from)), y1: up(ay.raw(from)), x2: across(ax.raw(to)), y2: up(ay.raw(to)) }));
     dots.sort((a, b) => a.x - b.x || a.y - b.y);
     $("caption").textContent = `${plural(both.length, "cell")} with both figures, in the colours of the grid.`
       + (diagonal ? " Dashed: where both are equal." : "") + (beyond ? ` ${plural(beyond, "cell")} far outside the others, drawn as dashed rings at the edge.` : "");

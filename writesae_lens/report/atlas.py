@@ -18,9 +18,10 @@ from writesae_lens.experiments.result import SUMMARY
 from writesae_lens.locks import locked
 from writesae_lens.report.browser import as_json
 from writesae_lens.report.cell_figures import group_of
-from writesae_lens.report.cell_table import CellKey, CellTable, is_sweep, name_of
+from writesae_lens.report.cell_table import CellTable, is_sweep
 from writesae_lens.report.page import PAGE
 from writesae_lens.report.template import fill_in
+from writesae_lens.sweep.store import CellKey, name_of
 
 ATLAS = "atlas.html"
 # Steps of sweep.json that the subtitle names, and failures that a notice spells out.

@@ -18,22 +18,13 @@ from writesae_lens.experiments.result import RECORDS, SUMMARY, read_table
 from writesae_lens.report.cell_figures import MAP, SHARE, TEXT, Meaning, meaning_of
 from writesae_lens.saes.whole import CONFIG
 from writesae_lens.statistics import share
+from writesae_lens.sweep.store import CELLS, FAILED, SWEEP, CellKey, name_of
 
-# Files of a sweep's folder.
-CELLS, FAILED, SWEEP = "cells.csv", "failed.csv", "sweep.json"
 # The figure that the headline is about and that the page shows first, and its untrained baseline.
 _FIRST, _BASELINE = "replace_median_recovered", "replace_lookup_median_recovered"
 _KEY = ["layer", "head"]
 _SIZES = ["d_k", "d_v"]
 _SAE_FOLDER = re.compile(r"L(\d{1,6})H(\d{1,6})")
-
-CellKey = tuple[int, int]
-"""Layer and head."""
-
-
-def name_of(cell: CellKey) -> str:
-    """The name of a cell's folders: ``L1H3``."""
-    return f"L{cell[0]}H{cell[1]}"
 
 
 @dataclass(frozen=True)
