@@ -36,7 +36,7 @@ bench-full: $(VENV)/.dev  ## a model of Qwen3.5-0.8B's size with random weights:
 cells: $(VENV)/.dev  ## train and test every cell of a shipped model, print one table: 5 to 25 minutes
 	$(BIN)/python -m tests.benchmarks.all_cells --model $(MODEL) --out writesae-cells-$(MODEL) --workers 2
 
-# pip would refuse: sae-lens wants TransformerLens below 4. docs/compatibility.md has what fails there.
+# pip would refuse: sae-lens wants TransformerLens below 4. docs/compatibility.md has what passes there.
 test-transformer-lens-4: $(VENV)/.dev  ## the tests of hooks on TransformerLens 4.3, which this environment then has
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps transformer-lens==4.3.0
 	$(BIN)/python -m pytest -n auto --dist loadfile -p tests.transformer_lens_4 tests/hooked_models
