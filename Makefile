@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= writesae-demo
 MODEL ?= tiny-gdn
 
-.PHONY: demo test test-slow tutorials docs lint bench bench-full cells dist dist-demo test-transformer-lens-4 clean
+.PHONY: demo test test-slow tutorials docs lint bench bench-full cells atlas dist dist-demo test-transformer-lens-4 clean
 
 demo: $(VENV)/.user  ## train a WriteSAE on a shipped model, test it, write a report
 	$(BIN)/writesae-lens demo --model $(MODEL) --out $(OUT)
@@ -35,6 +35,11 @@ bench-full: $(VENV)/.dev  ## a model of Qwen3.5-0.8B's size with random weights:
 
 cells: $(VENV)/.dev  ## train and test every cell of a shipped model, print one table: 5 to 25 minutes
 	$(BIN)/python -m tests.benchmarks.all_cells --model $(MODEL) --out writesae-cells-$(MODEL) --workers 2
+
+atlas: $(VENV)/.user  ## map, SAE and report of every cell of a shipped model, and one page of all: 15 minutes on 2 cores
+	$(BIN)/writesae-lens map --model $(MODEL) --out writesae-atlas-$(MODEL)/map
+	$(BIN)/writesae-lens sweep --model_name $(MODEL) --workers 2 --reports --out writesae-atlas-$(MODEL)
+	$(BIN)/writesae-lens report --sae writesae-atlas-$(MODEL)
 
 # pip would refuse: sae-lens wants TransformerLens below 4. docs/compatibility.md has what passes there.
 test-transformer-lens-4: $(VENV)/.dev  ## the tests of hooks on TransformerLens 4.3, which this environment then has

@@ -48,7 +48,7 @@ _installed = version("transformers")
 if tuple(int(part) for part in _installed.split(".")[:2]) >= _FIRST_WRONG_TRANSFORMERS:
     raise ImportError(
         f"hooked_models does not work with transformers {_installed}, where cached decoding would be wrong: "
-        "pip install 'transformers>=5.9,<5.24'"
+        "pip install 'transformers>=5.20,<5.24'"
     )
 
 keep_old_names(OLD_NAMES)

@@ -25,7 +25,7 @@ def test_a_version_of_transformers_that_decodes_wrongly_is_refused():
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "ImportError: hooked_models does not work with transformers 5.24.0.dev0, where cached decoding would "
-        "be wrong: pip install 'transformers>=5.9,<5.24'"
+        "be wrong: pip install 'transformers>=5.20,<5.24'"
     )
 
 

@@ -34,7 +34,6 @@ DEFAULT_EXPERIMENTS = ("replace",)
 OPTIONS: dict[str, dict[str, Any]] = {"replace": {"horizon": 32, "max_firings": 256}}
 # The share of a text, from its end, that experiments read and SAEs are not trained on.
 TEST_SHARE = 0.1
-FAILED_COLUMNS = ["layer", "head", "step", "reason"]
 
 
 class Sweep(NamedTuple):
@@ -131,12 +130,12 @@ def sweep(
     _note_settings(store, planned)
     made = _engine(engine, job, workers, threads)
     try:
-        failed = _run(store, job, planned, made, verbose)
+        _run(store, job, planned, made, verbose)
     except INTERRUPTIONS as error:
         raise WriteSAEError(f"interrupted; the same call goes on where it stopped ({store})") from error
     finally:
         made.close()
-    return Sweep(str(store), store.write_tables(failed), pd.DataFrame(failed, columns=FAILED_COLUMNS))
+    return Sweep(str(store), *store.write_tables())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,8 +329,8 @@ def _share(workers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // workers) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _run(store: Store, job: Job, planned: Plan, engine: Engine, verbose: bool) -> list[dict[str, Any]]:
-    """Run every step that is not done; returns what failed."""
+def _run(store: Store, job: Job, planned: Plan, engine: Engine, verbose: bool) -> None:
+    """Run every step that is not done, and keep the tables up to date."""
     rows = {(row["layer"], row["head"]): row for row in store.rows()}
     steps = [f"{name}_seconds" for name in job.experiments] + ["report_seconds"] * job.reports
     left = [
@@ -344,21 +343,24 @@ def _run(store: Store, job: Job, planned: Plan, engine: Engine, verbose: bool) -
     for cell in left:
         if cell not in untrained:
             engine.submit(Test(cell))
-    failed: list[dict[str, Any]] = []
     total = len(untrained) + len(left)
     with tqdm(total=total, desc="cells trained and tested", unit="step", disable=not verbose) as bar:
         for step, outcome in engine.outcomes():
-            failed += _failures(store, step, outcome)
+            failures = _failures(store, step, outcome)
+            for cell in step.cells:
+                of_cell = [row for row in failures if (row["layer"], row["head"]) == cell]
+                if of_cell or isinstance(step, Test):
+                    store.note_failures(cell, of_cell)
             bar.update(len(step.cells))
+            if failures or isinstance(step, Test):
+                store.write_tables()
             if isinstance(step, Test):
-                store.write_tables(failed)
                 continue
             for cell in step.cells:
                 if store.has_sae(cell):
                     engine.submit(Test(cell))
                 else:
                     bar.update()
-    return failed
 
 
 def _failures(store: Store, step: Step, outcome: Any) -> list[dict[str, Any]]:

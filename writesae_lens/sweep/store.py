@@ -24,9 +24,10 @@ from writesae_lens.locks import LOCK, locked
 from writesae_lens.saes.whole import CONFIG
 
 CELLS, CELLS_PARQUET, FAILED, SWEEP = "cells.csv", "cells.parquet", "failed.csv", "sweep.json"
-ROW, TIMES = "row.json", "times.json"
+ROW, TIMES, FAILURES = "row.json", "times.json", "failed.json"
 # Copied after all other files of a folder: a reader who finds one of them finds the others.
 _LAST = (CONFIG, SUMMARY, ROW)
+FAILED_COLUMNS = ["layer", "head", "step", "reason"]
 # Seconds to wait for another sweep on the same folder that writes its table.
 _WAIT = 60.0
 
@@ -102,22 +103,40 @@ class Store:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of all cells that are finished, in order of layer and head."""
-        found = self._fs.glob(self._path(f"results/*/{ROW}"))
-        rows = [self.read_json(f"results/{PurePosixPath(path).parent.name}/{ROW}") for path in found]
-        return sorted((row for row in rows if row), key=lambda row: (row["layer"], row["head"]))
+        rows = [row for row in self._of_cells(ROW) if row]
+        return sorted(rows, key=lambda row: (row["layer"], row["head"]))
 
-    def write_tables(self, failed: list[dict[str, Any]]) -> pd.DataFrame:
-        """Write cells.csv and cells.parquet of all finished cells, and failed.csv; returns the first."""
+    def note_failures(self, cell: CellKey, failures: list[dict[str, Any]]) -> None:
+        """Keep what failed at a cell (`FAILED_COLUMNS`), in place of what failed there before."""
+        name = f"results/{name_of(cell)}/{FAILURES}"
+        if failures:
+            self.write_json(name, failures)
+        elif self.has(name):
+            self._fs.rm_file(self._path(name))
+
+    def write_tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Write cells.csv and cells.parquet of all finished cells, and failed.csv of the others that failed.
+
+        Returns:
+            both tables. Other sweeps may write to the folder, on other cells: theirs are among the rows.
+        """
         with locked(self._root if self.is_local else None, _WAIT):
             table = pd.DataFrame(self.rows())
+            lost = [failure for failures in self._of_cells(FAILURES) for failure in failures or ()]
+            failed = pd.DataFrame(lost, columns=FAILED_COLUMNS)
             if len(table):
                 self._write(CELLS, lambda path: write_table(path, table))
                 self._write(CELLS_PARQUET, lambda path: table.to_parquet(path, index=False))
-            if failed:
-                self._write(FAILED, lambda path: write_table(path, pd.DataFrame(failed)))
+            if lost:
+                self._write(FAILED, lambda path: write_table(path, failed))
             elif self.has(FAILED):
                 self._fs.rm_file(self._path(FAILED))
-        return table
+        return table, failed
+
+    def _of_cells(self, name: str) -> list[Any]:
+        """The contents of a JSON file of every cell that has it."""
+        found = self._fs.glob(self._path(f"results/*/{name}"))
+        return [self.read_json(f"results/{PurePosixPath(path).parent.name}/{name}") for path in sorted(found)]
 
     def _write(self, name: str, write: Any) -> None:
         if self.is_local:
