@@ -40,25 +40,27 @@ SAE_REFERENCE = "An SAE: a folder that SAELens wrote, a published best.pt, or RE
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 
-def experiment_questions() -> dict[str, str]:
-    """The question of every declared experiment by name, in the order of the paper.
+def experiment_questions() -> dict[str, tuple[str, bool]]:
+    """The question of every declared experiment by name, and whether it is about a whole model.
 
-    They are read from the source, where ``@experiment("name", question="...", paper=...)`` stands above each
-    function, unless the catalogue is imported already.
+    First those on SAEs in the order of the paper, then those about models. They are read from the source,
+    where ``@experiment("name", question="...", paper=...)`` stands above each function, unless the catalogue
+    is imported already.
     """
     catalogue: Any = sys.modules.get("writesae_lens.experiments.catalogue")
     if catalogue is not None:
-        return {name: experiment.question for name, experiment in catalogue.EXPERIMENTS.items()}
+        every = catalogue.EXPERIMENTS | catalogue.OF_MODELS
+        return {name: (experiment.question, experiment.of_model) for name, experiment in every.items()}
     package = importlib.util.find_spec("writesae_lens")  # finds a top-level package without importing it
     assert package is not None
     assert package.submodule_search_locations is not None
     folder = Path(package.submodule_search_locations[0], "experiments")
     declared = sorted(declaration for path in folder.glob("*.py") for declaration in _declarations(path))
-    return {name: question for _, _, name, question in declared}
+    return {name: (question, of_model) for of_model, _, _, name, question in declared}
 
 
-def _declarations(path: Path) -> Iterator[tuple[bool, int, str, str]]:
-    """Experiments that a module declares: not in the paper, number in the paper, name, question."""
+def _declarations(path: Path) -> Iterator[tuple[bool, bool, int, str, str]]:
+    """Experiments that a module declares: of a model, not in the paper, number there, name, question."""
     try:
         statements = ast.parse(path.read_bytes(), filename=str(path)).body
     except SyntaxError as error:
@@ -69,12 +71,13 @@ def _declarations(path: Path) -> Iterator[tuple[bool, int, str, str]]:
                 continue
             literals = {keyword.arg: keyword.value for keyword in decorator.keywords}
             literals |= {"name": decorator.args[0]} if decorator.args else {}
-            name, question, paper = (
+            name, question, paper, of_model = (
                 node.value if isinstance(node := literals.get(key), ast.Constant) else None
-                for key in ("name", "question", "paper")
+                for key in ("name", "question", "paper", "of_model")
             )
             if isinstance(name, str):
-                yield paper is None, paper if isinstance(paper, int) else 0, name, str(question or "")
+                number = paper if isinstance(paper, int) else 0
+                yield bool(of_model), paper is None, number, name, str(question or "")
 
 
 class Commands(TyperGroup):
@@ -83,10 +86,11 @@ class Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         self._questions = experiment_questions()
-        for name, question in self._questions.items():
+        for name, (question, of_model) in self._questions.items():
             if name in self.commands:
                 raise HookedModelError(f"the experiment {name!r} has the name of a command: give it another")
-            self.add_command(TyperCommand(name, help=question, rich_help_panel=TEST))
+            panel = START if of_model else TEST
+            self.add_command(TyperCommand(name, help=question, rich_help_panel=panel))
         in_order = sorted(self.commands.items(), key=lambda item: PANELS.index(item[1].rich_help_panel))  # type: ignore[attr-defined]
         self.commands = dict(in_order)
 

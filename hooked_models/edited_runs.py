@@ -163,15 +163,20 @@ def residual_with_added_writes(
     values: Float[Tensor, "row *rank d_v"],
     past_key_values: Any = None,
     lower: LowerLayers | None = None,
+    heads: Int[Tensor, " row"] | None = None,
 ) -> Float[Tensor, "row pos d_model"]:
     """The residual stream after the last layer in a run with added writes; nothing is unembedded.
 
     `hooked_models.unembedding.logits_of` gives the logits of the positions that are wanted. The arguments are
-    those of `HookedRecurrent.run_with_added_writes`, and ``lower``, what the layers below the cell's make of
-    the tokens (`run_lower_layers`), where it is known.
+    those of `HookedRecurrent.run_with_added_writes`; ``lower``, what the layers below the cell's make of the
+    tokens (`run_lower_layers`), where it is known; and ``heads``, the head of the cell's layer that each row
+    writes at (None: the cell's).
+
+    Raises:
+        HookedModelError: shapes, positions or heads that do not fit.
     """
     rows, options = _rows_with_added_writes(
-        model, tokens, cell, positions, keys, values, False, past_key_values, lower
+        model, tokens, cell, positions, keys, values, False, past_key_values, lower, heads
     )
     return run_to_residual(model, rows, **options)
 
@@ -186,6 +191,7 @@ def _rows_with_added_writes(
     linear: bool,
     past_key_values: Any,
     lower: LowerLayers | None = None,
+    heads: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The tokens of all rows, and the options of a forward pass of them with the edit.
 
@@ -206,9 +212,27 @@ def _rows_with_added_writes(
 
     if lower is None:
         lower = run_lower_layers(model, tokens[None], cell.layer, **past(1))
-    edit = AddedWrites(mixer, cell.head, positions, keys, values, linear)
+    edit = AddedWrites(mixer, _heads(model, cell, positions, heads), positions, keys, values, linear)
     options = {"edit": edit, "lower": None if lower is None else lower.rows(count)}
     return tokens.expand(count, -1), options | past(count, 0 if lower is None else lower.layer)
+
+
+def _heads(model: HookedRecurrent, cell: Cell, positions: Tensor, heads: Tensor | None) -> Tensor:
+    """Each row's head, on the positions' device.
+
+    Raises:
+        HookedModelError: heads that the cell's layer does not have, or not one for each position.
+    """
+    if heads is None:
+        return torch.full_like(positions, cell.head)
+    count = sum(other.layer == cell.layer for other in model.cells)
+    is_whole = not (heads.is_floating_point() or heads.dtype == torch.bool)
+    if not is_whole or heads.shape != positions.shape or not bool(((heads >= 0) & (heads < count)).all()):
+        raise HookedModelError(
+            f"heads must be whole numbers in 0 .. {count - 1}, one for each of {len(positions)} rows, got "
+            f"shape {tuple(heads.shape)}, {heads.dtype}"
+        )
+    return heads.to(positions.device)
 
 
 def _checked(

@@ -90,7 +90,8 @@ class AddedWrites:
     """One write a row of a batch, added at one position to a cell's native writes.
 
     Args:
-        mixer, head: the cell.
+        mixer: the layer.
+        heads: each row's, which with the layer is its cell.
         positions: of each row's added write.
         keys, values: its factors: key value^T, or the sum of it over rank.
         linear: whether the rest of the model sees the change of the layer's output as a tangent of
@@ -98,7 +99,7 @@ class AddedWrites:
     """
 
     mixer: nn.Module
-    head: int
+    heads: Int[Tensor, " row"]
     positions: Int[Tensor, " row"]
     keys: Float[Tensor, "row *rank d_k"]
     values: Float[Tensor, "row *rank d_v"]
@@ -117,13 +118,16 @@ class AddedWrites:
         # The state is linear in the writes, so the added ones contribute what each would write alone: a head
         # for each of them, with the cell's transitions and reads.
         keys, values = (x if x.ndim == 3 else x[:, None] for x in (self.keys, self.values))
-        rec = recurrence.with_erase_vector().heads(*[self.head] * keys.shape[1])
+        rows = torch.arange(len(outputs), device=outputs.device)
+        rec = recurrence.with_erase_vector().map(
+            lambda x: x[rows, :, self.heads].unsqueeze(2).expand(-1, -1, keys.shape[1], *x.shape[3:])
+        )
         here = torch.arange(outputs.shape[1], device=outputs.device) == self.positions[:, None]
         here = here if real is None else here & real
         keys = here[:, :, None, None] * keys[:, None].to(rec.k)
         change, _ = scan(dataclasses.replace(rec, k=keys, v=values[:, None].to(rec.v).expand_as(rec.v)))
         changed = outputs.clone()
-        changed[:, :, self.head] += change.sum(dim=2)
+        changed[rows, :, self.heads] += change.sum(dim=2)
         return changed
 
 

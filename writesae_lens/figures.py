@@ -31,11 +31,11 @@ def as_png(figure: Figure, dpi: int = 100) -> bytes:
     return buffer.getvalue()
 
 
-def new_figure(width: float, height: float, panels: int) -> tuple[Figure, list]:
-    """A figure of some width and height in inches, and the axes of its panels, side by side."""
+def new_figure(width: float, height: float, panels: int, rows: int = 1) -> tuple[Figure, list]:
+    """A figure of some width and height in inches, and the axes of its panels, row by row, side by side."""
     figure = _Shown(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a window, whatever the user's backend is
-    axes = list(np.atleast_1d(figure.subplots(1, panels)))
+    axes = list(np.ravel(figure.subplots(rows, panels // rows)))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=9)

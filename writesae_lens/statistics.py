@@ -138,6 +138,47 @@ def median_interval(
     return np.quantile(np.concatenate(medians), [tail, 1 - tail]).tolist()
 
 
+def median_survival(
+    times: ArrayLike, is_over: ArrayLike, clusters: ArrayLike, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, list[float] | None]:
+    """The median time until an event by Kaplan and Meier, and its percentile interval over whole clusters.
+
+    Args:
+        times: until each trial's event, or until it was last seen.
+        is_over: whether the event was seen.
+        clusters: the cluster of each trial.
+        seed: seed of the 2,000 resamples.
+        confidence: coverage.
+
+    Returns:
+        the median, infinite where more than half of the trials outlive what was seen; and its interval, whose
+        ends can be infinite, too (None for a single cluster).
+    """
+    names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
+    at, nth = np.unique(np.asarray(times, dtype=float), return_inverse=True)
+    ended, last_seen = np.zeros((2, len(names), len(at)))
+    np.add.at(ended, (cluster, nth), np.asarray(is_over, dtype=float))
+    np.add.at(last_seen, (cluster, nth), 1.0)
+    at_risk = last_seen[:, ::-1].cumsum(axis=1)[:, ::-1]
+
+    def medians(drawn: NDArray[Any]) -> NDArray[np.float64]:
+        """The median of each row of ``drawn``: how often each cluster counts."""
+        survival = np.cumprod(1 - drawn @ ended / np.maximum(drawn @ at_risk, 1), axis=1)
+        below = survival <= 0.5 + 1e-9
+        return np.where(below.any(axis=1), at[below.argmax(axis=1)], np.inf)
+
+    median = float(medians(np.ones((1, len(names))))[0])
+    if len(names) < 2:
+        return median, None
+    draws = np.random.default_rng(seed).integers(0, len(names), (N_RESAMPLES, len(names)))
+    draws += len(names) * np.arange(N_RESAMPLES)[:, None]
+    drawn = np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape)
+    tail = (1 - confidence) / 2
+    # Without interpolation, for that between two infinite medians is not a number.
+    ends = np.quantile(medians(drawn), [tail, 1 - tail], method="inverted_cdf")
+    return median, ends.tolist()
+
+
 def between(interval: list[float] | None, form: str) -> str:
     """An interval as text, " (low to high)" with both ends in a format; empty for None."""
     return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"

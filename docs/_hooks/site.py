@@ -47,11 +47,11 @@ print(json.dumps(texts))
 
 CATALOGUE = """
 import json
-from writesae_lens.experiments import EXPERIMENTS
+from writesae_lens.experiments import EXPERIMENTS, OF_MODELS
 
 fields = [
     [e.name, e.function.__module__, e.function.__name__, e.question, e.row, list(e.table)]
-    for e in EXPERIMENTS.values()
+    for e in (EXPERIMENTS | OF_MODELS).values()
 ]
 print(json.dumps(fields))
 """

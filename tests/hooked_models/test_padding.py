@@ -168,7 +168,7 @@ def test_a_write_added_at_padding_is_not_there(model: Any, tokens: Tensor):
     factors = [torch.randn(2, d, generator=rng, dtype=torch.float64) for d in (cell.d_k, cell.d_v)]
     native = model(tokens, attention_mask=MASK)
     for positions, row in ((torch.tensor([3, 8]), 1), (torch.tensor([8, 3]), None)):
-        edit = AddedWrites(mixer, HEAD, positions, *factors, linear=False)
+        edit = AddedWrites(mixer, torch.full((2,), HEAD), positions, *factors, linear=False)
         moved = (model(tokens, attention_mask=MASK, edit=edit) - native).abs().amax((1, 2))
         assert (moved[0] == 0) == (row == 1)
         assert moved[1] > 1e-4

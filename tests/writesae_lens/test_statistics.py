@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from writesae_lens import statistics
 
@@ -51,3 +52,24 @@ def test_medians_quartiles_and_wilcoxon():
     # All 20 differences positive and distinct: one of 2^20 equally likely sign patterns.
     assert statistics.paired_wilcoxon(x + np.arange(1, 21), x) == pytest.approx(0.5**20)
     assert statistics.paired_wilcoxon(x, x) == 1
+
+
+def test_median_survival_is_kaplan_and_meiers_with_an_interval_over_clusters():
+    # One of three is halved after 1; of the two that are still seen at 4, both: 2/3, then 0.
+    assert statistics.median_survival([1, 2, 4], [True, False, True], [0, 0, 0]) == (4, None)
+    assert statistics.median_survival([1, 9, 9], [True, False, False], [0, 0, 0]) == (np.inf, None)
+    rng = np.random.default_rng(0)
+    for n in range(20):
+        times, over = rng.integers(1, 12, 60), rng.random(60) < rng.uniform(0.2, 1)
+        clusters = np.arange(60) // 6
+        median, interval = statistics.median_survival(times, over, clusters, seed=n)
+        data = stats.CensoredData(uncensored=times[over].astype(float), right=times[~over].astype(float))
+        survival = stats.ecdf(data).sf
+        below = np.flatnonzero(survival.probabilities <= 0.5 + 1e-9)
+        assert median == (survival.quantiles[below[0]] if len(below) else np.inf)
+        assert interval is not None
+        low, high = interval
+        assert low <= median <= high
+    # Where every cluster has the same trials, resampling changes nothing.
+    same = statistics.median_survival([1, 3, 8] * 5, [True, True, False] * 5, np.repeat(range(5), 3))
+    assert same == (3, [3, 3])

@@ -13,7 +13,7 @@ import typer
 
 from writesae_lens.cli.subjects import Subject, load, warnings_as_lines
 from writesae_lens.errors import WriteSAEError, interruptible
-from writesae_lens.experiments.catalogue import EXPERIMENTS, Experiment
+from writesae_lens.experiments.catalogue import Experiment, find_experiment
 from writesae_lens.experiments.options import Option
 from writesae_lens.experiments.result import Progress
 from writesae_lens.locks import locked
@@ -22,7 +22,7 @@ from writesae_lens_cli import SAE_REFERENCE, Device, Seed
 
 def command_of(name: str) -> Any:
     """The command of a declared experiment, as typer (click) runs it."""
-    experiment = EXPERIMENTS[name]
+    experiment = find_experiment(name, of_models=True)
     options = _shared_options(experiment) + [
         _own_option(option) for option in experiment.options.values() if option.name != "seed"
     ]
@@ -39,11 +39,11 @@ def command_of(name: str) -> Any:
 
 def _run(experiment: Experiment, given: dict[str, Any]) -> None:
     """Load what the options name, run the experiment, save its result, print its headline."""
-    references, cell = given.pop("sae"), given.pop("cell", None)
+    references, cell = given.pop("sae", None), given.pop("cell", None)
     references = [references] if isinstance(references, str) else references or []
     if len(set(references)) < len(references):
         raise WriteSAEError("one --sae is given twice: each must be another")
-    if bool(references) == bool(cell):
+    if bool(references) == bool(cell) and not experiment.of_model:
         accepted = "one of --sae and --cell" if _subject_of(experiment).name == "sae_or_cell" else "--sae"
         raise WriteSAEError(f"which cell? Give {accepted}")
     if cell and given["model"] is None:
@@ -63,8 +63,9 @@ def _run(experiment: Experiment, given: dict[str, Any]) -> None:
     options = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x != []}
     stopped = f"the same command goes on where it stopped (finished parts are in {progress})"
     with locked(out), interruptible(stopped), warnings_as_lines():
+        about = () if experiment.of_model else (subject,)
         result = experiment.function(
-            loaded.model, subject, loaded.passages, progress_folder=str(progress), **options
+            loaded.model, *about, loaded.passages, progress_folder=str(progress), **options
         )
         result.save(out)
         Progress.clear(progress)
@@ -73,7 +74,7 @@ def _run(experiment: Experiment, given: dict[str, Any]) -> None:
 
 
 def _subject_of(experiment: Experiment) -> inspect.Parameter:
-    """The second argument of an experiment: ``sae``, ``saes`` or ``sae_or_cell``."""
+    """The second argument of an experiment: its ``sae``, ``saes`` or ``sae_or_cell``, or else ``tokens``."""
     return list(inspect.signature(experiment.function, eval_str=True).parameters.values())[1]
 
 
@@ -87,16 +88,22 @@ def _shared_options(experiment: Experiment) -> list[inspect.Parameter]:
             _option("sae", str | None, None, f"{SAE_REFERENCE} The experiment is run on its cell."),
             _option("cell", str | None, None, "The cell, LAYER:HEAD, in place of --sae."),
         ],
+        "tokens": [],
     }[_subject_of(experiment).name]
+    model = _option("model", str | None, None, "Default: the model that the SAE names.")
+    context = "Tokens of a passage; default: as the SAE was trained, else 256."
+    if experiment.of_model:
+        model = _option("model", str, required, "A model that ships, a hub id, or a folder.")
+        context = "Tokens of a passage; default: 256."
     return [
         *subject,
+        model,
         _option(
             "text",
             Path | None,
             None,
             "UTF-8 text to read; default: the test part of the shipped text.",
         ),
-        _option("model", str | None, None, "Default: the model that the SAE names."),
         _option("out", Path, Path(f"writesae-{experiment.name}"), "Folder for records, summary and figures."),
         _option(
             "max_passages",
@@ -109,7 +116,7 @@ def _shared_options(experiment: Experiment) -> list[inspect.Parameter]:
             "context_size",
             int | None,
             experiment.context_size,
-            "Tokens of a passage; default: as the SAE was trained, else 256.",
+            context,
             min=1,
         ),
         _option("device", Device, "cpu"),

@@ -69,7 +69,6 @@ def load(subject: Subject) -> Loaded:
     layer_and_head = parse_cell(subject.cell)
     cell = None if layer_and_head is None else model.cell(*layer_and_head)
     trained_on = saes[0] if saes else cell
-    assert trained_on is not None, "every command wants an SAE or a cell"
     text_name = None if subject.text is None else printable(subject.text.name)
     passages = find_passages(model, trained_on, text, subject.context_size, text_name)
     return Loaded(model, saes, cell, _last(passages, subject))

@@ -11,7 +11,8 @@ A module of this folder declares its experiment by decorators; no other file nee
         ...
 
 The command line, the report, `writesae_lens.reproduce`, the documentation and the tests iterate over
-`EXPERIMENTS`. The name is that of the module, the command, the result and its files.
+`EXPERIMENTS`; experiments about a whole model (``of_model=True``) are in `OF_MODELS`. The name is that of the
+module, the command, the result and its files.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Experiment:
             as the SAE was trained).
         passes_on: the experiment whose options it takes as keyword arguments beside its own.
         former_names: names under which results were saved before.
+        of_model: whether it is about a whole model, and so takes neither an SAE nor a cell.
         own_options: its options by name, from the function's signature.
         figures: file stem to the function that draws it from a result (`figure`); the first is the main one.
     """
@@ -67,6 +69,7 @@ class Experiment:
     context_size: int | None = None
     passes_on: str | None = None
     former_names: tuple[str, ...] = ()
+    of_model: bool = False
     own_options: Mapping[str, Option] = field(default_factory=dict)
     figures: dict[str, Draw] = field(default_factory=dict)
 
@@ -85,7 +88,9 @@ class Experiment:
 # Options that the command line gives every experiment.
 _COMMAND_OPTIONS = {"cell", "text", "out", "max_passages", "device"}
 EXPERIMENTS: dict[str, Experiment] = {}
-"""Every declared experiment by name, in the order of the paper."""
+"""Every declared experiment on SAEs or a cell by name, in the order of the paper."""
+OF_MODELS: dict[str, Experiment] = {}
+"""Every declared experiment about a whole model by name: they are no part of an SAE's report."""
 
 
 def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
@@ -116,11 +121,12 @@ def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
                 return function(*given.args, **given.kwargs)
 
         _check_declaration(name, signature, own, declaration)
-        if name in EXPERIMENTS:
+        if name in EXPERIMENTS or name in OF_MODELS:
             raise WriteSAEError(
                 f"there is an experiment {name!r} already: declare this one under another name"
             )
-        EXPERIMENTS[name] = Experiment(name, checked, own_options=own, **declaration)
+        entry = Experiment(name, checked, own_options=own, **declaration)
+        (OF_MODELS if entry.of_model else EXPERIMENTS)[name] = entry
         in_order = sorted(EXPERIMENTS.values(), key=lambda e: (e.paper is None, e.paper, e.name))
         EXPERIMENTS.update({e.name: EXPERIMENTS.pop(e.name) for e in in_order})
         return checked  # type: ignore[return-value]
@@ -134,7 +140,8 @@ def _check_declaration(
     """Refuse a declaration that the command line, the report or a run would fail on later."""
     arguments = signature.parameters
     lacks = [n for n in ("model", "seed", "progress_folder", "verbose") if n not in arguments]
-    if lacks or not {"sae", "saes", "sae_or_cell"} & set(arguments):
+    has_subject = declaration.get("of_model", False) or {"sae", "saes", "sae_or_cell"} & set(arguments)
+    if lacks or not has_subject:
         what = ", ".join(lacks) or "sae, saes or sae_or_cell"
         raise WriteSAEError(f"the experiment {name!r} lacks an argument that every experiment has: {what}")
     if taken := _COMMAND_OPTIONS & set(own):
@@ -164,19 +171,25 @@ def figure(name: str, stem: str | None = None) -> Callable[[_F], _F]:
     """
 
     def declare(draw: _F) -> _F:
-        EXPERIMENTS[name].figures[stem or name] = draw
+        find_experiment(name, of_models=True).figures[stem or name] = draw
         return draw
 
     return declare
 
 
-def find_experiment(name: str) -> Experiment:
+def find_experiment(name: str, of_models: bool = False) -> Experiment:
     """The experiment of a name, or of a former name.
+
+    Args:
+        name: the name.
+        of_models: whether it may be one about a whole model.
 
     Raises:
         WriteSAEError: there is none; the message lists those that there are.
     """
-    for entry in EXPERIMENTS.values():
+    every = EXPERIMENTS | OF_MODELS if of_models else EXPERIMENTS
+    for entry in every.values():
         if name == entry.name or name in entry.former_names:
             return entry
-    raise WriteSAEError(f"no experiment is called {name!r}: there are {', '.join(EXPERIMENTS)}")
+    wrong = f"{name} is about a whole model" if name in OF_MODELS else f"no experiment is called {name!r}"
+    raise WriteSAEError(f"{wrong}: there are {', '.join(every)}")

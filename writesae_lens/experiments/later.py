@@ -65,27 +65,86 @@ def later_divergences(
     minus = [Factors(-native.key, native.value)]
     if not erase and model.mixers[cell.layer].erases:
         minus.append(_minus_erases(model, cell, tokens, positions))
-    changes = joined(*(summed(swap, *minus) for swap in swaps))
     n, count = len(swaps), len(positions)
-    # Row by row, all conditions of one firing after another.
-    keys, values = (f.unflatten(0, (n, count)).transpose(0, 1).flatten(0, 1) for f in changes)
+    changes = joined(*(summed(swap, *minus) for swap in swaps))
+    by_firing = Factors(*(f.unflatten(0, (n, count)).transpose(0, 1).flatten(0, 1) for f in changes))
+    heads = torch.full_like(positions, cell.head)
+    distances = range(1, horizon + 1)
+    kls, floors = _followed(model, cell, tokens, positions, heads, by_firing, distances, kl, lower)
+    return kls.sum(-1).unflatten(0, (count, n)).T, floors.sum(-1)[::n]
+
+
+@torch.no_grad()
+def deletion_divergences(
+    model: HookedRecurrent,
+    layer: int,
+    tokens: Int[Tensor, " pos"],
+    positions: Int[Tensor, " write"],
+    heads: Int[Tensor, " write"],
+    native: Factors,
+    horizon: int,
+    lower: LowerLayers | None = None,
+) -> tuple[Float[Tensor, "write distance"], Float[Tensor, "write distance"]]:
+    """KL of deleting each of some writes of a layer, at any heads, and the KL that rounding alone gives.
+
+    Each is for the write's own token and the ``horizon`` tokens after it, in nats: the KL of the distribution
+    with the write deleted from the native one, as full forward passes with a hook on ``hook_write`` give it.
+    The heads share the passes.
+
+    Args:
+        model: the model.
+        layer: the writes' layer.
+        tokens: one passage.
+        positions: of the writes, in ascending order, each with ``horizon`` tokens after it.
+        heads: of the writes.
+        native: the writes, as factors of rank 1.
+        horizon: how many positions after a write count.
+        lower: what the layers below this one make of the passage, where it is known.
+
+    Raises:
+        WriteSAEError: the logits are not finite.
+    """
+    if lower is None:
+        lower = run_lower_layers(model, tokens[None], layer, use_cache=False)
+    deleted = Factors(-native.key, native.value)
+    at = (model, model.cell(layer, 0), tokens, positions, heads, deleted)
+    return _followed(*at, range(horizon + 1), "patched_base", lower)
+
+
+def _followed(
+    model: HookedRecurrent,
+    cell: Cell,
+    tokens: Int[Tensor, " pos"],
+    positions: Int[Tensor, " firing"],
+    heads: Int[Tensor, " firing"],
+    changes: Factors,
+    distances: range,
+    kl: str,
+    lower: LowerLayers | None,
+) -> tuple[Float[Tensor, "row distance"], Float[Tensor, "row distance"]]:
+    """KL of each row, and the KL that rounding alone gives, at some distances after its firing.
+
+    ``changes`` is what each row adds to the native writes, all rows of one firing after another.
+    """
+    n = len(changes.key) // len(positions)
     kls, floors = [], []
     for firings, start, cache in _shared_prefixes(model, tokens, positions):
-        stop = int(positions[firings][-1]) + horizon + 1
+        stop = int(positions[firings][-1]) + distances.stop
         window = tokens[start:stop]
         below = None if lower is None else lower.window(start, stop)
         rows = torch.arange(firings.start * n, firings.stop * n, device=tokens.device)
         for part in rows.split(max(1, _TOKENS_PER_PASS // len(window) - 1)):
             at = positions[part // n] - start
             # A native row is read in the same batch, so that both are rounded alike.
-            with_native = [torch.cat([torch.zeros_like(x[:1]), x]) for x in (at, keys[part], values[part])]
+            edits = (at, changes.key[part], changes.value[part], heads[part // n])
+            *with_native, of_rows = (torch.cat([torch.zeros_like(x[:1]), x]) for x in edits)
             residual = residual_with_added_writes(
-                model, window, cell, *with_native, past_key_values=cache, lower=below
+                model, window, cell, *with_native, past_key_values=cache, lower=below, heads=of_rows
             )
-            found = _divergences(model, cell, residual, at, horizon, kl)
+            found = _divergences(model, cell, residual, at, distances, kl)
             kls.append(found[0])
             floors.append(found[1])
-    return torch.cat(kls).unflatten(0, (count, n)).T, torch.cat(floors)[::n]
+    return torch.cat(kls), torch.cat(floors)
 
 
 def _minus_erases(
@@ -120,11 +179,11 @@ def _divergences(
     cell: Cell,
     residual: Float[Tensor, "native_and_row pos d_model"],
     positions: Int[Tensor, " row"],
-    horizon: int,
+    distances: range,
     kl: str,
-) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """KL and its floor for each row, summed over the ``horizon`` positions after the row's own."""
-    after = positions[:, None] + torch.arange(1, horizon + 1, device=positions.device)  # [row, later]
+) -> tuple[Float[Tensor, "row distance"], Float[Tensor, "row distance"]]:
+    """KL and its floor for each row at some distances from the row's position."""
+    after = positions[:, None] + torch.tensor(distances, device=positions.device)  # [row, distance]
     first = int(after.min())
     read = residual[0, first : int(after.max()) + 1]
     kls, floors = wide(torch.zeros_like(after, dtype=read.dtype)), []
@@ -132,12 +191,12 @@ def _divergences(
     for start in range(first, first + len(read), step := _positions_at_once(model, len(positions))):
         base = logits_of(model, residual[0, start : start + step])
         floors.append(floor_of(model, cell, base, residual[0, start : start + step]))
-        rows, later = ((after >= start) & (after < start + step)).nonzero(as_tuple=True)
-        at = after[rows, later]
+        rows, distance = ((after >= start) & (after < start + step)).nonzero(as_tuple=True)
+        at = after[rows, distance]
         patched = logits_of(model, residual[rows + 1, at])
-        kls[rows, later] = divergence(patched, base[at - start], kl)
+        kls[rows, distance] = divergence(patched, base[at - start], kl)
     check_finite("logits", kls)
-    return kls.sum(-1), wide(torch.cat(floors))[after - first].sum(-1)
+    return kls, wide(torch.cat(floors))[after - first]
 
 
 def _positions_at_once(model: HookedRecurrent, n_rows: int) -> int:

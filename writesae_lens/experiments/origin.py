@@ -66,7 +66,7 @@ def origin_of(
     Args:
         model: the model.
         saes: the SAEs that the experiment is about; none where it is about a cell.
-        hooks: the hooks of the SAEs, or of the cell.
+        hooks: the hooks of the SAEs, or of the cell; none where it is about the whole model.
         passages: what is read.
         function: the experiment's function.
         arguments: its arguments by name.
@@ -208,7 +208,8 @@ def call_of(
         arguments: its arguments by name.
     """
     parameters = inspect.signature(function).parameters
-    subjects = (model.cfg.model_name, hooks[0] if len(hooks) == 1 else list(hooks), text)
+    about = [hooks[0] if len(hooks) == 1 else list(hooks)] if hooks else []
+    subjects = (model.cfg.model_name, *about, text)
     parts = [f"{name}={subject!r}" for name, subject in zip(parameters, subjects)]
     for name, parameter in list(parameters.items())[len(subjects) :]:
         if name in ("progress_folder", "verbose") or name not in arguments:

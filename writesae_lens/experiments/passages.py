@@ -155,7 +155,7 @@ def _shipped_name(text: str) -> str | None:
 
 def find_passages(
     model: HookedRecurrent,
-    subject: SAE[Any] | Cell | tuple[int, int],
+    subject: SAE[Any] | Cell | tuple[int, int] | None,
     tokens: Int[Tensor, "passage pos"] | str,
     context_size: int | None,
     name: str | None = None,

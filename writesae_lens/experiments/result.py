@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from hooked_models.errors import one_line
 from hooked_models.files.whole_files import replacing, write_whole
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.catalogue import EXPERIMENTS, find_experiment
+from writesae_lens.experiments.catalogue import EXPERIMENTS, OF_MODELS, find_experiment
 from writesae_lens.locks import LOCK, locked
 
 RECORDS, SUMMARY, SETTINGS = "records.csv", "summary.json", "settings.json"
@@ -42,7 +42,8 @@ class ExperimentResult:
     @property
     def figures(self) -> Mapping[str, Callable[[ExperimentResult], Figure]]:
         """File stem to the function that draws it from this result; the first is the main one."""
-        return EXPERIMENTS[self.name].figures if self.name in EXPERIMENTS else {}
+        entry = (EXPERIMENTS | OF_MODELS).get(self.name)
+        return {} if entry is None else entry.figures
 
     @property
     def headline(self) -> str:
@@ -76,7 +77,7 @@ class ExperimentResult:
         Raises:
             WriteSAEError: there is no experiment of this name.
         """
-        return next(iter(find_experiment(self.name).figures.values()))(self)
+        return next(iter(find_experiment(self.name, of_models=True).figures.values()))(self)
 
     def save(self, folder: str | Path) -> Path:
         """Write records.csv, summary.json and a PNG per figure; returns the folder.
@@ -114,7 +115,8 @@ class ExperimentResult:
         try:
             text = (folder / SUMMARY).read_text(encoding="utf-8")
             summary = json.loads(text)
-            records, name = read_table(folder / RECORDS), find_experiment(summary["experiment"]).name
+            records = read_table(folder / RECORDS)
+            name = find_experiment(summary["experiment"], of_models=True).name
             if (folder / SUMMARY).read_text(encoding="utf-8") != text:
                 raise WriteSAEError("another result took its place meanwhile: read it again")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -138,8 +140,8 @@ def value_at(summary: Any, path: str) -> Any:
 def _pictures_in(folder: Path) -> list[Path]:
     """Where the result that a folder holds, if it does, has its figures."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        experiment = find_experiment(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["experiment"])
-        return [folder / f"{stem}.png" for stem in experiment.figures]
+        name = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["experiment"]
+        return [folder / f"{stem}.png" for stem in find_experiment(name, of_models=True).figures]
     return []
 
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens.experiments.catalogue import EXPERIMENTS
+from writesae_lens.experiments.catalogue import find_experiment
 from writesae_lens.experiments.origin import (
     ORIGIN,
     ResultWarning,
@@ -48,7 +48,7 @@ class Run:
     Args:
         name: of the experiment in the catalogue.
         model: the model.
-        subject: the SAE, SAEs or cell that the experiment is about.
+        subject: the SAE, SAEs or cell that the experiment is about; None: all cells of the model.
         tokens: passages or prompts.
         arguments: values of the experiment's arguments by name: ``locals()`` where the run is made, so that
             each option is recorded with the value that the variable of its name has then.
@@ -67,20 +67,21 @@ class Run:
         self,
         name: str,
         model: HookedRecurrent,
-        subject: SAE[Any] | Cell | Sequence[SAE[Any]],
+        subject: SAE[Any] | Cell | Sequence[SAE[Any]] | None,
         tokens: Int[Tensor, "passage pos"],
         arguments: Mapping[str, Any],
         parts_depend_on_options: bool = True,
         **settings: Any,
     ) -> None:
-        if isinstance(subject, Cell):
-            saes, hooks = [], [model.write_hook_name(subject.layer, subject.head)]
+        if subject is None or isinstance(subject, Cell):
+            cells = model.cells if subject is None else [subject]
+            saes, hooks = [], [model.write_hook_name(cell.layer, cell.head) for cell in cells]
         else:
             saes = [subject] if isinstance(subject, SAE) else list(subject)
             hooks = [sae.cfg.metadata.hook_name for sae in saes]
         cell = model.site(hooks[0]).cell
-        self.name, self.verbose = name, arguments["verbose"]
-        options = {option: _plain(arguments[option]) for option in EXPERIMENTS[name].own_options} | settings
+        self.name, self.verbose, entry = name, arguments["verbose"], find_experiment(name, of_models=True)
+        options = {option: _plain(arguments[option]) for option in entry.own_options} | settings
         values = (
             name,
             model.cfg.model_name,
@@ -93,7 +94,8 @@ class Run:
         # Some experiments run the model up to the cell's layer only, and would not see what is broken above.
         logits = last_logits(model, tokens[0, :_FIRST_TOKENS])
         read = tokens if isinstance(tokens, Passages) else Passages.of(tokens)
-        self._origin = origin_of(model, saes, hooks, read, EXPERIMENTS[name].function, arguments)
+        named = [] if subject is None else hooks
+        self._origin = origin_of(model, saes, named, read, entry.function, arguments)
         self.settings = measured_on | options
         folder = arguments["progress_folder"]
         inputs = None if folder is None else fingerprint_run(logits, saes, tokens)

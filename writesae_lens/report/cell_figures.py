@@ -183,20 +183,17 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
             "own share", SHARE, "of what deleting a write does, what happens at its own token"
         ),
         "share": Meaning("share of the model", SHARE, "of the KL of deleted writes, summed over all cells"),
+        "kl_floor": Meaning(
+            "KL of rounding", "nats", "what rounding alone can give of the KL of deleted writes"
+        ),
         "n_at_floor": Meaning("at the floor", COUNT, "deleted writes whose KL is not above rounding"),
         "half_life": Meaning(
             "half-life", "tokens", "until decay and erases have halved a write's norm, median"
         ),
-        "reach": Meaning("reach", "tokens", "within which half of all reading of a write happens, median"),
-        "write_norm": Meaning("write norm", "", "median Frobenius norm of the writes"),
-        "write_norm_p5": Meaning("write norm, 5%", "", "5th percentile of the writes' norms"),
-        "write_norm_p95": Meaning("write norm, 95%", "", "95th percentile of the writes' norms"),
-        "key_dims": Meaning(
-            "dimensions of keys", "", "effective number; 1 where all keys are multiples of one"
-        ),
-        "value_dims": Meaning(
-            "dimensions of values", "", "effective number; 1 where all values are multiples of one"
-        ),
+        "reach": Meaning("reach", "tokens", "within which half of a write's later reads lie, median"),
+        "write_norm": Meaning("write norm", "", "mean Frobenius norm of the writes"),
+        "one_key": Meaning("one key", SHARE, "of what is read of a write, as well read from the mean key"),
+        "one_value": Meaning("one value", SHARE, "of a write's value, what lies along the mean value"),
         "note": Meaning("note", TEXT, "what speaks against a dictionary for the cell"),
     },
 }

@@ -18,11 +18,12 @@ import writesae_lens_cli
 from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run, words
 from writesae_lens import WriteSAE, WriteSAEError
-from writesae_lens.experiments.catalogue import EXPERIMENTS
+from writesae_lens.experiments.catalogue import EXPERIMENTS, OF_MODELS
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens_cli import experiment_questions
 
-COMMANDS = ("demo", "models", "train", "pull", "convert", "push", *EXPERIMENTS, "report", "reproduce")
+SHARE = ("train", "pull", "convert", "push")
+COMMANDS = ("demo", "models", *OF_MODELS, *SHARE, *EXPERIMENTS, "report", "reproduce")
 HEAVY = ("torch", "numpy", "pandas", "transformers", "transformer_lens", "sae_lens", "writesae_lens")
 
 
@@ -136,14 +137,14 @@ def test_help_lists_every_command_and_the_questions_of_the_experiments(monkeypat
     lines = [words(line) for line in run("--help").stdout.splitlines()]
     listed = {line.split(" ", 1)[0]: line for line in lines if line}
     assert set(COMMANDS) <= set(listed)
-    for name, experiment in EXPERIMENTS.items():
+    for name, experiment in (EXPERIMENTS | OF_MODELS).items():
         assert listed[name] == f"{name} {experiment.question}"
-    order = [line.split(" ", 1)[0] for line in lines if line.split(" ", 1)[0] in COMMANDS]
-    assert [name for name in order if name in EXPERIMENTS] == list(EXPERIMENTS)
+    assert tuple(name for line in lines if (name := line.split(" ", 1)[0]) in COMMANDS) == COMMANDS
 
 
 def test_the_declarations_in_the_source_are_those_of_the_catalogue(monkeypatch):
-    expected = [(name, experiment.question) for name, experiment in EXPERIMENTS.items()]
+    every = EXPERIMENTS | OF_MODELS
+    expected = [(name, (experiment.question, experiment.of_model)) for name, experiment in every.items()]
     assert list(experiment_questions().items()) == expected
     monkeypatch.delitem(sys.modules, "writesae_lens.experiments.catalogue")
     assert list(experiment_questions().items()) == expected

@@ -17,7 +17,7 @@ from tests.writesae_lens.cli.command_line import run, words
 from writesae_lens import WriteSAE
 from writesae_lens.cli.experiments import command_of
 from writesae_lens.experiments import replacement_test
-from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment
+from writesae_lens.experiments.catalogue import EXPERIMENTS, OF_MODELS, experiment
 from writesae_lens.experiments.options import SHARED, Count
 from writesae_lens.experiments.result import ExperimentResult, Progress
 
@@ -36,7 +36,9 @@ OWN = {
     "trace": ("--n-atoms", 2),
     "contexts": ("--n-contexts", 2),
     "compare": ("--max-firings", 10, "--random", "atom", "--no-baselines"),
+    "map": ("--max-firings", 2, "--horizon", 3),
 }
+EVERY = EXPERIMENTS | OF_MODELS
 
 
 @pytest.fixture
@@ -60,12 +62,13 @@ def files_in(folder):
     return files | {"summary.json": json.dumps(summary)}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_command_writes_its_result_and_goes_on_after_an_interruption(
     name, sae_folder, tmp_path, results, monkeypatch
 ):
     out, interrupted = tmp_path / "out", tmp_path / "interrupted"
-    arguments = (name, "--sae", sae_folder, *SMALL, *OWN.get(name, ()), "--out")
+    subject = ("--model", "tiny-gdn") if name in OF_MODELS else ("--sae", sae_folder)
+    arguments = (name, *subject, *SMALL, *OWN.get(name, ()), "--out")
     done = run(*arguments, out)
     assert done.returncode == 0, done.stderr
     (result,) = results
@@ -75,7 +78,7 @@ def test_every_command_writes_its_result_and_goes_on_after_an_interruption(
     assert len(records) == len(result.records) > 0
     assert list(records) == list(result.records)
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(result.summary))
-    pictures = {f"{stem}.png" for stem in EXPERIMENTS[name].figures}
+    pictures = {f"{stem}.png" for stem in EVERY[name].figures}
     assert set(files_in(out)) == {"records.csv", "summary.json"} | pictures
     assert not (out / "progress").exists()
 
@@ -112,12 +115,12 @@ def test_every_command_writes_its_result_and_goes_on_after_an_interruption(
     assert not (interrupted / "progress").exists()
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_help_lists_every_argument_with_the_docstrings_words(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "2000")
     done = run(name, "--help")
     assert done.returncode == 0
-    function = EXPERIMENTS[name].function
+    function = EVERY[name].function
     description, _, rest = inspect.getdoc(function).partition("\n\nArgs:\n")
     shown = words(done.stdout)
     assert words(description.split("\n\n")[0].replace("``", "")) in shown

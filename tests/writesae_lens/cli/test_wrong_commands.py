@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.writesae_lens.cli.command_line import run
 from writesae_lens import WriteSAE, WriteSAEConfig
-from writesae_lens.experiments.catalogue import EXPERIMENTS
+from writesae_lens.experiments.catalogue import EXPERIMENTS, OF_MODELS
 
 HOOK = "blocks.1.linear_attn.hook_write.2"
 
@@ -111,6 +111,13 @@ CASES = [
     ((*REPLACE, "--cell", "1:2"), "No such option: --cell"),
     (("compare",), "Missing option '--sae'"),
     (("sign",), "which cell? Give one of --sae and --cell"),
+    (("map",), "Missing option '--model'"),
+    (("map", "--model", "tiny-gdn", "--sae", "SAE"), "No such option: --sae"),
+    (("map", "--model", "gpt2"), "gpt2"),
+    (("map", "--model", "EMPTY"), "ships with no text: give --text FILE"),
+    (("map", "--model", "tiny-gdn", "--text", "SHORT"), "the text is too short"),
+    (("map", "--model", "tiny-gdn", "--horizon", "256"), "256 tokens have no room for a horizon of 256"),
+    (("map", "--model", "tiny-gdn", "--max-firings", "0"), "Invalid value for '--max-firings'"),
     (("sign", "--sae", "SAE", *CELL), "which cell? Give one of --sae and --cell"),
     (("sign", "--cell", "2:0", "--model", "tiny-gdn"), "no cell at layer 2"),
     (("sign", *CELL, "--direction", "up"), "'up' is not one of"),
@@ -173,7 +180,9 @@ def test_one_line_says_what_is_wrong(arguments, message, places, tmp_path):
     assert done.returncode == 2, done
     assert "Traceback" not in done.stderr
     lines = done.stderr.replace("\r", "\n").splitlines()
-    if arguments[0] in EXPERIMENTS:  # which print nothing else but progress bars, and leave nothing behind
+    if (
+        arguments[0] in EXPERIMENTS | OF_MODELS
+    ):  # which print nothing else but progress bars, and leave nothing behind
         lines = [line for line in lines if line.strip() and "%|" not in line and "it/s" not in line]
         assert not any(path.name.startswith("writesae-") for path in tmp_path.iterdir())
     else:
