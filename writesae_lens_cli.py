@@ -212,6 +212,13 @@ def train(
             min=0, help="Passages of a quick replacement test at every W&B evaluation; 0: no such test."
         ),
     ] = 0,
+    wandb_run_per_cell: Annotated[
+        bool,
+        typer.Option(
+            "--wandb-run-per-cell",
+            help="With --log_to_wandb true: also log each cell as a W&B run of its own.",
+        ),
+    ] = False,
     dry_run: DryRun = False,
     saelens_help: Annotated[bool, typer.Option("--saelens-help", help="List SAELens's flags.")] = False,
 ) -> None:
@@ -230,7 +237,7 @@ def train(
     if dry_run and not saelens_help:
         typer.echo(estimate_run(arguments, cells, site))
         return
-    for folder in run_training(arguments, cells, site, win_rate):
+    for folder in run_training(arguments, cells, site, win_rate, wandb_run_per_cell):
         typer.echo(f"trained: {folder}")
 
 

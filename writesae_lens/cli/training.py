@@ -46,6 +46,7 @@ def run_training(
     cells: str | None = None,
     site: Literal["write", "state"] = "write",
     win_rate_passages: int = 0,
+    wandb_run_per_cell: bool = False,
 ) -> list[Path]:
     """Train as the command line asks.
 
@@ -54,6 +55,7 @@ def run_training(
         cells: as in `parse_cells`; None takes the cell of ``--hook_name``.
         site: with ``cells``: train on the writes, or on the states.
         win_rate_passages: log the replacement test's win rate on so many passages at every evaluation.
+        wandb_run_per_cell: also log each cell as a W&B run of its own.
 
     Returns:
         folders of the trained SAEs, in SAELens's format.
@@ -70,6 +72,7 @@ def run_training(
         site=site,
         schedule={},  # the flags have it already
         win_rate_passages=win_rate_passages,
+        wandb_run_per_cell=wandb_run_per_cell,
         **options,
     )
 

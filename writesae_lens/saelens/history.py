@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner
+import wandb
+from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig, MultiSAETrainingRunner
 from torch import Tensor
 
 from writesae_lens.experiments.result import read_table, write_table
@@ -52,6 +53,22 @@ def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRun
         runner.also_save.append(save)
     else:
         _save_after_saelens(runner, save)
+
+
+def log_each_to_wandb(folders: Sequence[Path], logger: LoggingConfig) -> None:
+    """Log the training.csv of each of several SAEs as a W&B run of its own, in one group.
+
+    Args:
+        folders: of the SAEs; each run has the name of its folder (``L1H3``).
+        logger: SAELens's, whose project, entity and run name (as the group) are used.
+    """
+    for folder in folders:
+        run = wandb.init(
+            project=logger.wandb_project, entity=logger.wandb_entity, group=logger.run_name, name=folder.name
+        )
+        for row in read_table(folder / FILE).to_dict("records"):
+            run.log({k: v for k, v in row.items() if k != "step" and v == v}, step=int(row["step"]))
+        run.finish()
 
 
 def _save_after_saelens(runner: Any, save: Callable[[Path], None]) -> None:

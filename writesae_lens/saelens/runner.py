@@ -30,7 +30,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import INTERRUPTIONS, WriteSAEError
 from writesae_lens.experiments.options import check
 from writesae_lens.locks import LOCK, locked
-from writesae_lens.saelens.history import record_training
+from writesae_lens.saelens.history import log_each_to_wandb, record_training
 from writesae_lens.saelens.registration import MODEL_CLASS_NAME
 from writesae_lens.saelens.saving import MultiRunner, Runner, check_checkpoint, newest_checkpoint
 from writesae_lens.saelens.win_rate import log_win_rate
@@ -60,6 +60,7 @@ def train_cells(
     seed: int = 0,
     resume_from_checkpoint: str | Path | None = None,
     win_rate_passages: int = 0,
+    wandb_run_per_cell: bool = False,
     **options: Any,
 ) -> list[Path]:
     """Train an SAE on each of some cells; several cells share each forward pass of the model.
@@ -81,6 +82,8 @@ def train_cells(
         seed: of everything random in the training.
         resume_from_checkpoint: go on from this checkpoint of an interrupted run.
         win_rate_passages: log the replacement test's win rate on so many passages at each W&B evaluation.
+        wandb_run_per_cell: beside the W&B run of the training, which has all cells, log each cell's
+            training.csv as a run of its own, at the end.
         **options: any other field of ``LanguageModelSAERunnerConfig``. Unless given: passages of 256 tokens,
             no checkpoints, no W&B, and a BOS token before each passage if the model's tokenizer adds one.
 
@@ -122,9 +125,10 @@ def train_cells(
         | recipe
         | options
     )
-    if win_rate_passages and not cfg.logger.log_to_wandb:
+    if (win_rate_passages or wandb_run_per_cell) and not cfg.logger.log_to_wandb:
+        what = "the win rate is" if win_rate_passages else "runs of single cells are"
         raise WriteSAEError(
-            "the win rate is logged to W&B: give --log_to_wandb true, in Python logger=LoggingConfig(...)"
+            f"{what} logged to W&B: give --log_to_wandb true, in Python logger=LoggingConfig(...)"
         )
     overrides = {"override_model": model, "override_dataset": _dataset(cfg, text)}
 
@@ -136,6 +140,8 @@ def train_cells(
         return MultiRunner(of_several, **overrides, override_saes=_as_alone(of_several.saes, seed))
 
     _run(make_runner, folders, win_rate_passages)
+    if wandb_run_per_cell:
+        log_each_to_wandb(folders, cfg.logger)
     return folders
 
 

@@ -19,7 +19,9 @@ from tests.writesae_lens.saelens.runs import (
     sae_config,
     watch_steps,
 )
-from writesae_lens import WriteTrainingSAE
+from writesae_lens import WriteSAEError, WriteTrainingSAE
+from writesae_lens.experiments.result import read_table
+from writesae_lens.saelens.runner import train_cells
 from writesae_lens.saelens.win_rate import log_win_rate
 
 
@@ -179,3 +181,25 @@ def test_wandb_takes_a_model_from_a_long_local_path(rows, tmp_path, offline):
     folder.parent.mkdir(parents=True)
     folder.symlink_to(zoo.model_path("tiny-gdn"))
     make_runner(tmp_path, rows, model_name=str(folder), training_tokens=512, logger=logger()).run()
+
+
+def test_a_run_for_each_cell_when_asked(tmp_path, offline, monkeypatch):
+    """The rows of each cell's training.csv, in runs of their own beside the one of the training."""
+    names, init = [], wandb.init
+
+    def recording(*args, **options):
+        names.append((options.get("name"), options.get("group")))
+        return init(*args, **options)
+
+    monkeypatch.setattr(wandb, "init", recording)
+    log = LoggingConfig(log_to_wandb=True, run_name="both", eval_every_n_wandb_logs=1000)
+    options = {"training_tokens": 8_000, "context_size": 64, "n_batches_in_buffer": 4}
+    train_cells("tiny-gdn", [(1, 0), (1, 1)], tmp_path, **options, logger=log, wandb_run_per_cell=True)
+    assert names == [("both", None), ("L1H0", "both"), ("L1H1", "both")]
+    for name in ("L1H0", "L1H1"):
+        rows = read_table(tmp_path / name / "training.csv")
+        losses = [(step, data["loss"]) for step, data in offline if "unexplained" in data]
+        assert set(zip(rows.step, rows.loss)) <= set(losses)
+    assert len(losses) == 2 * len(rows)
+    with pytest.raises(WriteSAEError, match=r"--log_to_wandb true"):
+        train_cells("tiny-gdn", [(1, 0), (1, 1)], tmp_path, **options, wandb_run_per_cell=True)
