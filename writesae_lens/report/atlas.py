@@ -13,7 +13,7 @@ import pandas as pd
 from hooked_models import zoo
 from hooked_models.files.whole_files import write_whole
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.catalogue import EXPERIMENTS
+from writesae_lens.experiments.catalogue import EXPERIMENTS, OF_MODELS
 from writesae_lens.experiments.result import SUMMARY
 from writesae_lens.locks import locked
 from writesae_lens.report.browser import as_json
@@ -140,7 +140,9 @@ def _data(table: CellTable, folder: Path, out: Path) -> dict[str, Any]:
             for name in columns
         ],
         "questions": {
-            name: EXPERIMENTS[name].question for name in set(map(group_of, columns)) & set(EXPERIMENTS)
+            name: experiment.question
+            for name, experiment in (EXPERIMENTS | OF_MODELS).items()
+            if name in map(group_of, columns)
         },
         "mapped": table.mapped,
         "first": None if table.first is None else columns.index(table.first),

@@ -179,21 +179,23 @@ MEANINGS: dict[str, dict[str, Meaning]] = {
         "kl_own": Meaning("KL, own token", "nats", f"{_MAP_KL} at its own token"),
         "kl_later": Meaning("KL, later tokens", "nats", f"{_MAP_KL}, summed over the tokens after it"),
         "kl_both": Meaning("KL, both", "nats", f"{_MAP_KL}, at its own token and after it"),
+        "kl_floor": Meaning("KL of rounding", "nats", "what rounding alone can give of the KL, both"),
         "own_share": Meaning(
-            "own share", SHARE, "of what deleting a write does, what happens at its own token"
+            "own share", SHARE, "of the KL that deleting writes causes, the part at their own token"
         ),
         "share": Meaning("share of the model", SHARE, "of the KL of deleted writes, summed over all cells"),
-        "kl_floor": Meaning(
-            "KL of rounding", "nats", "what rounding alone can give of the KL of deleted writes"
-        ),
         "n_at_floor": Meaning("at the floor", COUNT, "deleted writes whose KL is not above rounding"),
         "half_life": Meaning(
-            "half-life", "tokens", "until decay and erases have halved a write's norm, median"
+            "half-life", "tokens", "until decay and erases have halved a write's norm, median over writes"
         ),
-        "reach": Meaning("reach", "tokens", "within which half of a write's later reads lie, median"),
+        "reach": Meaning("reach", "tokens", "within which half of a write's later reading happens, median"),
         "write_norm": Meaning("write norm", "", "mean Frobenius norm of the writes"),
-        "one_key": Meaning("one key", SHARE, "of what is read of a write, as well read from the mean key"),
-        "one_value": Meaning("one value", SHARE, "of a write's value, what lies along the mean value"),
+        "one_key": Meaning(
+            "one key",
+            SHARE,
+            "of what is read of a write, squared, what the cell's mean key would give as well",
+        ),
+        "one_value": Meaning("one value", SHARE, "of the value, squared, what lies along the mean value"),
         "note": Meaning("note", TEXT, "what speaks against a dictionary for the cell"),
     },
 }

@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run
 from tests.writesae_lens.report.sweep_folders import figures, write_map, write_sweep
 from writesae_lens import WriteSAEError
+from writesae_lens.experiments import as_passages, memory_map
 from writesae_lens.experiments.catalogue import EXPERIMENTS
 from writesae_lens.experiments.result import write_table
 from writesae_lens.report.atlas import make_atlas
@@ -468,6 +470,24 @@ def test_damaged_folders_are_refused(tmp_path):
     refused("the map in .* is of another, the sweep of tiny-gdn")
     (tmp_path / "sweep" / "sweep.json").write_text("[]")
     refused("is no JSON object")
+
+
+def test_every_column_of_a_map_is_explained(tmp_path):
+    model = HookedRecurrent.boot_transformers("tiny-mamba2", device="cpu")
+    tokens = as_passages(model, zoo.held_out_text()[:6000], 24)[:2]
+    result = memory_map(model, tokens, max_firings=4, horizon=4, verbose=False)
+    columns = set(result.records) - {"layer", "head", "d_k", "d_v"}
+    figures_of_map = {name for name in columns if not name.endswith(("_low", "_high"))}
+    assert figures_of_map == set(MEANINGS["map"])
+    cells = [(cell.layer, cell.head) for cell in model.cells]
+    write_sweep(tmp_path / "sweep", cells[:3], model="tiny-mamba2")
+    result.save(tmp_path / "sweep" / "map")
+    table = CellTable.read(tmp_path / "sweep")
+    assert len(table.figures) == len(cells)
+    read = table.figures.map_kl_own.to_dict()
+    truth = result.records.set_index(["layer", "head"]).kl_own.to_dict()
+    assert read == pytest.approx(truth)
+    make_atlas(tmp_path / "sweep")
 
 
 def test_every_figure_of_the_catalogue_is_explained():
