@@ -12,7 +12,6 @@ from hooked_models import zoo
 from writesae_lens.cli.subjects import read_text
 from writesae_lens.cli.training import flags_of, parse_runner_config, runner_options
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.saelens.runner import RUNNER_DEFAULTS
 from writesae_lens.sweep import Plan, Sweep, plan_sweep, sweep
 
 # Flags of train that a sweep has no use for, and why.
@@ -44,11 +43,17 @@ def run_sweep(arguments: Sequence[str], text: Path | None, dry_run: bool, **opti
     training = runner_options(cfg, given)
     for name in ("output_path", "checkpoint_path", "n_checkpoints", "resume_from_checkpoint", "llm_device"):
         del training[name]
-    size = int(given.get("--context_size", RUNNER_DEFAULTS["context_size"]))
     content = None if text is None else read_text(text)
     if "--training_tokens" not in given:
         training["training_tokens"] = zoo.TRAINING_TOKENS
-    every = {**training, **options, "context_size": size, "text": content, "sae": cfg.sae, "schedule": {}}
+    every = {
+        **training,
+        **options,
+        "context_size": cfg.context_size,
+        "text": content,
+        "sae": cfg.sae,
+        "schedule": {},
+    }
     if dry_run:
         only_running = ("engine", "threads", "reports")
         typer.echo(_plan({name: value for name, value in every.items() if name not in only_running}))

@@ -24,6 +24,7 @@ from writesae_lens.sweep.work import Job, Step, Train, run_step
 
 # How often a step is started again whose worker died; Ray counts by itself.
 _RETRIES = 2
+_NO_BARS = "TQDM_DISABLE"
 Outcome = list[dict[str, Any]] | Exception
 """What failed in a step, or the error that ended it."""
 
@@ -90,11 +91,18 @@ class Processes:
     def __init__(self, job: Job, workers: int, threads: int) -> None:
         self._job, self._workers, self._threads = job, workers, threads
         self._context = multiprocessing.get_context("spawn")
+        self._undo = contextlib.ExitStack()
+        if _NO_BARS not in os.environ:  # for tqdm in the workers, whose bars would write over each other
+            os.environ[_NO_BARS] = "1"
+            self._undo.callback(os.environ.pop, _NO_BARS)
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever has that handles signals
+            before = signal.signal(
+                signal.SIGTERM, lambda *_: sys.exit(143)
+            )  # so that `close` ends the workers
+            self._undo.callback(signal.signal, signal.SIGTERM, before)
         self._pool = self._new_pool()
         self._pending: dict[Future[Outcome], Step] = {}
         self._deaths: Counter[Step] = Counter()
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever has that handles signals
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `close` ends the workers
 
     def _new_pool(self) -> ProcessPoolExecutor:
         devices = self._context.SimpleQueue()
@@ -125,7 +133,7 @@ class Processes:
 
     def _replace_pool(self, running: set[Future[Outcome]]) -> Iterator[tuple[Step, Outcome]]:
         """After a worker's death: new workers for the steps that are left."""
-        self.close()
+        self._end_workers()
         left, self._pending = self._pending, {}
         self._pool = self._new_pool()
         for future, step in left.items():
@@ -138,6 +146,10 @@ class Processes:
                 self.submit(step)
 
     def close(self) -> None:
+        self._end_workers()
+        self._undo.close()
+
+    def _end_workers(self) -> None:
         if self._pending:  # stopped, or a worker died
             for process in list((self._pool._processes or {}).values()):
                 process.terminate()

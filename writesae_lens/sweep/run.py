@@ -365,7 +365,7 @@ def _run(store: Store, job: Job, planned: Plan, engine: Engine, verbose: bool) -
 
 def _failures(store: Store, step: Step, outcome: Any) -> list[dict[str, Any]]:
     """The rows of failed.csv of a step."""
-    if not isinstance(outcome, BaseException):
+    if not isinstance(outcome, Exception):
         return outcome
     what = "training" if isinstance(step, Train) else "tests"
     lost = [cell for cell in step.cells if isinstance(step, Test) or not store.has_sae(cell)]

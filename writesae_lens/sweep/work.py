@@ -189,7 +189,7 @@ def _test(job: Job, step: Test, model: HookedRecurrent, device: str) -> list[dic
     return failed
 
 
-def failure(cell: CellKey, step: str, error: BaseException) -> dict[str, Any]:
+def failure(cell: CellKey, step: str, error: Exception) -> dict[str, Any]:
     """A row of failed.csv."""
     reason = f"{type(error).__name__}: {one_line(error)[:300]}"
     return {"layer": cell[0], "head": cell[1], "step": step, "reason": reason}
