@@ -59,14 +59,14 @@ def test_damaged_folders_are_refused(tmp_path):
 
 
 def test_every_column_of_a_map_is_explained(tmp_path):
-    model = HookedRecurrent.boot_transformers("tiny-mamba2", device="cpu")
+    model = HookedRecurrent.boot_transformers("tiny-gdn", device="cpu")
     tokens = as_passages(model, zoo.held_out_text()[:6000], 24)[:2]
-    result = memory_map(model, tokens, max_firings=4, horizon=4, verbose=False)
+    result = memory_map(model, tokens, max_firings=2, horizon=2, verbose=False)
     columns = set(result.records) - {"layer", "head", "d_k", "d_v"}
     figures_of_map = {name for name in columns if not name.endswith(("_low", "_high"))}
     assert figures_of_map == set(MEANINGS["map"])
     cells = [(cell.layer, cell.head) for cell in model.cells]
-    write_sweep(tmp_path / "sweep", cells[:3], model="tiny-mamba2")
+    write_sweep(tmp_path / "sweep", cells[:3])
     result.save(tmp_path / "sweep" / "map")
     table = CellTable.read(tmp_path / "sweep")
     assert len(table.figures) == len(cells)
