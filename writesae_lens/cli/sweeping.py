@@ -13,6 +13,7 @@ from writesae_lens.cli.subjects import read_text
 from writesae_lens.cli.training import flags_of, parse_runner_config, runner_options
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.sweep import Plan, Sweep, plan_sweep, sweep
+from writesae_lens.sweep.run import SET_BY_THE_SWEEP
 
 # Flags of train that a sweep has no use for, and why.
 _REFUSED = {
@@ -41,7 +42,7 @@ def run_sweep(arguments: Sequence[str], text: Path | None, dry_run: bool, **opti
         raise WriteSAEError("no model to sweep: give --model_name")
     cfg = parse_runner_config(arguments, given)
     training = runner_options(cfg, given)
-    for name in ("output_path", "checkpoint_path", "n_checkpoints", "resume_from_checkpoint", "llm_device"):
+    for name in SET_BY_THE_SWEEP & set(training):
         del training[name]
     content = None if text is None else read_text(text)
     if "--training_tokens" not in given:

@@ -110,6 +110,8 @@ def describe(
     A pass up to the last cell's layer and a step of an SAE are timed; what the experiments run is counted
     from their options (`writesae_lens.reproduce.work`). Reports and statistics are not counted.
     """
+    if not groups:
+        return f"model {model.cfg.model_name}: every cell has its SAE; what has no results is tested"
     device = str(model.cfg.device)
     deepest = max(group.cells[-1].layer for group in groups)
     units, first = Units.of_model(model, deepest), needs.cfg(groups[0].cells[0])

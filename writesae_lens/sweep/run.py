@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
-from sae_lens import TrainingSAEConfig
+from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
 from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent, zoo
@@ -20,7 +21,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens.cells import parse_cells
 from writesae_lens.errors import INTERRUPTIONS, WriteSAEError
 from writesae_lens.experiments.options import Count, Positive, Seed, check
-from writesae_lens.saelens.runner import RUNNER_DEFAULTS, sized
+from writesae_lens.saelens.runner import RUNNER_DEFAULTS, sized, train_cells
 from writesae_lens.saes.config import RECOMMENDED_SCHEDULE, WriteSAETrainingConfig
 from writesae_lens.sweep.engines import Engine, InOrder, Processes, Ray
 from writesae_lens.sweep.plan import Group, Needs, describe, free_bytes, plan_groups
@@ -34,6 +35,20 @@ DEFAULT_EXPERIMENTS = ("replace",)
 OPTIONS: dict[str, dict[str, Any]] = {"replace": {"horizon": 32, "max_firings": 256}}
 # The share of a text, from its end, that experiments read and SAEs are not trained on.
 TEST_SHARE = 0.1
+
+
+# Arguments of `train_cells` that a sweep has others for, or no use.
+SET_BY_THE_SWEEP = {
+    "model",
+    "cells",
+    "output_path",
+    "sae",
+    "text",
+    "options",
+    "hook_name",
+    "checkpoint_path",
+}
+SET_BY_THE_SWEEP |= {"n_checkpoints", "resume_from_checkpoint", "from_pretrained_path", "llm_device"}
 
 
 class Sweep(NamedTuple):
@@ -125,8 +140,9 @@ def sweep(
         seed,
         **options,
     )
-    job = dataclasses.replace(planned.job, reports=reports)
-    store = Store(job.out)
+    # The text of the plan holds a model: the workers load their own, so let this one go.
+    planned = dataclasses.replace(planned, job=dataclasses.replace(planned.job, reports=reports), about=str)
+    job, store = planned.job, Store(planned.job.out)
     _note_settings(store, planned)
     made = _engine(engine, job, workers, threads)
     try:
@@ -188,6 +204,7 @@ def plan_sweep(
     check(Positive | None, memory=memory)
     check(Seed, seed=seed)
     check(Literal["write", "state"], site=options.get("site", "write"))
+    _check_options(options)
     chosen = _experiments(experiments)
     kwargs = dict(options.get("model_from_pretrained_kwargs") or {})
     first = "cuda:0" if device == "cuda" else device
@@ -229,6 +246,14 @@ def plan_sweep(
     return Plan(job, [(c.layer, c.head) for c in wanted], groups, needs, wanted[0].architecture, about)
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that `train_cells` does not take, before anything is loaded."""
+    fields = {f.name for f in dataclasses.fields(LanguageModelSAERunnerConfig) if f.init}
+    known = (fields | set(inspect.signature(train_cells).parameters)) - SET_BY_THE_SWEEP
+    if unknown := set(options) - known:
+        raise WriteSAEError(f"sweep takes no {min(unknown)!r}: its options are those of train_cells")
+
+
 def _cell(model: HookedRecurrent, cell: Cell | CellKey) -> Cell:
     return cell if isinstance(cell, Cell) else model.cell(*cell)
 
@@ -256,6 +281,8 @@ def _texts(
     model_name: str, text: str | None, dataset_path: str | None
 ) -> tuple[list[str] | None, str, str | None]:
     """What SAEs are trained on (None: the data set that an option names), the text of the tests, its name."""
+    if not isinstance(text, str | None):
+        raise WriteSAEError(f"text is one string, got {type(text).__name__}: join documents with blank lines")
     if text is None:
         if model_name not in zoo.SHIPPED:
             raise WriteSAEError(f"{model_name} ships with no text: give --text, in Python text=...")

@@ -5,8 +5,10 @@ import json
 import pandas as pd
 import pytest
 from sae_lens import SAE
+from safetensors.torch import load_file
 
 from hooked_models import HookedRecurrent, zoo
+from tests.writesae_lens.cli.command_line import run
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import replacement_test
 from writesae_lens.experiments.passages import as_passages
@@ -155,6 +157,8 @@ def test_further_experiments_join_the_rows(swept):
         ({"experiments": "replace"}, "a list of names"),
         ({"experiments": {"replace": {"horizons": 3}}}, "no option 'horizons'"),
         ({"workers": 0}, "workers"),
+        ({"n_batches_in_bufer": 3}, "takes no 'n_batches_in_bufer'"),
+        ({"output_path": "x"}, "takes no 'output_path'"),
         ({"site": "reads"}, "site"),
         ({"cells": "9:*"}, "names no cell"),
         ({"out": "nonsense://x"}, "cannot write"),
@@ -171,3 +175,26 @@ def test_wrong_input(wrong, message, tmp_path):
 def test_a_model_without_text(tmp_path):
     with pytest.raises(WriteSAEError, match=r"ships with no text"):
         sweep(str(zoo.model_path("tiny-gdn")), CELLS, tmp_path, **SMALL)
+
+
+def test_the_command(swept, tmp_path):
+    out, _ = swept
+    flags = (
+        "--training_tokens 8000 --context_size 64 --n_batches_in_buffer 8 --seed 0 --experiments -".split()
+    )
+    command = ["sweep", "--model_name", "tiny-gdn", "--cells", "1:1,3:0", *flags, "--experiments", "-"]
+    command += ["--out", tmp_path]
+    for _ in range(2):  # the second goes on where nothing is left to do
+        done = run(*command)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "2 cells finished"), done.stderr
+    for name in ("L1H1", "L3H0"):
+        there, here = (load_file(folder / name / "sae_weights.safetensors") for folder in (out, tmp_path))
+        assert all((there[key] == here[key]).all() for key in there)
+    assert "every cell has its SAE" in run(*command, "--dry-run").stdout
+
+
+@pytest.mark.parametrize("flag", ["--output_path x", "--hook_name x", "--n_checkpoints 2"])
+def test_flags_that_a_sweep_has_no_use_for(flag):
+    done = run("sweep", "--model_name", "tiny-gdn", *flag.split())
+    assert done.returncode == 2
+    assert f"sweep takes no {flag.split()[0]}" in done.stderr
