@@ -179,11 +179,9 @@ def test_a_model_without_text(tmp_path):
 
 def test_the_command(swept, tmp_path):
     out, _ = swept
-    flags = (
-        "--training_tokens 8000 --context_size 64 --n_batches_in_buffer 8 --seed 0 --experiments -".split()
-    )
-    command = ["sweep", "--model_name", "tiny-gdn", "--cells", "1:1,3:0", *flags, "--experiments", "-"]
-    command += ["--out", tmp_path]
+    sizes = ["--training_tokens=8000", "--context_size=64", "--n_batches_in_buffer=8", "--seed=0"]
+    command = ["sweep", "--model_name", "tiny-gdn", "--cells", "1:1,3:0", *sizes]
+    command += ["--experiments", "-", "--out", tmp_path]
     for _ in range(2):  # the second goes on where nothing is left to do
         done = run(*command)
         assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "2 cells finished"), done.stderr
