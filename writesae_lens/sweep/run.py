@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pandas as pd
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAEConfig
@@ -51,7 +51,8 @@ SET_BY_THE_SWEEP = {
 SET_BY_THE_SWEEP |= {"n_checkpoints", "resume_from_checkpoint", "from_pretrained_path", "llm_device"}
 
 
-class Sweep(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sweep:
     """What a sweep has in its folder.
 
     Args:
