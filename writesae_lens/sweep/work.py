@@ -33,6 +33,9 @@ from writesae_lens.report.page import PAGE, make_report
 from writesae_lens.saelens.runner import sized, train_cells
 from writesae_lens.sweep.store import ROW, TIMES, CellKey, Store, name_of
 
+# Characters of the training text that untrained baselines are made from: some 100,000 writes.
+_BASELINE_CHARACTERS = 400_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -226,13 +229,16 @@ def _run(
     """The result of an experiment, which is run unless it is there."""
     if (out / SUMMARY).is_file():
         return ExperimentResult.load(out)
-    several = "saes" in inspect.signature(experiment.function).parameters
+    parameters = inspect.signature(experiment.function).parameters
+    trained_on = job.training.get("text") if job.text_name is not None else None  # the default: shipped text
+    if trained_on and "train_tokens" in parameters:  # what untrained baselines are made from
+        options = {"train_tokens": "\n\n".join(trained_on)[:_BASELINE_CHARACTERS], **options}
     progress = out / "progress"
     out.mkdir(parents=True, exist_ok=True)
     with times.of(experiment.name):
         result = experiment.function(
             model,
-            [sae] if several else sae,
+            [sae] if "saes" in parameters else sae,
             _cut(job, model, sae, experiment),
             seed=job.seed,
             progress_folder=str(progress),

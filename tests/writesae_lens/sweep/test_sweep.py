@@ -61,6 +61,20 @@ def test_rows_are_those_of_each_cell_by_hand(swept, tmp_path):
     assert (out / "L1H1" / "training.csv").exists()
 
 
+def test_a_text_of_ones_own(tmp_path):
+    """Its last tenth is tested on; the rest is trained on, and untrained baselines are made from it."""
+    text = "\n".join(zoo.text("validation").splitlines()[:400])
+    done = sweep("tiny-gdn", CELLS[:1], tmp_path, text=text, **SMALL)
+    train = text[: text.rfind("\n", 0, round(0.9 * len(text))) + 1]
+    model = HookedRecurrent.boot_transformers("tiny-gdn")
+    passages = as_passages(model, text.removeprefix(train), 64)[-2:]
+    sae = SAE.load_from_disk(tmp_path / "L1H1")
+    result = replacement_test(model, sae, passages, train_tokens=train, **OPTIONS, verbose=False)
+    (row,) = done.cells.to_dict("records")
+    for path, value in result.figures_of_merit().items():
+        assert row["replace_" + path.removeprefix("baselines.").replace(".", "_")] == value, path
+
+
 def test_what_is_finished_is_not_done_again(swept, monkeypatch):
     out, done = swept
 
