@@ -163,7 +163,6 @@ class Plan:
         job: what is done at every cell.
         cells: all that are asked for.
         groups: of those that have no SAE yet, as they are trained together.
-        needs: of their training.
         architecture: of the cells.
         about: the text.
     """
@@ -171,7 +170,6 @@ class Plan:
     job: Job
     cells: list[CellKey]
     groups: list[Group]
-    needs: Needs
     architecture: str
     about: Callable[[], str]
 
@@ -244,7 +242,7 @@ def plan_sweep(
     about = functools.partial(
         describe, model, groups, needs, training_tokens, batch, chosen, max_passages, workers
     )
-    return Plan(job, [(c.layer, c.head) for c in wanted], groups, needs, wanted[0].architecture, about)
+    return Plan(job, [(c.layer, c.head) for c in wanted], groups, wanted[0].architecture, about)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -96,35 +96,34 @@ def test_another_sweep_is_refused(swept):
 
 
 def test_failures_are_listed_and_tried_again(tmp_path, monkeypatch):
-    """A training of one group and an experiment of one cell fail; the rest is there, and then all is."""
-    small = SMALL | {"memory": 0.2}  # a group a cell
-    run, train = work._run, work.train_cells
-    trained, tested = [], []
+    """The training of one cell and an experiment of another fail; the third is there, and then all are."""
+    run, train, failing = work._run, work.train_cells, {(1, 1), "blocks.3.linear_attn.hook_write.0"}
 
     def training(model, cells, *args, **kwargs):
-        trained.append(cells)
-        if cells == [(1, 1)] and len(trained) == 1:
+        if cells[0] in failing:
             raise WriteSAEError("no luck")
         return train(model, cells, *args, **kwargs)
 
     def testing(job, experiment, options, model, sae, *args):
-        tested.append(sae.cfg.metadata.hook_name)
-        if len(tested) == 1:
+        if sae.cfg.metadata.hook_name in failing:
             raise RuntimeError("broken\nin two lines")
         return run(job, experiment, options, model, sae, *args)
 
     monkeypatch.setattr(work, "train_cells", training)
     monkeypatch.setattr(work, "_run", testing)
+    # Memory for one cell at a time.
     monkeypatch.setattr("writesae_lens.sweep.run._bytes_of_a_training", lambda *_: 1)
-    monkeypatch.setattr("writesae_lens.sweep.plan.training_bytes", lambda *_: 0)
-    first = sweep("tiny-gdn", [*CELLS, (3, 1)], tmp_path, workers=1, **small)
-    listed = read_table(tmp_path / "failed.csv")
-    pd.testing.assert_frame_equal(listed, first.failed)
-    assert set(first.failed.step) <= {"training", "replace"}
-    assert all("\n" not in reason for reason in first.failed.reason)
-    n_done = len(first.cells)
-    second = sweep("tiny-gdn", [*CELLS, (3, 1)], tmp_path, workers=1, **small)
-    assert len(second.cells) == 3 > n_done
+    monkeypatch.setattr("writesae_lens.sweep.plan.training_bytes", lambda size, cfgs, *_: len(cfgs))
+    first = sweep("tiny-gdn", [*CELLS, (3, 1)], tmp_path, **SMALL)
+    assert first.failed.to_numpy()[:, :3].tolist() == [[1, 1, "training"], [3, 0, "replace"]]
+    assert first.failed.reason[0] == "WriteSAEError: no luck"
+    assert first.failed.reason[1].startswith("RuntimeError: broken")
+    assert "\n" not in first.failed.reason[1]
+    pd.testing.assert_frame_equal(read_table(tmp_path / "failed.csv"), first.failed, check_dtype=False)
+    assert list(zip(first.cells.layer, first.cells["head"])) == [(3, 1)]
+    failing.clear()
+    second = sweep("tiny-gdn", [*CELLS, (3, 1)], tmp_path, **SMALL)
+    assert len(second.cells) == 3
     assert not len(second.failed)
     assert not (tmp_path / "failed.csv").exists()
 
