@@ -1,0 +1,1 @@
+"""Working with features: reading a prompt through SAEs, steering, attribution, export, labels."""

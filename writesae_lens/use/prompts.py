@@ -1,0 +1,84 @@
+"""What is read and through what: one prompt, and the SAEs of one or more cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from sae_lens import SAE
+from torch import Tensor
+
+from hooked_models import HookedRecurrent
+from hooked_models.hooked_recurrent import Site
+from writesae_lens.errors import WriteSAEError
+from writesae_lens.experiments.options import shown
+from writesae_lens.experiments.passages import Passages, as_passages, find_passages
+from writesae_lens.experiments.subjects import find_site
+
+SAEs = SAE[Any] | Iterable[SAE[Any]]
+"""One SAE, or several, each of a site of its own."""
+
+
+def saes_by_site(model: HookedRecurrent, saes: SAEs) -> dict[Site, SAE[Any]]:
+    """The SAEs by the write or state that each was trained on, in the order of layers and heads.
+
+    Args:
+        model: the model that they were trained on.
+        saes: one SAE or several; of a mapping the values.
+
+    Raises:
+        WriteSAEError: there is none, two belong to the same site, or one does not fit the model.
+        HookedModelError: the model has no such cell.
+    """
+    if isinstance(saes, SAE):
+        saes = [saes]
+    if isinstance(saes, Mapping):
+        saes = saes.values()
+    if not isinstance(saes, Iterable):
+        raise WriteSAEError(f"an SAE or a list of SAEs is wanted, got {shown(saes)}")
+    found: dict[Site, SAE[Any]] = {}
+    for sae in saes:
+        site = find_site(model, sae)
+        if site in found:
+            where = f"the {site.kind} of layer {site.cell.layer} head {site.cell.head}"
+            raise WriteSAEError(f"two SAEs belong to {where}: give one for each")
+        found[site] = sae
+    if not found:
+        raise WriteSAEError("there are no SAEs: give one at least")
+    return dict(sorted(found.items(), key=lambda item: (item[0].cell.layer, item[0].cell.head, item[0].kind)))
+
+
+def prompt_tokens(
+    model: HookedRecurrent, saes: Iterable[SAE[Any]], prompt: Int[Tensor, "*row pos"] | str
+) -> Passages:
+    """One prompt as passages of one row, ``[1, pos]``, on the model's device.
+
+    Args:
+        model: for its tokenizer and vocabulary.
+        saes: a BOS token is set before a text where the SAEs were trained with one.
+        prompt: a text, or token ids ``[pos]`` or ``[1, pos]``, which are taken as they are.
+
+    Raises:
+        WriteSAEError: the prompt is empty or several rows, the SAEs differ in whether they were trained with
+            a BOS token, or there is no tokenizer to read text with.
+    """
+    if isinstance(prompt, str):
+        with_bos = {bool(sae.cfg.metadata.prepend_bos) for sae in saes}
+        if len(with_bos) > 1:
+            raise WriteSAEError(
+                "some SAEs were trained with a BOS token and some without: give the prompt as token ids"
+            )
+        ids = model.to_tokens(prompt, prepend_bos=False, truncate=False)
+        if not ids.numel():
+            raise WriteSAEError(
+                "the prompt is empty, or the model has no tokenizer: give a text or token ids"
+            )
+        return as_passages(model, prompt, ids.shape[1] + any(with_bos), any(with_bos), "prompt")
+    if isinstance(prompt, Tensor) and prompt.ndim == 1:
+        prompt = prompt[None]
+    tokens = find_passages(model, None, torch.as_tensor(prompt), None)
+    if len(tokens) != 1:
+        raise WriteSAEError(f"one prompt is wanted, got {len(tokens)} rows: call once for each")
+    return tokens
