@@ -13,14 +13,14 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES, MODULE = ("hooked_models", "writesae_lens"), "writesae_lens_cli.py"
+PACKAGES = ("hooked_models", "writesae_lens", "writesae_lens_cli")
 BESIDE = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
 LARGEST = 8 * 2**20
 
 
 def sources() -> set[str]:
     """The files of the packages in the checkout."""
-    files = [ROOT / MODULE, *(file for package in PACKAGES for file in (ROOT / package).rglob("*"))]
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*")]
     return {
         str(file.relative_to(ROOT)) for file in files if file.is_file() and "__pycache__" not in file.parts
     }
@@ -58,7 +58,7 @@ def problems(folder: Path) -> list[str]:
         held = {file.name.removeprefix(f"{stem}/") for file in archive.getmembers() if file.isfile()}
     held = {name for name in held if not name.startswith("writesae_lens.egg-info/")}
     wrong += difference(sdist.name, held, sources() | BESIDE)
-    for package in PACKAGES:
+    for package in ("hooked_models", "writesae_lens"):
         own = stated(f"{package}/__init__.py", "__version__")
         wrong += (
             [] if own == version else [f"{package}.__version__ is {own}, in pyproject.toml it is {version}"]

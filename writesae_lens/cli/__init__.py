@@ -1,4 +1,4 @@
-"""Bodies of the commands of ``writesae-lens``, which are declared in the module `writesae_lens_cli`."""
+"""Bodies of the commands of ``writesae-lens``, which are declared in the package `writesae_lens_cli`."""
 
 from writesae_lens_cli import app, main
 

@@ -17,7 +17,7 @@ from writesae_lens.experiments.catalogue import Experiment, find_experiment
 from writesae_lens.experiments.options import Option
 from writesae_lens.experiments.result import Progress
 from writesae_lens.locks import locked
-from writesae_lens_cli import SAE_REFERENCE, Device, Seed
+from writesae_lens_cli.options import SAE_REFERENCE, Device, Seed
 
 
 def command_of(name: str) -> Any:

@@ -93,7 +93,7 @@ def test_formula_works_on_what_demo_wrote(demo, tmp_path):
 
 def test_what_the_demo_trains_on_by_default_is_what_shipped_models_train_on():
     """Its declaration imports no package, so the number stands there a second time."""
-    parameters = inspect.signature(writesae_lens_cli.demo).parameters
+    parameters = inspect.signature(writesae_lens_cli.start.demo).parameters
     assert parameters["training_tokens"].default == zoo.TRAINING_TOKENS
     assert f"{zoo.TRAINING_TOKENS:,} on shipped models" in words(run("reproduce", "--help").stdout)
 
