@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted([*ROOT.glob("hooked_models/**/*.py"), *ROOT.glob("writesae_lens/**/*.py")])
+FOLDERS = ("hooked_models", "writesae_lens", "writesae_lens_cli")
+FILES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))
 LONGEST_FILE, LONGEST_BODY, MOST_FILES = 450, 60, 15
 
 
