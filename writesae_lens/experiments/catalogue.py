@@ -13,6 +13,9 @@ A module of this folder declares its experiment by decorators; no other file nee
 The command line, the report, `writesae_lens.reproduce`, the documentation and the tests iterate over
 `EXPERIMENTS`; experiments about a whole model (``of_model=True``) are in `OF_MODELS`. The name is that of the
 module, the command, the result and its files.
+
+The functions of `writesae_lens.use` that give a result are declared in the same way (``of_prompt=True``), and
+are in `OF_PROMPTS`: they read a prompt instead of passages, and have commands with options of their own.
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ class Experiment:
         passes_on: the experiment whose options it takes as keyword arguments beside its own.
         former_names: names under which results were saved before.
         of_model: whether it is about a whole model, and so takes neither an SAE nor a cell.
+        of_prompt: whether it works with features on one prompt (`writesae_lens.use`).
         own_options: its options by name, from the function's signature.
         figures: file stem to the function that draws it from a result (`figure`); the first is the main one.
     """
@@ -70,6 +74,7 @@ class Experiment:
     passes_on: str | None = None
     former_names: tuple[str, ...] = ()
     of_model: bool = False
+    of_prompt: bool = False
     own_options: Mapping[str, Option] = field(default_factory=dict)
     figures: dict[str, Draw] = field(default_factory=dict)
 
@@ -91,6 +96,8 @@ EXPERIMENTS: dict[str, Experiment] = {}
 """Every declared experiment on SAEs or a cell by name, in the order of the paper."""
 OF_MODELS: dict[str, Experiment] = {}
 """Every declared experiment about a whole model by name: they are no part of an SAE's report."""
+OF_PROMPTS: dict[str, Experiment] = {}
+"""What works with features on a prompt, by name: neither the report nor `reproduce` runs it."""
 
 
 def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
@@ -117,16 +124,17 @@ def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
             for argument, annotation in annotations.items():
                 check(annotation, **{argument: given.arguments[argument]})
             # Several differentiate, whatever the caller has switched off.
-            with torch.inference_mode(False), torch.enable_grad(), locked(given.arguments["progress_folder"]):
+            folder = given.arguments.get("progress_folder")
+            with torch.inference_mode(False), torch.enable_grad(), locked(folder):
                 return function(*given.args, **given.kwargs)
 
         _check_declaration(name, signature, own, declaration)
-        if name in EXPERIMENTS or name in OF_MODELS:
+        if name in EXPERIMENTS | OF_MODELS | OF_PROMPTS:
             raise WriteSAEError(
                 f"there is an experiment {name!r} already: declare this one under another name"
             )
         entry = Experiment(name, checked, own_options=own, **declaration)
-        (OF_MODELS if entry.of_model else EXPERIMENTS)[name] = entry
+        (OF_MODELS if entry.of_model else OF_PROMPTS if entry.of_prompt else EXPERIMENTS)[name] = entry
         in_order = sorted(EXPERIMENTS.values(), key=lambda e: (e.paper is None, e.paper, e.name))
         EXPERIMENTS.update({e.name: EXPERIMENTS.pop(e.name) for e in in_order})
         return checked  # type: ignore[return-value]
@@ -139,8 +147,10 @@ def _check_declaration(
 ) -> None:
     """Refuse a declaration that the command line, the report or a run would fail on later."""
     arguments = signature.parameters
-    lacks = [n for n in ("model", "seed", "progress_folder", "verbose") if n not in arguments]
-    has_subject = declaration.get("of_model", False) or {"sae", "saes", "sae_or_cell"} & set(arguments)
+    wanted = ("model",) if declaration.get("of_prompt") else ("model", "seed", "progress_folder", "verbose")
+    lacks = [n for n in wanted if n not in arguments]
+    of_cell = not (declaration.get("of_model") or declaration.get("of_prompt"))
+    has_subject = not of_cell or {"sae", "saes", "sae_or_cell"} & set(arguments)
     if lacks or not has_subject:
         what = ", ".join(lacks) or "sae, saes or sae_or_cell"
         raise WriteSAEError(f"the experiment {name!r} lacks an argument that every experiment has: {what}")
@@ -182,14 +192,16 @@ def find_experiment(name: str, of_models: bool = False) -> Experiment:
 
     Args:
         name: the name.
-        of_models: whether it may be one about a whole model.
+        of_models: whether it may be one about a whole model, or one that works with features on a prompt.
 
     Raises:
         WriteSAEError: there is none; the message lists those that there are.
     """
-    every = EXPERIMENTS | OF_MODELS if of_models else EXPERIMENTS
+    every = EXPERIMENTS | OF_MODELS | OF_PROMPTS if of_models else EXPERIMENTS
     for entry in every.values():
         if name == entry.name or name in entry.former_names:
             return entry
-    wrong = f"{name} is about a whole model" if name in OF_MODELS else f"no experiment is called {name!r}"
+    wrong = f"no experiment is called {name!r}"
+    if name in OF_MODELS | OF_PROMPTS:
+        wrong = f"{name} is about a {'whole model' if name in OF_MODELS else 'prompt'}"
     raise WriteSAEError(f"{wrong}: there are {', '.join(every)}")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from hooked_models.errors import one_line
 from hooked_models.files.whole_files import replacing, write_whole
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.catalogue import EXPERIMENTS, OF_MODELS, find_experiment
+from writesae_lens.experiments.catalogue import EXPERIMENTS, OF_MODELS, OF_PROMPTS, find_experiment
 from writesae_lens.locks import LOCK, locked
 
 RECORDS, SUMMARY, SETTINGS = "records.csv", "summary.json", "settings.json"
@@ -42,7 +42,7 @@ class ExperimentResult:
     @property
     def figures(self) -> Mapping[str, Callable[[ExperimentResult], Figure]]:
         """File stem to the function that draws it from this result; the first is the main one."""
-        entry = (EXPERIMENTS | OF_MODELS).get(self.name)
+        entry = (EXPERIMENTS | OF_MODELS | OF_PROMPTS).get(self.name)
         return {} if entry is None else entry.figures
 
     @property
@@ -146,7 +146,7 @@ def _pictures_in(folder: Path) -> list[Path]:
 
 
 # Columns that are text even where every entry is a number.
-_TEXTS = ("text", "text_before", "text_after", "name", "condition")
+_TEXTS = ("text", "text_before", "text_after", "name", "condition", "label")
 # A cell that a spreadsheet takes for a formula, after any number of apostrophes that `write_table` adds.
 _FORMULA = re.compile(r"'*(?:\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])")
 

@@ -80,7 +80,7 @@ class Run:
             saes = [subject] if isinstance(subject, SAE) else list(subject)
             hooks = [sae.cfg.metadata.hook_name for sae in saes]
         cell = model.site(hooks[0]).cell
-        self.name, self.verbose, entry = name, arguments["verbose"], find_experiment(name, of_models=True)
+        self.name, self.verbose, entry = name, arguments.get("verbose"), find_experiment(name, of_models=True)
         options = {option: _plain(arguments[option]) for option in entry.own_options} | settings
         values = (
             name,
@@ -97,7 +97,7 @@ class Run:
         named = [] if subject is None else hooks
         self._origin = origin_of(model, saes, named, read, entry.function, arguments)
         self.settings = measured_on | options
-        folder = arguments["progress_folder"]
+        folder = arguments.get("progress_folder")
         inputs = None if folder is None else fingerprint_run(logits, saes, tokens)
         made_by = {"inputs": inputs, "version": version("writesae-lens")}
         self._progress = Progress(
