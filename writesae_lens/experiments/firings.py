@@ -96,10 +96,25 @@ def activity(model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tens
     on_states = site.kind == "state"
     key, value, _, cache = native_factors(model, cell, tokens, [state_name] * on_states)
     key, value = key.clone(), value.clone()  # they are views of all heads' sides
+    return activity_of(sae, key, value, cache[state_name][0] if on_states else None)
+
+
+@torch.no_grad()
+def activity_of(
+    sae: SAE[Any],
+    key: Float[Tensor, "pos d_k"],
+    value: Float[Tensor, "pos d_v"],
+    states: Float[Tensor, "pos d_k_d_v"] | None = None,
+) -> Activity:
+    """Encode a cell's writes key value^T, or its states where these are given.
+
+    Raises:
+        WriteSAEError: the SAE's coefficients are not finite.
+    """
 
     def encode(rows: slice) -> Tensor:
-        if on_states:
-            return sae.encode(cache[state_name][0, rows])
+        if states is not None:
+            return sae.encode(states[rows])
         if isinstance(sae, MatrixSAE):
             return sae.encode_factors(key[rows], value[rows])
         return sae.encode((key[rows, :, None] * value[rows, None, :]).flatten(1))
