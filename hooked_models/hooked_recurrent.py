@@ -118,6 +118,11 @@ class HookedRecurrent(upstream.CheckedBridge):
         return model
 
     @classmethod
+    def from_pretrained(cls, model_name: loading.Name, **kwargs: Any) -> HookedRecurrent:
+        """`boot_transformers` by the name that ``HookedTransformer`` has for it; weights stay unprocessed."""
+        return cls.boot_transformers(model_name, **kwargs)
+
+    @classmethod
     def for_sae(cls, sae: Any, **kwargs: Any) -> HookedRecurrent:
         """Load the model that an SAE belongs to, and make sure that the SAE fits its cell.
 

@@ -167,6 +167,35 @@ def _normed(model: HookedRecurrent, residual: Float[Tensor, "*batch d_model"]) -
     return norm(residual.to(wide))
 
 
+@torch.no_grad()
+def last_norm_weight(model: HookedRecurrent) -> Float[Tensor, " d_model"]:
+    """The weight of the last norm, by which it multiplies the stream that it has scaled.
+
+    It is read from what the norm makes of a known stream: some norms keep it as an offset from 1.
+    """
+    weight = next(model.ln_final.original_component.parameters(), None)
+    x = torch.ones(model.cfg.d_model, device=model.cfg.device if weight is None else weight.device)
+    x[::2] = -1
+    x = x * 1e3  # beside which the norm's epsilon is nothing
+    known = x - x.mean() if model.cfg.normalization_type in ("LN", "LNPre") else x
+    return (_normed(model, x) - _normed(model, torch.zeros_like(x))) / (known / known.square().mean().sqrt())
+
+
+def logit_factor(model: HookedRecurrent) -> float:
+    """The factor by which a model scales its logits (Granite, Falcon-H1); 1 in others.
+
+    Raises:
+        HookedModelError: it caps them, so that no part of the residual stream has an effect of its own.
+    """
+    one, two = (float(model.adapter.apply_output_logits_transform(torch.tensor(x))) for x in (1.0, 2.0))
+    if two != 2 * one:
+        raise HookedModelError(
+            f"this {model.cfg.architecture} caps its logits, which are no sums then: compare what "
+            "hooked_models.unembedding.logits_of gives with and without the part"
+        )
+    return one
+
+
 def output_embedding(model: HookedRecurrent) -> Any:
     """The model's unembedding: a Linear, in the bridge component that stands in its place.
 

@@ -16,7 +16,7 @@ importing TransformerLens) without notice. ``tests/hooked_models/test_upstream.p
 | `boot_arguments` | the signature of ``TransformerBridge.boot_transformers`` |
 | `bridge.public_methods` | the signatures of the bridges' public methods; ``cfg.is_stateful``, which hands ``generate`` without a cache over to ``hf_generate``; ``adapter.supports_fold_ln`` |
 | `bridge.copies` | ``torch._C._nn._parse_to``; ``_original_component`` in the names of weights; transformers' ``save_pretrained(state_dict=)`` |
-| `bridge.activation_cache` | ``ActivationCache`` and its methods, and ``hook_out`` of a block's parts |
+| `bridge.activation_cache` | ``ActivationCache`` and its methods, ``_get_cached_ln_scale`` among them, and ``hook_out`` of a block's parts |
 | `files.tokenizers.keep_tokenizer` | ``init_kwargs["name_or_path"]`` and ``["add_bos_token"]``, by which TransformerLens loads a tokenizer again |
 | `mixers.HookedMixer` | ``GeneralizedComponent.get_hooks``, ``set_original_component`` and ``submodules``, which ``setup_submodules`` reads after it |
 | `bridge.lower_layers` | ``model.blocks``, through whose ``forward``, set on each block, the Hugging Face model runs its layers (``test_lower_layers.py``) |

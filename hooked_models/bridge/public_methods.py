@@ -43,14 +43,14 @@ class CheckedMethods(SAETransformerBridge):
         return len(hf_model.get_input_embeddings().weight)
 
     @classmethod
-    def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
-        """Refused, as other ways to boot a model of TransformerLens are: the name before its version 3."""
+    def boot_native(cls, *_: Any, **__: Any) -> NoReturn:
+        """Refused, as other ways to boot a model of TransformerLens are."""
         raise HookedModelError(
-            f"{cls.__name__} has no from_pretrained and no boot_native: say {cls.__name__}.boot_transformers"
+            f"{cls.__name__} has no boot_native and no from_pretrained_no_processing: say "
+            f"{cls.__name__}.boot_transformers, which leaves weights as they are"
         )
 
-    from_pretrained_no_processing = from_pretrained
-    boot_native = from_pretrained
+    from_pretrained_no_processing = boot_native
 
     @like(SAETransformerBridge.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:

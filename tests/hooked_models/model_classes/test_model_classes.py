@@ -59,6 +59,31 @@ def test_the_parts_of_the_residual_stream_add_up_to_it(case: Case) -> None:
     assert share(cache.decompose_resid().sum(0), stream) <= TOLERANCE
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", MODEL_CLASSES, indirect=True, scope="module")
+def test_what_a_head_adds_is_what_the_layer_lacks_without_it(case: Case) -> None:
+    """With the part of the reference's W_O beside it where that is a plain matrix, as in all of them."""
+    model, tokens = case.model, case.tokens(2, LENGTH)
+    _, cache = model.run_with_cache(tokens)
+    if case.of.name.split()[0] in ADDS_NOT_ITS_PARTS:
+        for method in (cache.stack_head_results, cache.get_full_resid_decomposition):
+            with refused("scales, sums or norms"):
+                method()
+        return
+    stack, labels = cache.stack_head_results(return_labels=True, incl_remainder=True)
+    assert labels == [f"L{cell.layer}H{cell.head}" for cell in model.cells] + ["remainder"]
+    assert share(stack.sum(0), cache[f"blocks.{len(model.blocks) - 1}.hook_out"]) <= TOLERANCE
+    layer, head = case.of.layers[-1], case.of.cells[0] - 1
+    out, heads = model.hook_name(layer, "out"), model.hook_name(layer, "head_out")
+
+    def silence(x: torch.Tensor, hook: object) -> torch.Tensor:
+        return x.index_fill(2, torch.tensor([head]), 0)
+
+    with model.hooks(fwd_hooks=[(heads, silence)]):
+        _, without = model.run_with_cache(tokens, names_filter=[out])
+    assert share(stack[labels.index(f"L{layer}H{head}")], cache[out] - without[out]) <= TOLERANCE
+
+
 @pytest.mark.parametrize("case", MODEL_CLASSES, indirect=True, scope="module")
 def test_what_is_trained_in_a_copy_is_saved(case: Case, tmp_path: Path) -> None:
     """Every weight, once each; the reference that reads the folder gives the trained copy's logits."""
