@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,9 +56,7 @@ def load(subject: Subject) -> Loaded:
     """
     check_device(subject.device)
     saes = [load_sae(reference, subject.device, subject.model) for reference in subject.saes]
-    name = subject.model or next((sae.cfg.metadata.model_name for sae in saes), None)
-    if name is None:
-        raise WriteSAEError(f"{subject.saes[0]} does not say which model it belongs to: give --model")
+    name = _model_name(subject.saes, saes, subject.model)
     # A name that is neither shipped nor a folder nor like one of the Hub is refused by boot_transformers.
     if subject.text is None and name not in zoo.SHIPPED and ("/" in name or Path(name).exists()):
         raise WriteSAEError(f"{name} ships with no text: give --text FILE")
@@ -72,6 +70,61 @@ def load(subject: Subject) -> Loaded:
     text_name = None if subject.text is None else printable(subject.text.name)
     passages = find_passages(model, trained_on, text, subject.context_size, text_name)
     return Loaded(model, saes, cell, _last(passages, subject))
+
+
+def load_saes(
+    references: Sequence[str], model: str | None, device: str
+) -> tuple[HookedRecurrent, list[SAE[Any]]]:
+    """SAEs and their model, for commands that read a prompt.
+
+    Args:
+        references: SAEs; a folder of several, such as a sweep's, stands for all that are in it.
+        model: its name (None: the one that the first SAE names).
+        device: of both.
+
+    Raises:
+        WriteSAEError: an SAE or the model cannot be loaded, an SAE names no cell, or no model is named.
+    """
+    check_device(device)
+    named = [one for reference in references for one in _each_in(reference)]
+    saes = [load_sae(reference, device, model) for reference in named]
+    name = _model_name(named, saes, model)
+    loaded = HookedRecurrent.boot_transformers(name, device=device)
+    for reference, sae in zip(named, saes, strict=True):
+        _complete(sae, reference, name, loaded)
+    return loaded, saes
+
+
+def _each_in(reference: str) -> list[str]:
+    """The SAEs that a reference stands for: those in a folder's folders if it is none itself."""
+    folder = Path(reference)
+    inside = sorted(folder.glob("*/sae_weights.safetensors"))
+    if (folder / "cfg.json").is_file() or (folder / "best.pt").is_file() or not inside:
+        return [reference]
+    return [str(path.parent) for path in inside]
+
+
+def _model_name(references: Sequence[str], saes: Sequence[SAE[Any]], model: str | None) -> str:
+    """The model that is named, or that the first SAE names.
+
+    Raises:
+        WriteSAEError: none is.
+    """
+    name = model or next((sae.cfg.metadata.model_name for sae in saes), None)
+    if name is None:
+        raise WriteSAEError(f"{references[0]} does not say which model it belongs to: give --model")
+    return name
+
+
+def read_prompt_text(prompt: str | None, text: Path | None) -> str:
+    """The prompt of a command: the text of ``--prompt``, or of the file of ``--text``.
+
+    Raises:
+        WriteSAEError: neither is given, or both, or the file does not read.
+    """
+    if (prompt is None) == (text is None):
+        raise WriteSAEError("which prompt? Give one of --prompt TEXT and --text FILE")
+    return read_text(text) if text is not None else str(prompt)
 
 
 def _complete(sae: SAE[Any], reference: str, model_name: str, model: HookedRecurrent) -> None:
