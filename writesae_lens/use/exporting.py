@@ -175,7 +175,8 @@ def _rows(
         "layer": site.cell.layer,
         "head": site.cell.head,
         "site": site.kind,
-        "sae": fingerprint_sae(sae),
+        # With a prefix, for readers of tables take digits alone for a number.
+        "sae": f"sha256:{fingerprint_sae(sae)}",
     }
     features = tqdm(range(sae.cfg.d_sae), desc="Writing", unit="feature", disable=not how.verbose)
     for feature in features:
@@ -247,7 +248,9 @@ class _Windows:
         rng = np.random.default_rng([self.how.seed, feature])
         self.dense[place] = coefficient
         strongest = self._apart(np.lexsort((place, -coefficient)), place)[: self.how.n_contexts]
-        rest = ~np.isin(self.stretch[place], self.stretch[place[strongest]])
+        # Not from the neighbouring stretches either: then no token stands in a context of both kinds.
+        near = (self.stretch[place[strongest]][:, None] + np.arange(-1, 2)).ravel()
+        rest = ~np.isin(self.stretch[place], near)
         others = self._apart(rng.permutation(np.flatnonzero(rest)), place)[: self.how.n_contexts]
         found = [self._context("top", at) for at in place[strongest].tolist()]
         found += [self._context("random", at) for at in place[others].tolist()]

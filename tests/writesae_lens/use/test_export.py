@@ -68,7 +68,7 @@ class Line(Strict):
     layer: int
     head: int
     site: Literal["write", "state"]
-    sae: str = Field(pattern="^[0-9a-f]{16}$")
+    sae: str = Field(pattern="^sha256:[0-9a-f]{16}$")
     feature: int = Field(ge=0)
     side: Literal["atom", "key", "value"]
     label: str
