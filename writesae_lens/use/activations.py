@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
@@ -17,10 +17,18 @@ from writesae_lens.experiments.firings import activity_of
 from writesae_lens.experiments.passes import check_finite
 
 
+class Active(NamedTuple):
+    """What is active of one SAE, and the read vectors of its cell."""
+
+    site: Site
+    activity: Activity
+    read: Float[Tensor, "pos d_k"]
+
+
 @torch.no_grad()
 def activities(
     model: HookedRecurrent, saes: Mapping[Site, SAE[Any]], tokens: Int[Tensor, "row pos"]
-) -> Iterator[tuple[Site, Activity]]:
+) -> Iterator[Active]:
     """What is active of every SAE, one SAE at a time; the model runs once for all of them.
 
     Args:
@@ -41,15 +49,16 @@ def activities(
     )
     for site, sae in saes.items():
         cell = site.cell
-        key_name, value_name, *state_names = _hook_names(model, site)
-        key, value = (cache[name][:, :, cell.head].flatten(0, 1) for name in (key_name, value_name))
-        states = [cache[name].flatten(0, 1) for name in state_names]
-        check_finite(f"{site.kind}s of layer {cell.layer} head {cell.head}", key, value, *states)
-        yield site, activity_of(sae, key, value, *states)
+        on_states = [model.state_hook_name(cell.layer, cell.head)] if site.kind == "state" else []
+        states = [cache[name].flatten(0, 1) for name in on_states]
+        factors = model.write_factor_hook_names(cell.layer)
+        key, value, read = (cache[name][:, :, cell.head].flatten(0, 1) for name in factors)
+        check_finite(f"{site.kind}s of layer {cell.layer} head {cell.head}", key, value, read, *states)
+        yield Active(site, activity_of(sae, key, value, *states), read)
 
 
 def _hook_names(model: HookedRecurrent, site: Site) -> tuple[str, ...]:
     """The factors of all heads' writes in a cell's layer, and of an SAE on states the head's state."""
     layer, head = site.cell.layer, site.cell.head
     states = (model.state_hook_name(layer, head),) if site.kind == "state" else ()
-    return (*model.write_factor_hook_names(layer)[:2], *states)
+    return (*model.write_factor_hook_names(layer), *states)

@@ -76,7 +76,7 @@ def _measure(
     passages = find_passages(model, next(iter(saes.values())), tokens, None).as_subclass(Tensor)
     found: dict[Site, list[pd.DataFrame]] = {site: [] for site in saes}
     for part in passages.split(max(1, _TOKENS_PER_PASS // passages.shape[1])):
-        for site, active in activities(model, saes, part):
+        for site, active, _ in activities(model, saes, part):
             on = active.coefficient > 0
             sizes = active.coefficient[on].double().cpu().numpy()
             found[site].append(pd.DataFrame({"feature": active.feature[on].cpu().numpy(), "size": sizes}))
