@@ -20,7 +20,7 @@ from writesae_lens.experiments.options import is_whole, shown
 from writesae_lens.experiments.result import read_table
 from writesae_lens.experiments.subjects import check_sae
 
-_KEY = "feature_labels"
+KEY = "feature_labels"
 _COLUMNS = ("layer", "head", "feature", "label")
 _CELL = re.compile(r"blocks\.(\d+)\..*\.(\d+)")
 # Bytes of labels: a cfg.json with more than twice as many is not read again.
@@ -33,12 +33,12 @@ def labels_of(sae: SAE[Any]) -> dict[int, str]:
     Raises:
         WriteSAEError: the metadata has something else in their place (its file was written by hand).
     """
-    stored = sae.cfg.metadata.get(_KEY) or {}
+    stored = sae.cfg.metadata.get(KEY) or {}
     try:
         found = {int(feature): label for feature, label in stored.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise WriteSAEError(
-            f"the SAE's metadata has {shown(stored)} as {_KEY}: expected {{feature: label}}"
+            f"the SAE's metadata has {shown(stored)} as {KEY}: expected {{feature: label}}"
         ) from error
     return dict(sorted(_checked(found, sae.cfg.d_sae, "the SAE's metadata").items()))
 
@@ -79,7 +79,7 @@ def add_labels(
                 f"labels of {size:,} bytes are more than the {_LARGEST:,} that an SAE's cfg.json has room for"
             )
     for sae, stored in zip(saes, every, strict=True):
-        sae.cfg.metadata[_KEY] = stored
+        sae.cfg.metadata[KEY] = stored
 
 
 def _read(path: str | Path) -> Mapping[int, Any] | pd.DataFrame:
