@@ -57,13 +57,14 @@ def train(
             "nothing to train: give --model_name and --cells, see writesae-lens train --help"
         )
     from writesae_lens.cli.training import estimate_run, run_training
+    from writesae_lens.saelens.history import reached
 
     arguments = ["--help"] if saelens_help else saelens_flags or []
     if dry_run and not saelens_help:
         typer.echo(estimate_run(arguments, cells, site))
         return
     for folder in run_training(arguments, cells, site, win_rate, wandb_run_per_cell):
-        typer.echo(f"trained: {folder}")
+        typer.echo(f"trained: {folder} ({reached(folder)})")
 
 
 @app.command(context_settings={"ignore_unknown_options": True}, rich_help_panel=SHARE)
@@ -72,7 +73,7 @@ def sweep(
         list[str] | None,
         typer.Argument(
             help="Flags of train: --model_name, --training_tokens, --context_size, --dataset_path, --d_sae, "
-            "--device, --seed, ...",
+            "--device, --seed (default 0), ...",
             show_default=False,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""The curves of a training run, saved with its SAE and its checkpoints."""
+"""The curves of a training run, saved with its SAE and its checkpoints, and what it reached."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from writesae_lens.saes.rank1 import squared_norms
 from writesae_lens.saes.training_sae import WriteTrainingSAE
 
 FILE = "training.csv"
-# A run's file has about so many rows, however long the run.
-_ROWS = 400
+# A run's file has about so many rows, however long the run; the last ones say what it reached.
+_ROWS, _LAST = 400, 20
 
 
 def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRunner) -> None:
@@ -30,6 +30,8 @@ def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRun
     (squared error over the inputs' squared norm; of codes the sum of both sides' shares, which is that to
     first order), l0, dead (empty where SAELens keeps no count), cosine (of the dominant atom, weighted by
     squared norms; where the SAE trains on alignment), and the terms of the loss.
+
+    Every run of SAELens's runners on a `HookedRecurrent` is recorded (`saelens.starting`).
 
     Args:
         runner: before ``run()``; nothing happens if it has no ``output_path``.
@@ -53,6 +55,25 @@ def record_training(runner: LanguageModelSAETrainingRunner | MultiSAETrainingRun
         runner.also_save.append(save)
     else:
         _save_after_saelens(runner, save)
+
+
+def reached(folder: Path) -> str:
+    """What a training reached, in a line of text: means of the last rows of its training.csv.
+
+    Args:
+        folder: of the SAE.
+    """
+    rows = read_table(folder / FILE)
+    end = rows.tail(_LAST).mean(numeric_only=True).dropna()
+    shown = {
+        "loss": "loss {:.3g}",
+        "unexplained": "{:.1%} of |X|² unexplained",
+        "l0": "{:.1f} features a write",
+    }
+    parts = [text.format(end[name]) for name, text in shown.items() if name in end]
+    if "dead" in end:
+        parts.append(f"{rows.dead.iloc[-1]:.0f} dead features")
+    return ", ".join(parts)
 
 
 def log_each_to_wandb(folders: Sequence[Path], logger: LoggingConfig) -> None:
@@ -130,7 +151,7 @@ class _Curves:
     def _row(self, step: int, step_input: Any, output: Any) -> dict[str, Any]:
         losses = {name: float(value.detach()) for name, value in output.losses.items()}
         dead = step_input.dead_neuron_mask
-        power = max(float(_squared_norms(self._sae, step_input.sae_in).mean()), 1e-30)
+        power = float(mean_squared_norm(self._sae, step_input.sae_in))
         row = {
             "step": step,
             "loss": float(output.loss.detach()),
@@ -153,6 +174,9 @@ class _Curves:
         return steps
 
 
-def _squared_norms(sae: Any, x: Tensor) -> Tensor:
+def mean_squared_norm(sae: Any, x: Tensor) -> Tensor:
+    """Mean squared norm of an SAE's inputs, at least a number above 0, to divide a squared error by."""
     # Packed writes have theirs without building the matrices.
-    return squared_norms(sae._rows(x)) if isinstance(sae, WriteTrainingSAE) else x.square().sum(-1)
+    ours = isinstance(sae, WriteTrainingSAE)
+    norms = squared_norms(sae._rows(x)) if ours else x.square().sum(-1)
+    return norms.mean().clamp(min=1e-30)

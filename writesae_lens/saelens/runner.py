@@ -30,7 +30,7 @@ from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import INTERRUPTIONS, WriteSAEError
 from writesae_lens.experiments.options import check
 from writesae_lens.locks import LOCK, locked
-from writesae_lens.saelens.history import log_each_to_wandb, record_training
+from writesae_lens.saelens.history import log_each_to_wandb
 from writesae_lens.saelens.registration import MODEL_CLASS_NAME
 from writesae_lens.saelens.saving import MultiRunner, Runner, check_checkpoint, newest_checkpoint
 from writesae_lens.saelens.win_rate import log_win_rate
@@ -243,7 +243,6 @@ def _run(
             with _without_override_warnings():
                 runner = make_runner()
             _prepare_checkpoints(runner.cfg, _names_in_checkpoints(runner))
-            record_training(runner)
             if win_rate_passages:
                 log_win_rate(runner, win_rate_passages)
             runner.run()

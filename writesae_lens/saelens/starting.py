@@ -1,7 +1,8 @@
-"""How a run of SAELens begins on a model of ours: its settings are checked, its text is found.
+"""How a run of SAELens begins on a model of ours: its settings are checked, text is found, it is recorded.
 
-The functions here replace the constructors of SAELens's runners and of its activation store, and the method
-that gives a filtered batch (`upstream.DEPENDENCIES` lists them). Runs on other models are left to SAELens.
+The functions here replace the constructors of SAELens's runners and of its activation store, the runners'
+``run``, and the method that gives a filtered batch (`upstream.DEPENDENCIES` lists them). Runs on other models
+are left to SAELens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from hooked_models import HookedModelError, HookedRecurrent
 from hooked_models.errors import one_line
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.saelens import checks, continuing, texts
+from writesae_lens.saelens.history import record_training
+from writesae_lens.saelens.progress import update_bar
 from writesae_lens.saelens.store import keep_reads
 from writesae_lens.saes.config import WriteSAETrainingConfig
 
@@ -64,6 +67,13 @@ def init_runner(original: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
         keep_reads(runner.activations_store, configs)
 
 
+def run_recorded(original: Any, runner: Any) -> Any:
+    """The run of SAELens's runner for one SAE, or for several, with a training.csv beside each SAE."""
+    if isinstance(runner.model, HookedRecurrent):
+        record_training(runner)
+    return original(runner)
+
+
 def init_cache_runner(original: Any, runner: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
     """The constructor of SAELens's runner that writes activations to disk."""
     checks.refuse_other_class(cfg.model_class_name, cfg.model_name, [cfg.hook_name])
@@ -105,6 +115,9 @@ def filtered_batch(original: Any, store: Any, *args: Any, **kwargs: Any) -> Any:
 REPLACEMENTS = {
     "LanguageModelSAETrainingRunner.__init__": init_runner,
     "MultiSAETrainingRunner.__init__": init_runner,
+    "LanguageModelSAETrainingRunner.run": run_recorded,
+    "MultiSAETrainingRunner.run": run_recorded,
+    "_update_pbar": update_bar,
     "CacheActivationsRunner.__init__": init_cache_runner,
     "ActivationsStore.__init__": init_store,
     "get_filtered_llm_batch": filtered_batch,

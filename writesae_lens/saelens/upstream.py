@@ -58,6 +58,7 @@ _RELEASES = "reads the pretrained SAEs from a file; ours are added (SAELens's mo
 _PACKED = "asks the model for writes, which come packed as factors (store.py)"
 _OVERRIDES = "cfg override_dataset override_model"
 _STARTS = "takes settings that cannot be followed, which are refused before a model is loaded (starting.py)"
+_RECORDED = "begins a run, whose training.csv is then kept (starting.py, history.py)"
 _EMPTIES = "is called for ever if every token is excluded (starting.py)"
 
 DEPENDENCIES = (
@@ -84,6 +85,20 @@ DEPENDENCIES = (
     Dependency(f"{_SINGLE}.__init__", f"self {_OVERRIDES} override_sae", _STARTS),
     Dependency(f"{_MULTI}:MultiSAETrainingRunner.__init__", f"self {_OVERRIDES} override_saes", _STARTS),
     Dependency(f"{_CACHE}:CacheActivationsRunner.__init__", "self cfg override_dataset", _STARTS),
+    Dependency(f"{_SINGLE}.run", "self", _RECORDED),
+    Dependency(f"{_MULTI}:MultiSAETrainingRunner.run", "self", _RECORDED),
+    Dependency(
+        f"{_TRAINER}._update_pbar",
+        "self step_output pbar update_interval",
+        "moves the bar every 100 steps, which in a short run is never (progress.py)",
+        f"{_TRAINER}.fit",
+    ),
+    Dependency(
+        "sae_lens.training.multi_sae_trainer:MultiSAETrainer._update_pbar",
+        "self step_outputs pbar update_interval",
+        "the same for several SAEs",
+        "sae_lens.training.multi_sae_trainer:MultiSAETrainer.fit",
+    ),
     Dependency(f"{_STORE}.__init__", None, "loads dataset_path from the Hub; a file or folder may be meant"),
     Dependency(f"{_STORE}.get_filtered_llm_batch", "self raise_on_epoch_end", _EMPTIES),
     Dependency(f"{_STORE}._get_filtered_multi_hook_llm_batch", "self raise_on_epoch_end", _EMPTIES),
