@@ -12,7 +12,7 @@ from hooked_models import zoo
 from writesae_lens.cli.subjects import read_text
 from writesae_lens.cli.training import flags_of, parse_runner_config, runner_options
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.sweep import Plan, Sweep, plan_sweep, sweep
+from writesae_lens.sweep import Sweep, plan_sweep, sweep
 from writesae_lens.sweep.run import SET_BY_THE_SWEEP
 
 # Flags of train that a sweep has no use for, and why.
@@ -27,6 +27,9 @@ _REFUSED = {
     "--llm_device": "model and SAEs are on one device, --device",
 }
 
+# Where a sweep's own defaults are others than those of train's flags: experiments have the seed 0 too.
+_DEFAULTS = {"--seed": "0", "--training_tokens": str(zoo.TRAINING_TOKENS)}
+
 
 def run_sweep(arguments: Sequence[str], text: Path | None, dry_run: bool, **options: Any) -> None:
     """Run the sweep, or print what it would do.
@@ -40,24 +43,14 @@ def run_sweep(arguments: Sequence[str], text: Path | None, dry_run: bool, **opti
             raise WriteSAEError(f"sweep takes no {flag}: {why}")
     if "--model_name" not in given:
         raise WriteSAEError("no model to sweep: give --model_name")
-    cfg = parse_runner_config(arguments, given)
-    training = runner_options(cfg, given)
-    for name in SET_BY_THE_SWEEP & set(training):
-        del training[name]
-    content = None if text is None else read_text(text)
-    if "--training_tokens" not in given:
-        training["training_tokens"] = zoo.TRAINING_TOKENS
     every = {
-        **training,
+        **_training_options(arguments, given),
         **options,
-        "context_size": cfg.context_size,
-        "text": content,
-        "sae": cfg.sae,
-        "schedule": {},
+        "text": None if text is None else read_text(text),
     }
     if dry_run:
         only_running = ("engine", "threads", "reports")
-        typer.echo(_plan({name: value for name, value in every.items() if name not in only_running}))
+        typer.echo(plan_sweep(**{name: value for name, value in every.items() if name not in only_running}))
         return
     done = sweep(**every)
     typer.echo(f"table: {done.out}/cells.csv ({len(done.cells)} cells)")
@@ -71,8 +64,23 @@ def run_sweep(arguments: Sequence[str], text: Path | None, dry_run: bool, **opti
     typer.echo(headline(done))
 
 
-def _plan(options: dict[str, Any]) -> Plan:
-    return plan_sweep(**options)
+def _training_options(arguments: Sequence[str], given: dict[str, str]) -> dict[str, Any]:
+    """Arguments of `sweep` from flags of ``train``: the model, the SAE, and what is not as by default.
+
+    What is left out has the same defaults in Python, so both go on in the other's folder.
+    """
+    defaults = [x for flag, value in _DEFAULTS.items() if flag not in given for x in (flag, value)]
+    cfg = parse_runner_config([*arguments, *defaults], given)
+    bare = ["--model_name", cfg.model_name, *(x for default in _DEFAULTS.items() for x in default)]
+    usual = runner_options(parse_runner_config(bare, flags_of(bare)), {})
+    training = {
+        name: value
+        for name, value in runner_options(cfg, given).items()
+        if name not in SET_BY_THE_SWEEP and (name not in usual or usual[name] != value)
+    }
+    if "--act_store_device" not in given:  # SAELens's parser has made it that of the SAEs: the first GPU's
+        training.pop("act_store_device", None)
+    return {**training, "model_name": cfg.model_name, "sae": cfg.sae}
 
 
 def headline(done: Sweep) -> str:

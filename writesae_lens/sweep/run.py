@@ -35,20 +35,14 @@ DEFAULT_EXPERIMENTS = ("replace",)
 OPTIONS: dict[str, dict[str, Any]] = {"replace": {"horizon": 32, "max_firings": 256}}
 # The share of a text, from its end, that experiments read and SAEs are not trained on.
 TEST_SHARE = 0.1
-
-
 # Arguments of `train_cells` that a sweep has others for, or no use.
-SET_BY_THE_SWEEP = {
-    "model",
-    "cells",
-    "output_path",
-    "sae",
-    "text",
-    "options",
-    "hook_name",
-    "checkpoint_path",
-}
+SET_BY_THE_SWEEP = {"model", "cells", "output_path", "sae", "text", "options", "hook_name", "checkpoint_path"}
 SET_BY_THE_SWEEP |= {"n_checkpoints", "resume_from_checkpoint", "from_pretrained_path", "llm_device"}
+# What a folder's note of its trainings leaves out: where they run and what they log, what stands beside it;
+# and of an SAE's configuration its device and what is each cell's own.
+_OF_NO_EFFECT = {"device", "act_store_device", "logger", "verbose", "wandb_run_per_cell"}
+_OF_NO_EFFECT |= {"model_name", "text", "training_tokens", "seed"}
+_NOT_OF_THE_RECIPE = {"d_k", "d_v", "d_in", "device", "metadata"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,52 +64,31 @@ def sweep(
     model_name: str,
     cells: str | Sequence[Cell | CellKey] = "*:*",
     out: str | Path = "writesae-sweep",
-    training_tokens: int = zoo.TRAINING_TOKENS,
-    context_size: int = 256,
-    text: str | None = None,
-    experiments: Sequence[str] | Mapping[str, Mapping[str, Any]] = DEFAULT_EXPERIMENTS,
-    sae: TrainingSAEConfig | None = None,
     engine: EngineName = "local",
     workers: int = 1,
     threads: int | None = None,
-    memory: float | None = None,
-    max_passages: int | None = None,
     reports: bool = False,
-    device: str = "cpu",
-    seed: int = 0,
     verbose: bool = True,
-    **options: Any,
+    **settings: Any,
 ) -> Sweep:
     """Train an SAE on every cell of a model and run the same experiments on each.
 
     Cells that fit into memory together are trained from the same forward passes. Each cell's row of the table
     is written when the cell is finished. The same call goes on where a stopped or failed one was: what is
     finished is not done again, and what failed is tried again. Further cells and experiments may be asked for
-    in the same folder; everything else must stay.
+    in the same folder, on another device or engine too; everything else must stay.
 
     Args:
-        model_name: a model that ships, a hub id, or a folder.
-        cells: as in `parse_cells` (``"*:*"``), or (layer, head) pairs.
-        out: folder of the SAEs (``L1H3``, in SAELens's format), results/, cells.csv, cells.parquet and, if a
-            step fails, failed.csv; or an address that fsspec knows. Workers on other machines must reach it.
-        training_tokens: writes that each SAE is trained on.
-        context_size: tokens of a passage, in training and in tests.
-        text: to train and test on: the last tenth of it is for the tests, unless the option ``dataset_path``
-            names another text to train on. None: the shipped text, with shipped models.
-        experiments: names, or options of each experiment by its name; those of one SAE (`check_experiment`).
-        sae: config of the SAEs, whose sizes become each cell's (None: `WriteSAETrainingConfig.recommended`).
+        model_name, cells, out: as in `plan_sweep`. Workers on other machines must reach ``out``.
         engine: ``local``: this machine. ``ray``: the cluster that the variable RAY_ADDRESS names, else one of
             this machine that is started for the sweep; needs Ray (``pip install 'writesae-lens[cluster]'``).
         workers: processes that share the steps, each with a model of its own. On a cluster: how many groups
             there are for; its resources decide how many run at once.
         threads: of a worker's CPU (None: this machine's cores, divided among the workers; on a cluster 1).
-        memory: GiB that the model and a training may take in a worker (None: the free memory, divided).
-        max_passages: that each experiment reads, at most (None: as many as its command does).
         reports: also write each cell's report page, in reports/.
-        device: of models and SAEs; with ``cuda`` the workers of this machine share out its GPUs.
-        seed: of training and experiments.
         verbose: show a progress bar.
-        **options: further arguments of `train_cells`.
+        **settings: what is done at every cell, as in `plan_sweep`: training_tokens, context_size, text,
+            experiments, sae, memory, max_passages, device, seed, and further arguments of `train_cells`.
 
     Returns:
         the table, and what failed.
@@ -125,22 +98,7 @@ def sweep(
             takes more memory than there is; Ctrl-C, with a message that says how to go on.
         HookedModelError: the model cannot be loaded, or has no such cells.
     """
-    planned = plan_sweep(
-        model_name,
-        cells,
-        out,
-        training_tokens,
-        context_size,
-        text,
-        experiments,
-        sae,
-        workers,
-        memory,
-        max_passages,
-        device,
-        seed,
-        **options,
-    )
+    planned = plan_sweep(model_name, cells, out, workers=workers, **settings)
     # The text of the plan holds a model: the workers load their own, so let this one go.
     planned = dataclasses.replace(planned, job=dataclasses.replace(planned.job, reports=reports), about=str)
     job, store = planned.job, Store(planned.job.out)
@@ -193,7 +151,25 @@ def plan_sweep(
     seed: int = 0,
     **options: Any,
 ) -> Plan:
-    """What `sweep` would do with the same arguments, which it does not: ``print(plan_sweep(...))``.
+    """What `sweep` would do with the same settings, which it does not: ``print(plan_sweep(...))``.
+
+    Args:
+        model_name: a model that ships, a hub id, or a folder.
+        cells: as in `parse_cells` (``"*:*"``), or (layer, head) pairs.
+        out: folder of the SAEs (``L1H3``, in SAELens's format), results/, cells.csv, cells.parquet and, if a
+            step fails, failed.csv; or an address that fsspec knows.
+        training_tokens: writes that each SAE is trained on.
+        context_size: tokens of a passage, in training and in tests.
+        text: to train and test on: the last tenth of it is for the tests, unless the option ``dataset_path``
+            names another text to train on. None: the shipped text, with shipped models.
+        experiments: names, or options of each experiment by its name; those of one SAE (`check_experiment`).
+        sae: config of the SAEs, whose sizes become each cell's (None: `WriteSAETrainingConfig.recommended`).
+        workers: as in `sweep`.
+        memory: GiB that the model and a training may take in a worker (None: the free memory, divided).
+        max_passages: that each experiment reads, at most (None: as many as its command does).
+        device: of models and SAEs; with ``cuda`` the workers of this machine share out its GPUs.
+        seed: of training and experiments.
+        **options: further arguments of `train_cells`.
 
     Raises:
         WriteSAEError, HookedModelError: as `sweep`.
@@ -309,15 +285,18 @@ def _note_settings(store: Store, planned: Plan) -> None:
         WriteSAEError: of another sweep, or of the same one with other options of an experiment.
     """
     job = planned.job
-    training = {name: value for name, value in job.training.items() if name not in ("text", "device")}
+    sae = WriteSAETrainingConfig.recommended(d_k=1, d_v=1) if job.sae is None else job.sae
+    texts = [*(job.training["text"] or ()), job.test_text]
     about = {
         "model": job.model_name,
         "architecture": planned.architecture,
         "text": job.text_name or zoo.part_name("test"),
-        "text_hash": hashlib.sha256(job.test_text.encode()).hexdigest()[:16],
-        "sae": "recommended" if job.sae is None else _plain(job.sae.to_dict()),
+        "text_hash": hashlib.sha256("".join(texts).encode()).hexdigest()[:16],
+        "sae": {
+            name: value for name, value in _plain(sae.to_dict()).items() if name not in _NOT_OF_THE_RECIPE
+        },
         "training_tokens": job.training["training_tokens"],
-        "training": _plain(training),
+        "training": _plain(_noted(job.training)),
         "seed": job.seed,
     }
     tests = {
@@ -334,6 +313,19 @@ def _note_settings(store: Store, planned: Plan) -> None:
             "give another folder"
         )
     store.write_json(SWEEP, about | {"experiments": before | tests})
+
+
+def _noted(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `train_cells` that an SAE depends on, where they are not the defaults of SAELens."""
+    schedule = training.get("schedule")
+    recipe = dict(RECOMMENDED_SCHEDULE if schedule is None else schedule)
+    every = recipe | {name: value for name, value in training.items() if name != "schedule"}
+    if schedule is None and "lr" in training:  # the last learning rate follows the first, by SAELens's rule
+        every["lr_end"] = training.get("lr_end", training["lr"] / 10)
+    fields = dataclasses.fields(LanguageModelSAERunnerConfig)
+    defaults = {f.name: f.default for f in fields} | RUNNER_DEFAULTS | {"site": "write"}
+    usual = {name for name, value in every.items() if name in defaults and defaults[name] == value}
+    return {name: value for name, value in every.items() if name not in usual | _OF_NO_EFFECT}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

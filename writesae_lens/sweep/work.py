@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from sae_lens import SAE, TrainingSAEConfig
+from safetensors import SafetensorError
 
 from hooked_models import HookedRecurrent
 from hooked_models.errors import one_line
@@ -138,17 +139,21 @@ def _train(job: Job, step: Train, model: HookedRecurrent, device: str) -> None:
         return
     start = time.perf_counter()
     of_device = {"device": device, "llm_device": device} if device != job.device else {}
-    with store.open(*map(name_of, missing)) as folders:
-        train_cells(
-            model,
-            missing,
-            folders,
-            sae=None if job.sae is None else functools.partial(sized, job.sae),
-            **{**job.training, **of_device},
-        )
+    try:
+        with store.open(*map(name_of, missing)) as folders:
+            train_cells(
+                model,
+                missing,
+                folders,
+                sae=None if job.sae is None else functools.partial(sized, job.sae),
+                **{**job.training, **of_device},
+            )
+    except SafetensorError as error:  # what safetensors makes of an error of the disk while it writes
+        raise OSError(f"the SAE could not be saved: {one_line(error)}") from error
     seconds = (time.perf_counter() - start) / len(missing)
     for cell in missing:
-        store.write_json(f"results/{name_of(cell)}/{TIMES}", {"training_seconds": seconds})
+        times = {"training_seconds": seconds, "training_device": _kind(device)}
+        store.write_json(f"results/{name_of(cell)}/{TIMES}", times)
 
 
 def _test(job: Job, step: Test, model: HookedRecurrent, device: str) -> list[dict[str, Any]]:
@@ -188,8 +193,19 @@ def _test(job: Job, step: Test, model: HookedRecurrent, device: str) -> list[dic
             attempt("report", lambda: _report(job, model, sae, folder, results, page, times))
     if not failed:
         earlier = store.read_json(f"results/{name}/{ROW}") or {}  # with other experiments
-        store.write_json(f"results/{name}/{ROW}", facts | earlier | times.seconds | figures)
+        row = facts | earlier | times.seconds | figures
+        store.write_json(f"results/{name}/{ROW}", row | {"device": _kinds(times.training_device, device)})
     return failed
+
+
+def _kind(device: str) -> str:
+    """``cuda`` of ``cuda:3``."""
+    return device.partition(":")[0]
+
+
+def _kinds(training: str | None, tests: str) -> str:
+    """The devices of a cell's training and tests: ``cpu``, or ``cuda, tests on cpu``."""
+    return _kind(tests) if training in (None, _kind(tests)) else f"{training}, tests on {_kind(tests)}"
 
 
 def failure(cell: CellKey, step: str, error: Exception) -> dict[str, Any]:
@@ -199,13 +215,13 @@ def failure(cell: CellKey, step: str, error: Exception) -> dict[str, Any]:
 
 
 class _Times:
-    """Seconds of the steps of a cell, in a file."""
+    """Seconds of the steps of a cell, and the device of its training, in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.seconds: dict[str, float | None] = {"training_seconds": None}
-        if path.is_file():
-            self.seconds |= json.loads(path.read_text(encoding="utf-8"))
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.training_device: str | None = noted.pop("training_device", None)
+        self.seconds: dict[str, float | None] = {"training_seconds": None} | noted
 
     @contextmanager
     def of(self, step: str) -> Iterator[None]:
@@ -213,7 +229,7 @@ class _Times:
         start = time.perf_counter()
         yield
         self.seconds[f"{step}_seconds"] = time.perf_counter() - start
-        text = json.dumps(self.seconds, indent=2)
+        text = json.dumps({"training_device": self.training_device} | self.seconds, indent=2)
         write_whole(self._path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 

@@ -1,10 +1,12 @@
 """A sweep does what is done by hand for each cell, goes on where it stopped, and lists failures."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 from sae_lens import SAE
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hooked_models import HookedRecurrent, zoo
@@ -14,7 +16,7 @@ from writesae_lens.experiments import replacement_test
 from writesae_lens.experiments.passages import as_passages
 from writesae_lens.experiments.result import read_table
 from writesae_lens.saelens.runner import train_cells
-from writesae_lens.sweep import sweep, work
+from writesae_lens.sweep import plan_sweep, sweep, work
 from writesae_lens.sweep.store import Store
 
 TOKENS, CELLS = 8_000, [(1, 1), (3, 0)]
@@ -87,6 +89,20 @@ def test_what_is_finished_is_not_done_again(swept, monkeypatch):
     pd.testing.assert_frame_equal(again.cells, done.cells)
 
 
+def test_another_device_goes_on_and_is_noted(swept, tmp_path, monkeypatch):
+    """The GPU of this machine is made of paper: the models of a sweep on it are on the CPU."""
+    out, done = swept
+    assert set(done.cells.device) == {"cpu"}
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "results" / "L3H0" / "replace")
+    (tmp_path / "out" / "results" / "L3H0" / "row.json").unlink()
+    boot = HookedRecurrent.boot_transformers
+    monkeypatch.setattr(HookedRecurrent, "boot_transformers", lambda name, device, **k: boot(name, **k))
+    monkeypatch.setattr(work.SAE, "load_from_disk", lambda folder, device: SAE.load_from_disk(folder))
+    again = sweep("tiny-gdn", CELLS, tmp_path / "out", **SMALL, device="cuda:1", memory=4.0)
+    assert list(again.cells.device) == ["cpu", "cpu, tests on cuda"]
+
+
 def test_another_sweep_is_refused(swept):
     out, _ = swept
     with pytest.raises(WriteSAEError, match=r"another training_tokens"):
@@ -141,6 +157,19 @@ def test_a_full_disk_is_a_failure_of_the_step(tmp_path, monkeypatch):
     assert len(sweep("tiny-gdn", CELLS[:1], tmp_path, **SMALL).cells) == 1
 
 
+def test_an_sae_that_a_full_disk_cannot_hold_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    """safetensors has an error of its own, and engines give a step whose disk failed to another machine."""
+
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(work, "train_cells", full)
+    settings = {name: value for name, value in SMALL.items() if name != "verbose"}
+    job = plan_sweep("tiny-gdn", CELLS[:1], tmp_path, **settings).job
+    with pytest.raises(OSError, match=r"could not be saved: .* No space left"):
+        work.run_step(job, work.Train(tuple(CELLS[:1])), "cpu", None)
+
+
 def test_at_an_address_of_fsspec(swept):
     _, done = swept
     there = sweep("tiny-gdn", CELLS, "memory://sweeps/one", **SMALL)
@@ -191,13 +220,20 @@ def test_a_model_without_text(tmp_path):
 
 
 def test_the_command(swept, tmp_path):
-    out, _ = swept
-    sizes = ["--training_tokens=8000", "--context_size=64", "--n_batches_in_buffer=8", "--seed=0"]
+    out, swept_before = swept
+    sizes = ["--training_tokens=8000", "--context_size=64", "--n_batches_in_buffer=8"]
     command = ["sweep", "--model_name", "tiny-gdn", "--cells", "1:1,3:0", *sizes]
     command += ["--experiments", "-", "--out", tmp_path]
-    for _ in range(2):  # the second goes on where nothing is left to do
-        done = run(*command)
-        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "2 cells finished"), done.stderr
+    done = run(*command)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "2 cells finished"), done.stderr
+    before = (tmp_path / "cells.csv").read_bytes()
+    sweep("tiny-gdn", CELLS, tmp_path, **SMALL | {"experiments": []})  # nothing is left to do
+    assert (tmp_path / "cells.csv").read_bytes() == before
+    done = run(*command[:-1], out)  # nor in the folder of the same sweep in Python
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"table: {out}/cells.csv (2 cells)"), (
+        done.stderr
+    )
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "cells.parquet"), swept_before.cells)
     for name in ("L1H1", "L3H0"):
         there, here = (load_file(folder / name / "sae_weights.safetensors") for folder in (out, tmp_path))
         assert all((there[key] == here[key]).all() for key in there)
