@@ -5,7 +5,24 @@ seconds: ``--help``, ``--version`` and mistyped commands are answered without th
 imports its body from `writesae_lens.cli`.
 """
 
-from writesae_lens_cli import export, report, start, train, transfer  # each module declares its commands
+from writesae_lens_cli import (
+    attribute,
+    export,
+    report,
+    start,
+    train,
+    transfer,
+)  # each module declares its commands
 from writesae_lens_cli.app import app, experiment_questions, main
 
-__all__ = ["app", "experiment_questions", "export", "main", "report", "start", "train", "transfer"]
+__all__ = [
+    "app",
+    "attribute",
+    "experiment_questions",
+    "export",
+    "main",
+    "report",
+    "start",
+    "train",
+    "transfer",
+]
