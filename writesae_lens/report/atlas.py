@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,6 +15,7 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import EXPERIMENTS, OF_MODELS
 from writesae_lens.experiments.result import SUMMARY
 from writesae_lens.locks import locked
+from writesae_lens.report import again
 from writesae_lens.report.browser import as_json
 from writesae_lens.report.cell_figures import group_of
 from writesae_lens.report.cell_table import CellTable, is_sweep
@@ -64,8 +64,17 @@ def _render(table: CellTable, folder: Path, out: Path) -> str:
         headline=table.headline,
         notices=_notices(table),
         mapped=table.mapped,
+        again=_again(folder, out),
         data=as_json(_data(table, folder, out)),
     )
+
+
+def _again(folder: Path, out: Path) -> again.Again:
+    """How to make the page again from what the folder holds then."""
+    elsewhere = None if out == folder else str(out)
+    line = again.command([("--sae", folder), ("--out", elsewhere)])
+    arguments = ", ".join(again.quoted(str(path)) for path in (folder, elsewhere) if path is not None)
+    return again.Again(line, f"from writesae_lens.report import make_atlas\n\nmake_atlas({arguments})")
 
 
 def _subtitle(table: CellTable) -> str:
@@ -161,10 +170,8 @@ def _files(model: str, cell: CellKey, folder: Path, out: Path) -> dict[str, Any]
     name = name_of(cell)
     report, results = folder / "reports" / name, folder / "results" / name
     pictures = sorted(results.glob("*/*.png"))
-    tested = ["--results", results] if any(results.glob(f"*/{SUMMARY}")) else []
-    command = shlex.join(
-        map(str, ["writesae-lens", "report", "--sae", folder / name, *tested, "--out", report])
-    )
+    tested = [("--results", results)] if any(results.glob(f"*/{SUMMARY}")) else []
+    command = again.command([("--sae", folder / name), *tested, ("--out", report)])
     return {
         "report": _link(report / PAGE, out) if (report / PAGE).is_file() else None,
         "command": command if model in zoo.SHIPPED else f"{command} --text FILE",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from writesae_lens.figures import KL_FLOOR
 from writesae_lens.report.atoms import Profiles
 from writesae_lens.report.columns import Column
 from writesae_lens.report.effects import Effects
+from writesae_lens.report.samples import AFTER, BEFORE, GROUPS
 
 # The distributions on an atom's page are drawn from at most so many of its firings.
 _MOST_FIRINGS = 300
@@ -28,9 +29,10 @@ def browser_data(
     columns: Sequence[Column],
     profiles: Profiles,
     effects: Effects,
-    contexts: pd.DataFrame,
+    samples: Mapping[int, Mapping[str, Any]],
     replacement: pd.DataFrame,
     met: pd.DataFrame | None,
+    labels: Mapping[int, str],
 ) -> dict[str, Any]:
     """Everything that the browser shows: numbers with few digits, directions as bytes.
 
@@ -40,14 +42,47 @@ def browser_data(
         columns: its columns.
         profiles: of all features; their tokens are shown for atoms without measured effects.
         effects: of the atoms that fire.
-        contexts: records of `top_contexts`.
+        samples: of `writesae_lens.report.samples.samples`.
         replacement: records of `replacement_test`.
         met: of `writesae_lens.experiments.features.meets.met_by_distance`; None for atoms.
+        labels: of the features that have one.
     """
     rows = [
-        [_rounded(value, column.digits) for column, value in zip(columns, row, strict=True)]
+        [rounded(value, column.digits) for column, value in zip(columns, row, strict=True)]
         for row in table.itertuples(index=False, name=None)
     ]
+    return {
+        "d_k": profiles.key.shape[1],
+        "d_v": profiles.value.shape[1],
+        "columns": [column.key for column in columns],
+        "rows": rows,
+        "key": _as_bytes(profiles.key),
+        "value": _as_bytes(profiles.value),
+        "read": _numbers(profiles.read_share, 2),
+        "rank1": _numbers(profiles.rank1_share, 2),
+        **token_data(model, profiles, effects),
+        "near": profiles.neighbours.tolist(),
+        "cosines": _numbers(profiles.cosines, 3),
+        "samples": samples,
+        "labels": labels,
+        "firings": _firings_by_atom(firings_by_feature(replacement)),
+        "distances": [] if met is None else [int(x) for x in met.columns],
+        "met": {} if met is None else {int(code): np.round(row, 3).tolist() for code, row in _known(met)},
+    }
+
+
+def token_data(model: HookedRecurrent, profiles: Profiles, effects: Effects) -> dict[str, Any]:
+    """The tokens that features promote and suppress, measured where they fire, else by the direct path.
+
+    Args:
+        model: for the texts of tokens.
+        profiles: of all features.
+        effects: of those that fire, of as many tokens.
+
+    Returns:
+        for each feature ``tokens`` and ``logits``; ``measured``, of those that fire the number of firings,
+        agreement and control; and ``texts`` of the tokens by id.
+    """
     tokens, logits = profiles.tokens.tolist(), _numbers(profiles.logits, 3)
     for row, atom in enumerate(effects.atom.tolist()):
         tokens[atom], logits[atom] = effects.tokens[row].tolist(), _numbers(effects.shift[row], 3)
@@ -64,24 +99,10 @@ def browser_data(
     # Tokens that are only part of a character are shown by their id.
     texts = {i: text if text and "\ufffd" not in text else f"token {i}" for i, text in texts.items()}
     return {
-        "d_k": profiles.key.shape[1],
-        "d_v": profiles.value.shape[1],
-        "columns": [column.key for column in columns],
-        "rows": rows,
-        "key": _as_bytes(profiles.key),
-        "value": _as_bytes(profiles.value),
-        "read": _numbers(profiles.read_share, 2),
-        "rank1": _numbers(profiles.rank1_share, 2),
         "texts": texts,
         "tokens": tokens,
         "logits": logits,
         "measured": {atom: [n, agreement, control] for atom, n, agreement, control in measured},
-        "near": profiles.neighbours.tolist(),
-        "cosines": _numbers(profiles.cosines, 3),
-        "contexts": _contexts_by_atom(contexts),
-        "firings": _firings_by_atom(firings_by_feature(replacement)),
-        "distances": [] if met is None else [int(x) for x in met.columns],
-        "met": {} if met is None else {int(code): np.round(row, 3).tolist() for code, row in _known(met)},
     }
 
 
@@ -97,18 +118,15 @@ def as_json(data: dict[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _contexts_by_atom(records: pd.DataFrame) -> dict[int, list[list[Any]]]:
-    """Rows of text before, token, text after, coefficient, cosine, and whether the atom is dominant there."""
-    contexts: dict[int, list[list[Any]]] = {}
-    texts = records[["text_before", "text", "text_after"]].fillna("")
-    texts["text"] = texts.text.where(texts.text != "", "token " + records.token.astype(str))
-    rows = zip(
-        records.atom, *(texts[name] for name in texts), records.coefficient, records.cosine, records.dominant
-    )
-    for atom, before, text, after, coefficient, cosine, dominant in rows:
-        row = [before, text, after, _rounded(coefficient, 3), _rounded(cosine, 2), int(bool(dominant))]
-        contexts.setdefault(int(atom), []).append(row)
-    return contexts
+def text_data(words: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """What contexts.js reads of the text that contexts are cut from.
+
+    Args:
+        words: of `writesae_lens.report.samples.token_texts`.
+        length: tokens of a passage.
+    """
+    groups = [name for name, _, _ in GROUPS]
+    return {**words, "length": length, "before": BEFORE, "after": AFTER, "groups": groups}
 
 
 def _firings_by_atom(records: pd.DataFrame) -> dict[int, list[list[Any]]]:
@@ -129,7 +147,7 @@ def _firings_by_atom(records: pd.DataFrame) -> dict[int, list[list[Any]]]:
     return firings
 
 
-def _rounded(value: Any, digits: int | None) -> Any:
+def rounded(value: Any, digits: int | None) -> Any:
     """A cell of the table: a text, a whole number (0 digits), a short number, or None where there is none."""
     if isinstance(value, str):
         return value

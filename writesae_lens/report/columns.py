@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,12 +22,14 @@ class Sources(NamedTuple):
         tested: records of the replacement test with columns ``win`` and ``recovered``, grouped by feature.
         contexts: records of the top contexts, grouped by atom.
         profiles: what the decoder says of the atoms, in their order.
+        labels: names that people or language models gave, by atom.
     """
 
     partition: pd.DataFrame
     tested: Any
     contexts: Any
     profiles: Profiles
+    labels: Mapping[int, str]
 
 
 @dataclass(frozen=True)
@@ -130,18 +132,33 @@ _SIDE = Column(
 )
 
 
-def columns_of(partition: pd.DataFrame) -> tuple[Column, ...]:
-    """The columns of the table: of codes their side too.
+_LABEL = Column(
+    "label",
+    "label",
+    "the name that the feature was given (writesae_lens.add_labels)",
+    None,
+    lambda s: pd.Series(dict(s.labels), dtype=object),
+)
+
+
+def columns_of(partition: pd.DataFrame, labels: Mapping[int, str] | None = None) -> tuple[Column, ...]:
+    """The columns of the table: of codes their side too, and labels where there are any.
 
     Args:
         partition: records of `partition_atoms`.
+        labels: of features, by number.
     """
     of_codes = "side" in partition and bool((partition.side != "atom").any())
-    return (COLUMNS[0], _SIDE, *COLUMNS[1:]) if of_codes else COLUMNS
+    further = [column for column, shown in ((_SIDE, of_codes), (_LABEL, bool(labels))) if shown]
+    return (COLUMNS[0], *further, *COLUMNS[1:])
 
 
 def table_of_atoms(
-    partition: pd.DataFrame, replacement: pd.DataFrame, contexts: pd.DataFrame, profiles: Profiles
+    partition: pd.DataFrame,
+    replacement: pd.DataFrame,
+    contexts: pd.DataFrame,
+    profiles: Profiles,
+    labels: Mapping[int, str] | None = None,
 ) -> pd.DataFrame:
     """One row for each feature of the dictionary, one column for each of `columns_of`.
 
@@ -150,14 +167,16 @@ def table_of_atoms(
         replacement: records of `replacement_test`.
         contexts: records of `top_contexts`.
         profiles: of all atoms.
+        labels: of those that have one.
     """
     tested = firings_by_feature(replacement)
     win = (tested.kl_atom < tested.kl_delete).astype(float)
     recovered, moves = 1 - tested.kl_atom / tested.kl_delete, above_floor(tested)
     # mean() and median() leave out what is missing
     tested = tested.assign(win=win.where(moves), recovered=recovered.where(moves))
-    sources = Sources(partition.set_index("atom"), tested.groupby("atom"), contexts.groupby("atom"), profiles)
+    groups = tested.groupby("atom"), contexts.groupby("atom")
+    sources = Sources(partition.set_index("atom"), *groups, profiles, labels or {})
     index = sources.partition.index
     return pd.DataFrame(
-        {column.key: column.values(sources).reindex(index) for column in columns_of(partition)}
+        {column.key: column.values(sources).reindex(index) for column in columns_of(partition, labels)}
     )

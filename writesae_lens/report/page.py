@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from sae_lens import SAE
 from torch import Tensor
 
-from hooked_models import HookedRecurrent
+from hooked_models import HookedRecurrent, zoo
 from hooked_models.files.whole_files import replacing
 from hooked_models.hooked_recurrent import Site
 from writesae_lens.errors import WriteSAEError
@@ -27,13 +27,15 @@ from writesae_lens.experiments.result import RECORDS, SUMMARY, ExperimentResult,
 from writesae_lens.experiments.run import fingerprint_sae
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.locks import locked
-from writesae_lens.report import sections
+from writesae_lens.report import again, sections
 from writesae_lens.report.atoms import profiles
-from writesae_lens.report.browser import as_json, browser_data
+from writesae_lens.report.browser import as_json, browser_data, text_data
 from writesae_lens.report.columns import columns_of, table_of_atoms
 from writesae_lens.report.effects import measure_effects
 from writesae_lens.report.measured_on import cautions, check_weights, differences
+from writesae_lens.report.samples import read_uses, samples, token_texts
 from writesae_lens.report.template import fill_in
+from writesae_lens.use.labels import labels_of
 
 PAGE = "report.html"
 # Experiments whose results the page cannot be made without; they are run if no result is given.
@@ -51,6 +53,8 @@ def make_report(
     context_size: int | None = None,
     seed: int = 0,
     verbose: bool = True,
+    reference: str | None = None,
+    command: str = "",
 ) -> Path:
     """Write report.html: an overview, every given result, and a browser of all atoms or codes.
 
@@ -65,10 +69,13 @@ def make_report(
         tokens: passages ``[passage, pos]``, or a text.
         results: of experiments on this SAE (see `saved_results`).
         training: folder of the SAE, for its training curves (training.csv) and settings (runner_cfg.json).
-        code: Python code shown at the end of the page, with which a reader can repeat the work.
+        code: Python code, shown at the end of the page, that makes it again ("": the call of this function).
         context_size: tokens of a passage, for text (None: the SAE's own, else 256).
         seed: of the experiments that are run.
         verbose: show progress bars.
+        reference: what the lines of code on the page load the SAE from, as after --sae: a folder, a best.pt
+            or RELEASE:ID (None: ``training``).
+        command: the command, shown beside ``code`` ("": that of ``writesae-lens report``).
 
     Returns:
         the path of the page.
@@ -87,6 +94,8 @@ def make_report(
     check_weights(results, model)
     for line in differences(results, model, passages):
         warnings.warn(line, ResultWarning, stacklevel=2)
+    reference = reference or (None if training is None else str(training))
+    own = again.of_report(model, [sae], passages, [reference], out, seed)
     by_name = {find_experiment(result.name).name: result for result in reversed(results)}
     run = {name: Path("results", name) for name in NEEDED if name not in by_name}
     with locked(out):
@@ -97,7 +106,8 @@ def make_report(
             )
         shown = [*results, *(by_name[name] for name in run)]
         needed = [by_name[name] for name in NEEDED]
-        html = _render(model, sae, site, passages, shown, needed, training, code, verbose)
+        lines = again.Again(command or own.command, code or own.python)
+        html = _render(model, sae, site, passages, shown, needed, training, reference, lines, verbose)
         with replacing(out, (SUMMARY, PAGE), _other_results_in(out, shown)) as beside:
             for name, folder in run.items():
                 by_name[name].save(beside / folder)
@@ -170,18 +180,28 @@ def _render(
     shown: Sequence[ExperimentResult],
     needed: Sequence[ExperimentResult],
     training: str | Path | None,
-    code: str,
+    reference: str | None,
+    lines: again.Again,
     verbose: bool,
 ) -> str:
     """The page's HTML: report.html, filled in."""
     replacement, partition, contexts = needed
     cell, settings = site.cell, sections.training_settings(sae, training)
     decoder = profiles(model, sae, cell, passages, verbose=verbose)
-    table = table_of_atoms(partition.records, replacement.records, contexts.records, decoder)
+    labels = labels_of(sae)
+    table = table_of_atoms(partition.records, replacement.records, contexts.records, decoder, labels)
     effects = measure_effects(model, sae, site, passages, verbose=verbose)
-    columns = columns_of(partition.records)
+    columns = columns_of(partition.records, labels)
     met = _met(model, sae, site, passages) if is_codes(sae) else None
-    data = browser_data(model, table, columns, decoder, effects, contexts.records, replacement.records, met)
+    shown_uses = samples(read_uses(model, sae, site, passages, verbose), passages.shape[1])
+    data = browser_data(model, table, columns, decoder, effects, shown_uses, replacement.records, met, labels)
+    data |= {
+        "text": text_data(token_texts(model, passages), passages.shape[1]),
+        "loading": again.loading(model, {"sae": reference}),
+        "reading": again.reading(passages, sae),
+        "shipped": model.cfg.model_name in zoo.SHIPPED,
+        "on_states": site.kind == "state",
+    }
     what = "codes" if is_codes(sae) else "atoms"
     headings, rows = sections.standings(replacement.summary)
 
@@ -205,9 +225,10 @@ def _render(
         standings=rows,
         guards=sections.guards(replacement.summary),
         what=what,
+        labelled=bool(labels),
         columns=columns,
         n_atoms=len(table),
         data=as_json(data),
         plotly=get_plotlyjs(),
-        code=code,
+        again=lines,
     )

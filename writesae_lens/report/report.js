@@ -4,22 +4,30 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = Object.fromEntries(data.columns.map((key, i) => [key, i]));
   const $ = (id) => document.getElementById(id);
-  const COLORS = { register: "#2166ac", bundle: "#b2182b", rare: "#8c8c8c", dead: "#8c8c8c" };
-  const LAYOUT = {
-    margin: { l: 56, r: 12, t: 12, b: 44 }, font: { family: "system-ui, sans-serif", size: 12 },
-    legend: { orientation: "h", y: 1.12 }, hoverlabel: { align: "left" },
+  const { element, visible, number, percent, compare, colour, explain, copyable } = shared;
+  const { draw: drawContexts, histogram, wordsOf } = contextsOf(data.text);
+  const COLORS = { register: "blue", bundle: "red", rare: "grey", dead: "grey" };
+  // Plots are drawn in the colours of the paper that the reader has chosen.
+  const layout = (axes) => {
+    const grid = { gridcolor: colour("line"), zerolinecolor: colour("edge"), linecolor: colour("edge") };
+    const inLines = Object.entries(axes).map(([name, value]) => [name, /axis/.test(name) ? { ...grid, ...value } : value]);
+    return {
+      margin: { l: 56, r: 12, t: 12, b: 44 }, font: { family: "system-ui, sans-serif", size: 12, color: colour("ink") },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      legend: { orientation: "h", y: 1.12 }, hoverlabel: { align: "left" }, ...Object.fromEntries(inLines),
+    };
   };
   const CONFIG = { displayModeBar: false, responsive: true };
-  const DIVERGING = [[0, "#2166ac"], [0.25, "#92c5de"], [0.5, "#ffffff"], [0.75, "#f4a582"], [1, "#b2182b"]];
+  const diverging = () => [[0, "#2166ac"], [0.25, shared.isDark() ? "#1f4e7a" : "#92c5de"], [0.5, colour("paper")], [0.75, shared.isDark() ? "#7c2a30" : "#f4a582"], [1, "#b2182b"]];
   const PAGE = 100;
+  const TEXTS = ["class", "token", "side", "label"];
 
-  const { element, visible, number, percent, compare } = shared;
   const of = (atom, key) => data.rows[atom][at[key]];
   const cell = (atom, key) => {
     const value = of(atom, key);
     if (value === null) return "–";
     if (key === "win_rate" || key === "recovered") return percent(value);
-    if (key === "token") return visible(value);
+    if (key === "token" || key === "label") return visible(value);
     return typeof value === "number" && key !== "atom" ? number(value) : String(value);
   };
 
@@ -45,11 +53,15 @@
   let order = { key: "n_firings", down: true };
   let shown = [];
   let limit = PAGE;
-  const texts = data.rows.map((row, atom) => {
-    const contexts = (data.contexts[atom] ?? []).map((c) => c[0] + c[1] + c[2]);
-    const promoted = data.tokens[atom].slice(0, data.tokens[atom].length / 2).map((id) => data.texts[id]);
-    return [...contexts, ...promoted].join("\n").toLowerCase();
-  });
+  // What the search looks through is put together when it is first used.
+  let found;
+  const texts = (atom) => {
+    found ??= data.rows.map((_, n) => {
+      const promoted = data.tokens[n].slice(0, data.tokens[n].length / 2).map((id) => data.texts[id]);
+      return [data.labels[n] ?? "", ...wordsOf(data.samples[n]), ...promoted].join("\n").toLowerCase();
+    });
+    return found[atom];
+  };
 
   const select = () => {
     const words = $("search").value.toLowerCase();
@@ -57,7 +69,7 @@
     const side = OF_CODES ? $("side").value : "";
     const exact = /^\d+$/.test(words.trim()) ? Number(words) : null;
     shown = data.rows.map((_, atom) => atom).filter((atom) =>
-      (!name || of(atom, "class") === name) && (!side || of(atom, "side") === side) && (!words || atom === exact || texts[atom].includes(words)));
+      (!name || of(atom, "class") === name) && (!side || of(atom, "side") === side) && (!words || atom === exact || texts(atom).includes(words)));
     const column = at[order.key];
     shown.sort((a, b) => compare(data.rows[a][column], data.rows[b][column], order.down) || a - b);
     // An atom that is asked for by number comes before those whose texts hold the number.
@@ -72,7 +84,7 @@
       row.tabIndex = 0;
       row.dataset.atom = atom;
       for (const key of data.columns) {
-        const text = ["class", "token", "side"].includes(key);
+        const text = TEXTS.includes(key);
         const td = element("td", undefined, text ? "text" : "number");
         td.append(key === "class" ? element("span", cell(atom, key), `badge ${of(atom, key)}`) : cell(atom, key));
         row.append(td);
@@ -122,18 +134,18 @@
 
   const drawProfile = (atom) => {
     const [key, value] = [profile("key", atom), profile("value", atom)];
-    const bars = { type: "bar", marker: { color: "#2166ac" }, showlegend: false };
+    const bars = { type: "bar", marker: { color: colour("blue") }, showlegend: false };
     Plotly.react("profile", [
-      { type: "heatmap", z: key.map((k) => value.map((v) => k * v)), zmid: 0, zmin: -1, zmax: 1, colorscale: DIVERGING,
+      { type: "heatmap", z: key.map((k) => value.map((v) => k * v)), zmid: 0, zmin: -1, zmax: 1, colorscale: diverging(),
         showscale: false, hovertemplate: "key %{y}, value %{x}: %{z:.2f}<extra></extra>" },
       { ...bars, x: value.map((_, i) => i), y: value, yaxis: "y2", hovertemplate: "value %{x}: %{y:.2f}<extra></extra>" },
       { ...bars, orientation: "h", y: key.map((_, i) => i), x: key, xaxis: "x2", hovertemplate: "key %{y}: %{x:.2f}<extra></extra>" },
-    ], {
-      ...LAYOUT, bargap: 0,
+    ], layout({
+      bargap: 0,
       xaxis: { domain: [0, 0.82], title: { text: "value side" } }, yaxis: { domain: [0, 0.78], autorange: "reversed", title: { text: "key side" } },
       xaxis2: { domain: [0.85, 1], range: [-1.05, 1.05], showticklabels: false, zeroline: true },
       yaxis2: { domain: [0.82, 1], range: [-1.05, 1.05], showticklabels: false, zeroline: true },
-    }, CONFIG);
+    }), CONFIG);
   };
 
   const drawDistributions = (atom) => {
@@ -141,19 +153,39 @@
     $("distributions").hidden = !firings;
     if (!firings) return;
     const [cosine, withAtom, without, wins] = firings;
-    Plotly.react("cosines", [{ type: "histogram", x: cosine, xbins: { start: -1, end: 1.0001, size: 0.05 }, marker: { color: "#2166ac" } }],
-      { ...LAYOUT, bargap: 0.05, xaxis: { range: [-1.02, 1.02], title: { text: "cosine" } }, yaxis: { title: { text: "firings" } } }, CONFIG);
+    Plotly.react("cosines", [{ type: "histogram", x: cosine, xbins: { start: -1, end: 1.0001, size: 0.05 }, marker: { color: colour("blue") } }],
+      layout({ bargap: 0.05, xaxis: { range: [-1.02, 1.02], title: { text: "cosine" } }, yaxis: { title: { text: "firings" } } }), CONFIG);
     const ends = [Math.min(...withAtom, ...without) - 0.3, Math.max(...withAtom, ...without) + 0.3];
     Plotly.react("kls", [
-      { type: "scatter", mode: "lines", x: ends, y: ends, line: { color: "#222", width: 1, dash: "dash" }, hoverinfo: "skip", showlegend: false },
+      { type: "scatter", mode: "lines", x: ends, y: ends, line: { color: colour("ink"), width: 1, dash: "dash" }, hoverinfo: "skip", showlegend: false },
       { type: "scatter", mode: "markers", x: without, y: withAtom, marker: { size: 6, opacity: 0.6,
-        color: wins.map((win) => (win ? "#2166ac" : "#b2182b")) }, showlegend: false,
+        color: wins.map((win) => colour(win ? "blue" : "red")) }, showlegend: false,
         hovertemplate: "deleted 10^%{x:.2f}, atom 10^%{y:.2f} nats<extra></extra>" },
-    ], { ...LAYOUT, xaxis: { range: ends, title: { text: "log10 KL, write deleted (nats)" } }, yaxis: { range: ends, title: { text: "log10 KL, atom in its place" } } }, CONFIG);
+    ], layout({ xaxis: { range: ends, title: { text: "log10 KL, write deleted (nats)" } }, yaxis: { range: ends, title: { text: "log10 KL, atom in its place" } } }), CONFIG);
+  };
+
+  // Lines of Python that steer with the feature, and that take it out of the writes.
+  const drawUse = (atom) => {
+    const [cut, imports] = data.reading;
+    const [head, body] = data.loading.split("\n\n");
+    const steers = data.shipped ? body : `${body}\n${cut}`, sizes = data.shipped ? "" : ", tokens=tokens";
+    const lines = [
+      ["steer", "Steer with it (3 times the size that it usually has where it is active):",
+        `${[head, ...(data.shipped ? [] : imports)].join("\n")}\nfrom writesae_lens import steering\n\n${steers}\nwith steering(model, sae, {${atom}: 3.0}${sizes}):\n    print(model.generate("Once upon a time", max_new_tokens=40))`],
+      ["ablate", "Ablate it, where it is active, and see what the token that it promotes loses:",
+        `${[head, ...imports].join("\n")}\nfrom writesae_lens.experiments import erase_atom\n\n${body}\n${cut}\nprint(erase_atom(model, sae, tokens, atom=${atom}).headline)`],
+    ].slice(data.on_states ? 1 : 0);
+    $("use").replaceChildren(...lines.flatMap(([name, title, code]) => {
+      const pre = element("pre", code);
+      pre.dataset.name = name;
+      return [element("p", title, "soft"), pre];
+    }));
+    $("use").querySelectorAll("pre").forEach(copyable);
   };
 
   const open = (atom) => {
-    $("name").replaceChildren(`${NAMES[sideOf(atom)]} ${atom} `, element("span", of(atom, "class"), `badge ${of(atom, "class")}`));
+    const label = data.labels[atom] ? `· ${visible(data.labels[atom])} ` : "";
+    $("name").replaceChildren(`${NAMES[sideOf(atom)]} ${atom} ${label}`, element("span", of(atom, "class"), `badge ${of(atom, "class")}`));
     const cards = [
       [cell(atom, "recovered"), "recovered in the median by its stand-ins"], [cell(atom, "n_firings"), `firings as the strongest ${OF_CODES ? "of its side" : "atom"}`], [cell(atom, "coefficient"), "largest coefficient"],
       [cell(atom, "median_cosine"), OF_CODES ? `median cosine to the writes' ${sideOf(atom)}s` : "median cosine to native writes"], [cell(atom, "win_rate"), `wins of ${cell(atom, "n_tested")} tested against deletion`],
@@ -164,15 +196,10 @@
       card.append(element("b", value), element("span", label));
       return card;
     }));
-    const contexts = data.contexts[atom] ?? [];
-    $("contexts").replaceChildren(...contexts.map(([before, text, after, coefficient, cosine, dominant]) => {
-      const line = element("p", undefined, "context");
-      const mark = element("mark", visible(text), dominant ? "" : "weaker");
-      mark.title = `coefficient ${coefficient}, cosine to the native write ${cosine}` + (dominant ? "" : `; another ${OF_CODES ? "code of its side" : "atom"} is stronger here`);
-      line.append(element("small", number(coefficient)), visible(before), mark, visible(after));
-      return line;
-    }));
-    if (!contexts.length) $("contexts").append(element("p", "It is active nowhere in this text.", "soft"));
+    explain($("figures-of-merit"));
+    drawContexts($("contexts"), data.samples[atom], OF_CODES ? "code of its side" : "atom");
+    histogram($("activations"), data.samples[atom]);
+    drawUse(atom);
     $("up-title").textContent = sideOf(atom) === "key" ? "Read by" : "Promotes";
     $("suppressed").hidden = sideOf(atom) === "key";
     tokens($("up"), atom, 0);
@@ -204,7 +231,7 @@
     if (mapped) return;
     mapped = true;
     const tested = data.rows.map((_, atom) => atom).filter((atom) => of(atom, "recovered") !== null && of(atom, "median_cosine") !== null);
-    const groups = OF_CODES ? { "key codes": "#b2182b", "value codes": "#2166ac" } : COLORS;
+    const groups = OF_CODES ? { "key codes": "red", "value codes": "blue" } : COLORS;
     const groupOf = (atom) => (OF_CODES ? `${of(atom, "side")} codes` : of(atom, "class"));
     const traces = Object.keys(groups).map((name) => {
       const atoms = tested.filter((atom) => groupOf(atom) === name);
@@ -212,19 +239,22 @@
         type: "scatter", mode: "markers", name: `${name} (${atoms.length})`, customdata: atoms,
         x: atoms.map((atom) => of(atom, "median_cosine")), y: atoms.map((atom) => Math.max(-1, of(atom, "recovered"))),
         text: atoms.map((atom) => `${NAMES[sideOf(atom)]} ${atom}: ${cell(atom, "n_tested")} firings tested, ${cell(atom, "token")}`.replaceAll("<", "‹")),
-        marker: { color: groups[name], opacity: 0.5, size: atoms.map((atom) => 4 + 2 * Math.log2(1 + of(atom, "n_tested"))) },
+        marker: { color: colour(groups[name]), opacity: 0.5, size: atoms.map((atom) => 4 + 2 * Math.log2(1 + of(atom, "n_tested"))) },
         hovertemplate: "%{text}<br>cosine %{x:.2f}, recovered %{y:.0%}<extra></extra>",
       };
     }).filter((trace) => trace.x.length);
-    Plotly.newPlot("map", traces, { ...LAYOUT, xaxis: { title: { text: "median cosine to the native writes" } },
-      yaxis: { title: { text: "median recovered (lowest: -100% or less)" }, tickformat: ".0%", range: [-1.05, 1.05] } }, CONFIG);
+    Plotly.react("map", traces, layout({ xaxis: { title: { text: "median cosine to the native writes" } },
+      yaxis: { title: { text: "median recovered (lowest: -100% or less)" }, tickformat: ".0%", range: [-1.05, 1.05] } }), CONFIG);
+    $("map").removeAllListeners("plotly_click");
     $("map").on("plotly_click", (event) => { location.hash = `#atom-${event.points[0].customdata}`; });
   };
 
+  const asked = () => {
+    const hash = /^#atom-(\d+)$/.exec(location.hash);
+    return hash && Number(hash[1]) < data.rows.length ? Number(hash[1]) : null;
+  };
   const route = () => {
-    const hash = location.hash.slice(1);
-    const asked = /^atom-(\d+)$/.exec(hash);
-    const atom = asked && Number(asked[1]) < data.rows.length ? Number(asked[1]) : null;
+    const hash = location.hash.slice(1), atom = asked();
     const page = atom !== null ? "atom" : hash === "atoms" ? "atoms" : "overview";
     for (const name of ["overview", "atoms", "atom"]) $(`page-${name}`).hidden = name !== page;
     for (const link of document.querySelectorAll("nav a")) {
@@ -252,7 +282,7 @@
     if (!th) return;
     const key = th.dataset.key;
     // Numbers begin with the largest, texts and the atoms' numbers with the first.
-    const down = !["atom", "class", "token", "side"].includes(key);
+    const down = !["atom", ...TEXTS].includes(key);
     order = { key, down: order.key === key ? !order.down : down };
     select();
   });
@@ -263,6 +293,11 @@
   $("table").addEventListener("click", follow);
   $("table").addEventListener("keydown", follow);
   window.addEventListener("hashchange", route);
+  window.addEventListener("theme", () => {
+    const atom = asked();
+    mapped = false;
+    if (atom !== null) { drawProfile(atom); drawDistributions(atom); } else if (!$("page-overview").hidden) drawMap();
+  });
   select();
   route();
 })();

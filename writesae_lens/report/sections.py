@@ -154,7 +154,7 @@ def training_settings(sae: SAE[Any], training: str | Path | None) -> dict[str, s
         "trained with SAELens": metadata.sae_lens_training_version,
         "provenance": metadata.provenance,
     }
-    return {name.replace("_", " "): f"{value}" for name, value in settings.items() if value is not None}
+    return {name.replace("_", " "): _plain(value) for name, value in settings.items() if value is not None}
 
 
 def training_sentence(sae: SAE[Any], settings: Mapping[str, str]) -> str:
@@ -187,7 +187,7 @@ def section(result: ExperimentResult) -> dict[str, Any]:
     """A result on the page: question, headline and figures, and its plain numbers in a table that unfolds."""
     experiment = find_experiment(result.name)
     numbers = [
-        (name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else str(value))
+        (name.replace("_", " "), _plain(value))
         for name, value in result.summary.items()
         if name != "headline" and isinstance(value, (int, float, str, list))
     ]
@@ -223,6 +223,17 @@ def _replacement_method(summary: Mapping[str, Any]) -> list[str]:
         "Recovered is 1 - KL / KL of the deletion. Points under the dashed line are firings where the "
         "stand-in does less harm than the deletion.",
     ]
+
+
+def _plain(value: Any) -> str:
+    """A value of a folded table: numbers that are not whole with four digits, lists without brackets."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else str(value)
 
 
 def _image(figure: Figure) -> str:

@@ -7,13 +7,15 @@ from typing import Any
 
 import jinja2
 
+from writesae_lens.report.glossary import terms
+
 
 def fill_in(name: str, **fields: Any) -> str:
     """The HTML of a page.
 
     Args:
-        name: of its file in this folder, such as ``report.html``. The file may include others of the folder,
-            and put a script in with ``{{ source("shared.js") | safe }}``.
+        name: of its file in this folder, such as ``report.html``. The file may include others of the folder
+            (``head.html``, ``glossary.html``), and put a script in with ``{{ source("shared.js") | safe }}``.
         **fields: what the file names in ``{{ }}``; markup in it is escaped.
     """
     environment = jinja2.Environment(
@@ -22,7 +24,7 @@ def fill_in(name: str, **fields: Any) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    return environment.get_template(name).render(source=_read, **fields)
+    return environment.get_template(name).render(source=_read, glossary=terms, **fields)
 
 
 def _read(name: str) -> str:

@@ -1,8 +1,11 @@
 """The report: which results it shows, and the page in a real browser."""
 
+import base64
 import json
 import re
+import shlex
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,23 +19,30 @@ from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment, figure
 from writesae_lens.figures import new_figure
 from writesae_lens.report.page import NEEDED, make_report, saved_results
 from writesae_lens.report.sections import verdict
+from writesae_lens.use.labels import add_labels
 
+LABELLED = 1234
 EVIL = '</script><script>document.title = "taken"</script><img src=x onerror="document.title = 1">'
 
 
 @pytest.fixture(scope="module")
 def results(model, sae, passages):
-    """The results that the page cannot be made without, by name; one context holds markup."""
-    results = {name: EXPERIMENTS[name].function(model, sae, passages, verbose=False) for name in NEEDED}
-    records = results["contexts"].records
-    records.loc[records.atom == records.atom.iloc[0], "text_before"] = EVIL
-    return results
+    """The results that the page cannot be made without, by name."""
+    return {name: EXPERIMENTS[name].function(model, sae, passages, verbose=False) for name in NEEDED}
+
+
+@pytest.fixture(scope="module")
+def passages(model, passages):
+    """The passages of the other tests, and one that holds markup."""
+    ids = model.to_tokens(EVIL * 4, prepend_bos=False)[:, : passages.shape[1]]
+    return torch.cat([passages.as_subclass(torch.Tensor), ids])
 
 
 @pytest.fixture(scope="module")
 def page(model, sae, passages, results, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
-    return make_report(out, model, sae, passages, list(results.values()), code="again()", verbose=False)
+    add_labels(sae, {LABELLED: f"names {EVIL}"})
+    return make_report(out, model, sae, passages, list(results.values()), verbose=False)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +88,6 @@ def test_overview_shows_the_figures(tab, results):
     assert images.count() == sum(len(EXPERIMENTS[name].figures) for name in NEEDED)
     assert all(images.evaluate_all("all => all.map(i => i.naturalWidth > 400)"))
     assert tab.locator("#map .point").count() == results["replace"].records.atom.nunique()
-    assert tab.locator("pre").inner_text() == "again()"
     assert tab.locator("#page-atoms").is_hidden()
 
 
@@ -116,10 +125,8 @@ def test_searching_filtering_and_showing_more(tab, data, results):
     assert tab.locator("#table tbody tr").count() == 100
     tab.click("#more")
     assert tab.locator("#table tbody tr").count() == 200
-    contexts = results["contexts"].records
     word = " the"
-    texts = (contexts.text_before + contexts.text + contexts.text_after).str.lower()
-    holds = {int(n) for n in contexts.atom[texts.str.contains(word, regex=False)]}
+    holds = {n for n in range(2048) if any(word in text.lower() for text, _ in contexts(data, n))}
     half = len(data["tokens"][0]) // 2
     holds |= {
         n
@@ -134,6 +141,9 @@ def test_searching_filtering_and_showing_more(tab, data, results):
     tab.fill("#search", "no text has this")
     assert tab.locator("#table tbody tr").count() == 0
     assert tab.locator("#count").inner_text() == "0 of 2,048 atoms"
+    tab.fill("#search", "names </script>")
+    assert column(tab, "atom") == [str(LABELLED)]
+    assert column(tab, "label") == [f"names {EVIL}"]
     tab.fill("#search", "")
     tab.select_option("#class", "dead")
     dead = results["partition"].summary["n_dead"]
@@ -141,19 +151,33 @@ def test_searching_filtering_and_showing_more(tab, data, results):
     assert set(column(tab, "class")) == {"dead"}
 
 
+def contexts(data, atom):
+    """The texts of an atom's contexts as the page's data has them, and of each the token that it is about."""
+    text, words = data["text"], np.frombuffer(base64.b64decode(data["text"]["tokens"]), "<u4")
+    found = []
+    for _, passage, position, *_ in data["samples"].get(str(atom), {"contexts": []})["contexts"]:
+        start = max(0, position - text["before"])
+        numbers = words[passage * text["length"] :][start : min(text["length"], position + text["after"] + 1)]
+        parts = [text["texts"][n] for n in numbers]
+        found.append(("".join(parts), parts[position - start]))
+    return found
+
+
 def test_the_page_of_an_atom(tab, data, results):
     tab.click("text=Atoms (2,048)")
     first, second = column(tab, "atom")[:2]
     tab.locator("#table tbody tr").first.press("Enter")
     assert tab.url.endswith(f"#atom-{first}")
-    records = results["contexts"].records
-    mine = records[records.atom == int(first)].sort_values("rank")
-    lines = tab.locator("#contexts .context")
+    lines, mine = tab.locator("#contexts .context"), contexts(data, first)
     lines.first.wait_for()
-    assert lines.count() == len(mine)
-    assert tab.locator("#contexts mark").all_text_contents() == [
-        text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "") for text in mine.text
-    ]
+    assert lines.count() == len(mine) > 8
+    plain = str.maketrans({"\n": "↵", "\t": "⇥", "\r": ""})
+    assert tab.locator("#contexts mark").all_text_contents() == [own.translate(plain) for _, own in mine]
+    for shown, (text, _) in zip(lines.all_text_contents(), mine, strict=True):
+        assert shown.endswith(text.translate(plain))
+    assert tab.locator("#contexts h4").all_inner_texts() == data["text"]["groups"]
+    assert tab.locator("#activations .bars i").count() == len(data["samples"][first]["bins"])
+    assert f"Active at {data['samples'][first]['n']:,} of" in tab.locator("#activations").inner_text()
     ids = data["tokens"][int(first)]
     assert tab.locator("#up .token").count() == tab.locator("#down .token").count() == len(ids) // 2
     assert tab.locator("#near tbody tr").count() == 8
@@ -172,16 +196,72 @@ def test_the_page_of_an_atom(tab, data, results):
     assert tab.locator("#name").inner_text().startswith(f"Atom {number} ")
 
 
-def test_markup_in_a_text_is_text(tab, results):
-    atom = int(results["contexts"].records.atom.iloc[0])
-    tab.goto(f"{tab.url.split('#')[0]}#atom-{atom}")
-    assert EVIL in tab.locator("#contexts .context").first.inner_text()
-    assert tab.locator("#contexts img").count() == 0
+def test_markup_in_a_text_is_text(tab, data):
+    markup = '<img src=x onerror="document'
+    atom = next(n for n in range(2048) if any(markup in text for text, _ in contexts(data, n)))
+    for shown in (atom, LABELLED):
+        tab.goto(f"{tab.url.split('#')[0]}#atom-{shown}")
+        assert tab.locator("#page-atom img").count() == 0
+        assert markup in tab.locator("#page-atom").inner_text()
+
+
+def test_how_to_make_it_again(tab, page):
+    command, code = tab.locator("#again pre").all_inner_texts()
+    assert shlex.split(command) == [
+        "writesae-lens", "report", "--sae", "FOLDER", "--text", "FILE", "--max-passages", "25",
+        "--out", str(page.parent),
+    ]  # fmt: skip
+    assert f'make_report("{page.parent}", model, sae, tokens, seed=0)' in code
+
+
+def test_the_lines_for_a_feature_run(tab, model, sae, passages, tmp_path):
+    """What the page of an atom offers to copy, with the folder of the SAE and a text filled in."""
+    tab.goto(f"{tab.url.split('#')[0]}#atom-{LABELLED}")
+    steer, ablate = tab.locator("#use pre").all_inner_texts()
+    assert f"with steering(model, sae, {{{LABELLED}: 3.0}}):" in steer
+    assert f"erase_atom(model, sae, tokens, atom={LABELLED})" in ablate
+    sae.save_model(tmp_path)
+    steer, ablate = (code.replace("FOLDER", str(tmp_path)) for code in (steer, ablate))
+    exec(steer.replace("max_new_tokens=40", "max_new_tokens=2, verbose=False"), {})
+    exec(re.sub(r"tokens = .*", "", ablate), {"tokens": passages})
+
+
+def test_terms_are_explained(tab):
+    meaning = "the share of the deletion's effect that a stand-in avoids"
+    term = tab.locator(".cards .term", has_text="recovered").first
+    assert meaning in term.get_attribute("title")
+    assert tab.locator("#glossary dd", has_text=meaning).is_hidden()
+    tab.click("#glossary summary")
+    assert tab.locator("#glossary dd", has_text=meaning).is_visible()
+
+
+def paper(tab):
+    return tab.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+def test_dark_paper_is_chosen_and_remembered(tab):
+    light = paper(tab)
+    assert light == "rgb(255, 255, 255)"
+    assert tab.locator("img").first.evaluate("i => getComputedStyle(i).filter") == "none"
+    tab.click("#theme")
+    assert max(int(x) for x in paper(tab)[4:-1].split(",")) < 60
+    assert "invert" in tab.locator("img").first.evaluate("i => getComputedStyle(i).filter")
+    # Plots are drawn again, in light ink.
+    tab.wait_for_function("document.querySelector('#map .xtitle').style.fill === 'rgb(228, 232, 238)'")
+    tab.reload()
+    assert max(int(x) for x in paper(tab)[4:-1].split(",")) < 60
+    assert tab.locator("#theme").inner_text() == "☀ light"
+    tab.emulate_media(color_scheme="dark")
+    tab.click("#theme")
+    assert paper(tab) == light
+    tab.emulate_media(media="print")
+    assert paper(tab) == light
+    tab.emulate_media(media="screen", color_scheme="light")
 
 
 def test_dead_atoms_and_wrong_addresses(tab, results):
     records = results["partition"].records
-    never = sorted(set(records.atom[records["class"] == "dead"]) - set(results["contexts"].records.atom))[0]
+    never = min(set(records.atom[records["class"] == "dead"]) - set(results["contexts"].records.atom))
     tab.goto(f"{tab.url.split('#')[0]}#atom-{never}")
     assert "active nowhere" in tab.locator("#contexts").inner_text()
     assert tab.locator("#distributions").is_hidden()
@@ -364,7 +444,7 @@ def test_a_declared_experiment_is_shown_like_any_other(model, sae, passages, res
     headings = re.findall("<h2>(.*?)</h2>", text)
     assert headings.index("How long are the passages?") > headings.index(EXPERIMENTS["contexts"].question)
     section = text.split("<h2>How long are the passages?</h2>")[1]
-    assert '<p class="headline">64 tokens</p>' in section
+    assert '<p class="headline" data-explain>64 tokens</p>' in section
     assert "2 records, each of them a passage" in section
     assert section.count("<img ") == 1
 
