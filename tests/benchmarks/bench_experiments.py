@@ -21,7 +21,9 @@ from torch import Tensor
 from hooked_models import HookedRecurrent, zoo
 from tests.benchmarks.timing import Row, speedup
 from writesae_lens import WriteSAE, WriteSAEConfig, baselines, experiments
-from writesae_lens.experiments import EXPERIMENTS, as_passages, install
+from writesae_lens.experiments import EXPERIMENTS, as_passages
+from writesae_lens.experiments.installs.directions import Climb
+from writesae_lens.experiments.installs.prompts import Prompts
 
 LAYER, HEAD = 1, 2
 QUIET: dict[str, Any] = {"verbose": False}
@@ -250,17 +252,23 @@ def gradient(bench: Bench) -> Row:
     """What `install_tokens` takes for ``jacobian`` without refinements."""
     positions, n_tokens, n_prompts, n_targets = 3, 20, 16, 4
     prompts = bench.passages(n_prompts, 64)
-    group = install._Prompts(bench.model, bench.cell, prompts, positions, n_tokens, 0.0, 0)
+    group = Prompts(bench.model, [bench.cell], prompts, positions, n_tokens, 0.0, 0)
+    said = group.native.tokens
     targets = torch.randint(0, bench.model.cfg.d_vocab, (n_prompts * n_targets,))
     of = torch.arange(n_prompts).repeat_interleave(n_targets)
-    group._jacobian(targets, of, group.norm[of], 0)
+
+    def steepest() -> tuple[torch.Tensor, torch.Tensor]:
+        climb = Climb(bench.model, group.prefix, [bench.cell], group.last, said, of, targets, False)
+        return climb.steepest()[0][bench.cell]
+
+    steepest()
     bench.seconds = []
     start = time.perf_counter()
-    key, value = group._jacobian(targets, of, group.norm[of], 0)
+    key, value = steepest()
     each = (time.perf_counter() - start) / len(of)
     found, worst = key[..., None] * value[..., None, :], 0.0
     for edit in torch.randperm(len(of))[:20].tolist():
-        passage = torch.cat([prompts[of[edit]], group.said[of[edit], :-1]])
+        passage = torch.cat([prompts[of[edit]], said[of[edit], :-1]])
         target = int(targets[edit])
 
         def margin(x: Tensor, target: int = target) -> Tensor:

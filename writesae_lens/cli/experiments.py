@@ -11,11 +11,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from writesae_lens.cli.subjects import Subject, load, warnings_as_lines
+from hooked_models.errors import printable
+from writesae_lens.cells import parse_cells
+from writesae_lens.cli.subjects import Subject, load, read_text, warnings_as_lines
 from writesae_lens.errors import WriteSAEError, interruptible
 from writesae_lens.experiments.catalogue import Experiment, find_experiment
 from writesae_lens.experiments.options import Option
+from writesae_lens.experiments.passages import as_passages
 from writesae_lens.experiments.result import Progress
+from writesae_lens.experiments.stand_ins import OWN_CHARACTERS
 from writesae_lens.locks import locked
 from writesae_lens_cli.options import SAE_REFERENCE, Device, Seed
 
@@ -49,8 +53,11 @@ def _run(experiment: Experiment, given: dict[str, Any]) -> None:
     if cell and given["model"] is None:
         raise WriteSAEError("--cell names no model: give --model")
     named = [given.pop(name) for name in ("model", "text", "context_size", "max_passages", "device")]
-    loaded = load(Subject(references, cell, *named))
+    several = _takes_several_cells(experiment)
+    loaded = load(Subject(references, None if several else cell, *named))
     subject: Any = loaded.saes[0] if loaded.saes else loaded.cell
+    if several:
+        subject = loaded.saes or parse_cells(loaded.model, cell)
     if _subject_of(experiment).name == "saes":
         subject = loaded.saes
         annotation = _subject_of(experiment).annotation
@@ -60,7 +67,11 @@ def _run(experiment: Experiment, given: dict[str, Any]) -> None:
     out: Path = given.pop("out")
     progress = out / "progress"
     # typer gives an empty list for an option that is not given.
+    train_text: Path | None = given.pop("train_text", None)
     options = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x != []}
+    if train_text is not None:
+        name = printable(train_text.name)
+        options["train_tokens"] = as_passages(loaded.model, read_text(train_text)[:OWN_CHARACTERS], name=name)
     stopped = f"the same command goes on where it stopped (finished parts are in {progress})"
     with locked(out), interruptible(stopped), warnings_as_lines():
         about = () if experiment.of_model else (subject,)
@@ -78,16 +89,28 @@ def _subject_of(experiment: Experiment) -> inspect.Parameter:
     return list(inspect.signature(experiment.function, eval_str=True).parameters.values())[1]
 
 
+def _takes_several_cells(experiment: Experiment) -> bool:
+    """Whether it takes several cells or SAEs at once, and so a text as `parse_cells` reads it."""
+    subject = _subject_of(experiment)
+    return subject.name == "sae_or_cell" and str in get_args(subject.annotation)
+
+
 def _shared_options(experiment: Experiment) -> list[inspect.Parameter]:
     """Options of every experiment: its subject, the text, where the result goes."""
     required = inspect.Parameter.empty
+    one_cell = [
+        _option("sae", str | None, None, f"{SAE_REFERENCE} The experiment is run on its cell."),
+        _option("cell", str | None, None, "The cell, LAYER:HEAD, in place of --sae."),
+    ]
+    cells = "The cell, LAYER:HEAD, in place of --sae; several with * for all and commas between, as 1:*."
+    several_cells = [
+        _option("sae", list[str], [], f"{SAE_REFERENCE} Give the option once for each cell's SAE."),
+        _option("cell", str | None, None, cells),
+    ]
     subject = {
         "sae": [_option("sae", str, required, SAE_REFERENCE)],
         "saes": [_option("sae", list[str], required, f"{SAE_REFERENCE} Give the option once for each SAE.")],
-        "sae_or_cell": [
-            _option("sae", str | None, None, f"{SAE_REFERENCE} The experiment is run on its cell."),
-            _option("cell", str | None, None, "The cell, LAYER:HEAD, in place of --sae."),
-        ],
+        "sae_or_cell": several_cells if _takes_several_cells(experiment) else one_cell,
         "tokens": [],
     }[_subject_of(experiment).name]
     model = _option("model", str | None, None, "Default: the model that the SAE names.")
@@ -119,16 +142,24 @@ def _shared_options(experiment: Experiment) -> list[inspect.Parameter]:
             context,
             min=1,
         ),
+        *([_train_text()] if "train_tokens" in inspect.signature(experiment.function).parameters else []),
         _option("device", Device, "cpu"),
         _option("seed", Seed, 0),
     ]
+
+
+def _train_text() -> inspect.Parameter:
+    """The option of experiments with untrained baselines."""
+    help = "UTF-8 text that the untrained baselines are made from; default: the SAE's training text where it "
+    help += "is a file or folder here, else the training part of the shipped text."
+    return _option("train_text", Path | None, None, help)
 
 
 def _option(
     name: str, annotation: Any, default: Any, help: str | None = None, **how: Any
 ) -> inspect.Parameter:
     if help is not None:
-        shown = default not in (None, ()) and default is not inspect.Parameter.empty
+        shown = default not in (None, (), []) and default is not inspect.Parameter.empty
         annotation = Annotated[annotation, typer.Option(help=help, show_default=shown, **how)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

@@ -82,7 +82,8 @@ def amplify(
     Returns:
         a result. ``records`` has one row per text: prompt, condition ("native", "2x", ..., "random"),
         newlines_per_400 (tokens), distinct_tokens (share of different ones), repeated_4grams (share of
-        4-grams that occurred before), characters_per_token, continuation (token ids, as JSON).
+        4-grams that occurred before), characters_per_token, continuation (token ids, as JSON), text (the same as
+        text).
         ``summary`` has atom, control_atom, mean_coefficient, mean_norm (Frobenius, of what the atom or code
         adds to stand-ins where it is active), and by_condition the mean of each
         statistic, with Cohen's d and the two-sided Mann-Whitney p against the native texts.
@@ -153,9 +154,9 @@ def _decode(
     temperature: float,
     seed: int,
 ) -> Int[Tensor, "row token"]:
-    prefix = Prefix(model, cell, prompts[:, :-1])
+    prefix = Prefix(model, cell.layer, prompts[:, :-1])
     logits, cache = prefix.run(prompts[:, -1:].repeat_interleave(len(writes), dim=0))
-    added = writes.repeat(len(prompts), 1, 1)
+    added = {cell: writes.repeat(len(prompts), 1, 1)}
     return prefix.decode(logits, cache, n_tokens, temperature, seed, added)
 
 
@@ -168,7 +169,7 @@ def _count(model: HookedRecurrent, ids: list[int]) -> dict[str, Any]:
         1 - len(set(grams)) / len(grams) if grams else 0.0,
         len(text) / len(ids),
     )
-    return dict(zip(STATISTICS, values, strict=True)) | {"continuation": json.dumps(ids)}
+    return dict(zip(STATISTICS, values, strict=True)) | {"continuation": json.dumps(ids), "text": text}
 
 
 def _summarize(records: pd.DataFrame, conditions: list[str]) -> dict[str, dict[str, float | None]]:

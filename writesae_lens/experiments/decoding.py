@@ -1,7 +1,8 @@
-"""Decoding with an edited cell: many continuations of each prompt from one cached prefix."""
+"""Decoding with edited cells: many continuations of each prompt from one cached prefix."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from hooked_models.hooked_recurrent import Cell
 from hooked_models.unembedding import logits_of, run_to_residual
 from writesae_lens.experiments.passes import cache_of, check_finite
 
-Added = Float[Tensor, "row pos d_k d_v"]
+Added = Mapping[Cell, Float[Tensor, "row pos d_k d_v"]]
+"""Matrices that are added to the native writes of some cells."""
 
 # Logits over all rows of a group of prompts, which bounds how many are decoded together.
 LOGITS_PER_PASS = 2**27
@@ -26,12 +28,12 @@ class Prefix:
 
     Args:
         model: the model.
-        cell: the cell whose writes are edited.
+        layer: the lowest one whose writes are edited.
         tokens: ``[prompt, pos]``: the tokens, one or more, that all rows of a prompt share.
     """
 
-    def __init__(self, model: HookedRecurrent, cell: Cell, tokens: Int[Tensor, "prompt pos"]) -> None:
-        self._model, self._cell, self._n_prompts = model, cell, len(tokens)
+    def __init__(self, model: HookedRecurrent, layer: int, tokens: Int[Tensor, "prompt pos"]) -> None:
+        self._model, self._layer, self._n_prompts = model, layer, len(tokens)
         self._cache = cache_of(model, tokens)
 
     def run(
@@ -41,7 +43,7 @@ class Prefix:
 
         Args:
             tokens: equally many rows for each prompt, prompt by prompt.
-            added: matrices that are added to the cell's native writes.
+            added: matrices that are added to native writes.
 
         Raises:
             WriteSAEError: the logits are not finite.
@@ -63,18 +65,18 @@ class Prefix:
         return logits
 
     def lower_layers(self, tokens: Int[Tensor, "prompt pos"]) -> LowerLayers | None:
-        """What the layers below the cell's make of a continuation of each prompt (None: nothing to share)."""
+        """What the layers below the edited ones make of a continuation of each prompt (None: nothing)."""
         cache = repeated(self._cache, 1)
-        return run_lower_layers(self._model, tokens, self._cell.layer, past_key_values=cache, use_cache=True)
+        return run_lower_layers(self._model, tokens, self._layer, past_key_values=cache, use_cache=True)
 
     def residual(
-        self, tokens: Int[Tensor, "row pos"], added: Added, lower: LowerLayers | None
+        self, tokens: Int[Tensor, "row pos"], added: Added | None = None, lower: LowerLayers | None = None
     ) -> Float[Tensor, "row pos d_model"]:
         """The residual stream after the last layer in rows that go on from their prompts' caches.
 
         Args:
             tokens: equally many rows for each prompt, prompt by prompt.
-            added: matrices that are added to the cell's native writes.
+            added: matrices that are added to native writes.
             lower: what the lower layers make of the rows' tokens, where it is known.
 
         Raises:
@@ -89,12 +91,12 @@ class Prefix:
     def _residual(
         self, tokens: Tensor, cache: Any, added: Added | None, lower: LowerLayers | None = None
     ) -> Float[Tensor, "row pos d_model"]:
-        def add(write: Tensor, hook: Any) -> Tensor:
-            assert added is not None
-            return write + added.flatten(-2).to(write.dtype)
+        def adding(matrices: Tensor) -> Callable[..., Tensor]:
+            return lambda write, hook: write + matrices.flatten(-2).to(write.dtype)
 
-        name = self._model.write_hook_name(self._cell.layer, self._cell.head)
-        with self._model.hooks(fwd_hooks=[] if added is None else [(name, add)]):
+        name = self._model.write_hook_name
+        hooks: list[Any] = [(name(c.layer, c.head), adding(x)) for c, x in (added or {}).items()]
+        with self._model.hooks(fwd_hooks=hooks):
             return run_to_residual(self._model, tokens, past_key_values=cache, use_cache=True, lower=lower)
 
     @torch.no_grad()
@@ -105,7 +107,7 @@ class Prefix:
         n_tokens: int,
         temperature: float,
         seed: int,
-        added: Float[Tensor, "row d_k d_v"] | None = None,
+        added: Mapping[Cell, Float[Tensor, "row d_k d_v"]] | None = None,
     ) -> Int[Tensor, "row token"]:
         """The next ``n_tokens`` tokens of every row.
 
@@ -116,10 +118,10 @@ class Prefix:
             temperature: 0 takes the likeliest token, else tokens are drawn. Rows of one prompt share their
                 random numbers, so that they differ by their edits alone.
             seed: seed of the draws.
-            added: a matrix that is added to the cell's native write at every decoded token that is read.
+            added: matrices that are added to native writes at every decoded token that is read.
         """
         rng, chosen = torch.Generator().manual_seed(seed), []
-        every = None if added is None else added[:, None]
+        every = None if added is None else {cell: x[:, None] for cell, x in added.items()}
         for step in range(n_tokens):
             if temperature > 0:
                 # The largest of logits with Gumbel noise is a draw from their softmax.

@@ -2,71 +2,60 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sae_lens import SAE
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
-from hooked_models.unembedding import logits_of, token_logits
 from writesae_lens import statistics
-from writesae_lens.divergences import wide
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.decoding import Prefix, batches
+from writesae_lens.experiments.decoding import batches
+from writesae_lens.experiments.installs.prompts import Method, Prompts
+from writesae_lens.experiments.installs.targets import PAPER, Stratum, draw_targets
 from writesae_lens.experiments.options import Count, Natural, NotNegative, Positive, Seed, as_list
 from writesae_lens.experiments.passages import find_passages, token_id
-from writesae_lens.experiments.passes import (
-    check_finite,
-    native_writes,
-    unembedding_directions,
-)
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator, seed_of
-from writesae_lens.experiments.subjects import find_cell
+from writesae_lens.experiments.subjects import CellOrSAE, find_cells
 from writesae_lens.figures import ATOM, DELETE, RANDOM, new_figure
 
-# Adam's learning rate; the factors have norm 1.
-_STEP = 0.1
-# Logits that are in memory at once where the likeliest token is looked for.
-_LOGITS_AT_ONCE = 2**25
-# Native ranks at the first step, from 1: the paper's strata.
-STRATA = {
-    "frequent": (2, 100),
-    "rank_100_1000": (100, 1000),
-    "rare": (1000, None),
-    "out_of_context": (None, None),  # the less likely half of the vocabulary, but not in the prompt
-}
+# Numbers of the added matrices, at all tokens of all rows, that are differentiated at once.
+_NUMBERS_AT_ONCE = 2**25
 
 
 @experiment(
     "install",
     paper=7,
     question="Can a token be installed by writing it into the memory?",
-    row="an edit: one prompt, target and magnitude",
+    row="an edit: one prompt, target, magnitude and number of cells",
     table=("target_in_continuation", "native_target_in_continuation", "mean_lift", "mean_control_lift"),
     max_passages=16,
     context_size=64,
 )
 def install_tokens(
     model: HookedRecurrent,
-    sae_or_cell: SAE[Any] | Cell | tuple[int, int],
+    sae_or_cell: SAE[Any] | Cell | tuple[int, int] | str | Sequence[CellOrSAE],
     prompts: Int[Tensor, "passage pos"] | str,
     targets: Sequence[int | str] | int | str | None = None,
     magnitude: Positive | Sequence[Positive] = 3.0,
     positions: Count = 3,
-    direction: Literal["jacobian", "unembedding"] = "jacobian",
+    direction: Literal["jacobian", "unembedding", "greedy"] = "jacobian",
     n_refinements: Natural = 20,
     n_tokens: Count = 20,
     temperature: NotNegative = 0.0,
+    n_cells: Count | Sequence[Count] | None = None,
+    strata: tuple[Stratum, ...] = PAPER,
+    n_ahead: Count = 4,
     context_size: Count | None = None,
     seed: Seed = 0,
     progress_folder: str | None = None,
@@ -74,8 +63,9 @@ def install_tokens(
 ) -> ExperimentResult:
     """Add a token's direction to a head's writes at a prompt's last positions, and decode: is the token said?
 
-    At each of the last ``positions`` of the prompt a rank-1 matrix with ``magnitude`` times the norm of the
-    native write there is added to that write; everything else is native. Directions:
+    At each of the last ``positions`` of the prompt, and in each of the cells, a rank-1 matrix is added to the
+    native write; everything else is native. Its Frobenius norm is ``magnitude`` times that of the native
+    write of the same cell at the same position, as in the paper, which writes in one cell. Directions:
 
     - ``unembedding`` (the paper's): key side that of the native write, value side W_O[head] W_U[target].
     - ``jacobian``: the rank-1 matrix of that norm that raises the target's logit most above the others: by
@@ -84,251 +74,126 @@ def install_tokens(
       every coming read, norm, gate and all later layers. It starts as the gradient's leading singular pair at
       the native writes; as the head's norm bends the response long before three write norms,
       ``n_refinements`` steps of Adam on both factors follow, and the best step is kept.
+    - ``greedy``: the same for what greedy decoding needs to say the target: at a step of the coming
+      ``n_ahead`` the target's margin must be positive, and before it the margins of the tokens that are said
+      natively, so that the continuation comes to that step. The smallest of these counts. Several cells need
+      this direction: their writes change what is said from the first token on, where ``jacobian`` still
+      follows the native continuation.
 
-    Each edit has a control, a Gaussian rank-1 write of the same norm.
+    In several cells the matrices of all cells and positions are found together: one gradient through all of
+    them, and Adam's steps on all factors at once. Each edit has a control, Gaussian rank-1 writes of the same
+    norms in the same cells.
 
     Args:
         model: the model.
-        sae_or_cell: a cell, (layer, head), or an SAE on one; only the cell counts.
+        sae_or_cell: a cell, (layer, head), or an SAE on one; several in a list; or a text that names cells:
+            "1:*" is all heads of layer 1, "0:2,3:1" two cells. Of SAEs only their cells count.
         prompts: ``[prompt, pos]``, or a text to cut into prompts.
         targets: ids, or texts of one token each; each is tried with every prompt (None: one drawn at random
-            in each stratum of native ranks at the first step: 2 to 99, 100 to 999, from 1,000, and tokens
-            of the less likely half that are not in the prompt; strata that the vocabulary has not are
-            left out).
-        magnitude: norm of the added matrix, in units of the native write there; several are tried one by one.
+            in each of the ``strata``).
+        magnitude: norm of the added matrix in each cell, in units of the native write there; several are
+            tried one by one.
         positions: number of the prompt's last positions that are written to.
         direction: which matrix is added.
-        n_refinements: Adam steps of ``jacobian``; 0 takes the gradient at the native writes as it is.
+        n_refinements: Adam steps of ``jacobian`` and ``greedy``; 0 takes the gradient at the native writes as
+            it is.
         n_tokens: number of tokens to decode.
         temperature: 0 is greedy, else tokens are drawn, with the same random numbers for every edit.
+        n_cells: in how many of the cells each edit writes: those whose writes move its target most, to first
+            order; several numbers are tried one by one (None: all).
+        strata: where targets are drawn, by their native rank at the first step: frequent (2 to 99),
+            rank_100_1000 (100 to 999), rare (from 1,000), out_of_context (the less likely half, but not in
+            the prompt), third_native (100 to 999, of which one in three is said natively, and the others are
+            not); those that the vocabulary has not are left out.
+        n_ahead: steps of the native continuation at which ``greedy`` may say the target.
         context_size: length of a prompt where ``prompts`` is text (None: as in the SAE's training, else 256).
         seed: seed of targets, controls and draws.
         progress_folder: folder that keeps finished prompts, so that the same call resumes.
         verbose: show a progress bar.
 
     Returns:
-        a result. ``records`` has one row per edit: prompt, target, stratum, magnitude, native_rank, rank
-        (at the first step, from 1), rank_shift (how many ranks it rose), lift (of the first step's
+        a result. ``records`` has one row per edit: prompt, target, stratum, magnitude, n_cells, native_rank,
+        rank (at the first step, from 1), rank_shift (how many ranks it rose), lift (of the first step's
         log-probability, nats), in_continuation, native_in_continuation, control_in_continuation,
-        control_lift, continuation and native_continuation (token ids, as JSON). ``summary`` has
+        control_lift, perplexity (of the continuation under the unedited model), repetition (the share of its
+        runs of three tokens that have stood in it before), both also as native_ and control_, continuation
+        and native_continuation (token ids, as JSON). ``summary`` has
         target_in_continuation with a 95% interval (bootstrap over prompts), native_target_in_continuation,
         control_target_in_continuation, median_rank_shift, mean_lift, mean_control_lift, n_already_first (the
         edits whose target comes first natively, and so has nothing to gain there), first_token (how often the
-        target comes first, of the other edits; None where there are none), and all of these by_stratum and
-        by_magnitude.
+        target comes first, of the other edits; None where there are none), perplexity and repetition of each
+        kind (geometric and plain means), all of these by_stratum, by_magnitude and by_n_cells; and curve, a
+        row for each magnitude and number of cells.
 
     Raises:
-        WriteSAEError: a target is not one token, prompts are not longer than ``positions``, or logits are not
-            finite.
+        WriteSAEError: a target is not one token, prompts are not longer than ``positions``, there are fewer
+            cells than ``n_cells``, or logits are not finite.
         HookedModelError: there is no such cell.
     """
     magnitudes = tuple(np.ravel(magnitude).tolist())
     targets = [targets] if isinstance(targets, (int, str)) else targets
-    cell = find_cell(model, sae_or_cell)
-    passages = find_passages(model, sae_or_cell, prompts, context_size)
+    cells = find_cells(model, sae_or_cell)
+    counts = _counts(n_cells, cells)
+    given = sae_or_cell if isinstance(sae_or_cell, (list, tuple)) else [sae_or_cell]
+    sae = next((x for x in given if isinstance(x, SAE)), None)
+    passages = find_passages(model, sae, prompts, context_size)
     if passages.shape[1] <= positions:
         raise WriteSAEError(
             f"prompts of {passages.shape[1]} tokens are too short to write at their last {positions}: give "
             "longer ones, or fewer positions"
         )
     wanted = None if targets is None else [token_id(model, t) for t in as_list("targets", targets)]
-    if wanted == []:
-        raise WriteSAEError("there are no targets: give some, or None to draw them")
-    run = Run("install", model, cell, passages, locals(), targets=wanted, magnitude=list(magnitudes))
+    if wanted == [] or not strata:
+        raise WriteSAEError("there are no targets: give some, or None to draw them in one stratum at least")
+    settings = {"targets": wanted, "magnitude": list(magnitudes), "n_cells": list(counts)}
+    run = Run("install", model, cells, passages, locals(), **settings)
 
-    n_rows = (len(STRATA) if wanted is None else len(wanted)) * len(magnitudes)
-    groups = batches(len(passages), n_rows * (positions + n_tokens) * model.cfg.d_vocab)
+    n_rows = (len(strata) if wanted is None else len(wanted)) * len(magnitudes) * len(counts)
+    n_numbers = n_rows * (positions + n_tokens) * sum(cell.d_k * cell.d_v for cell in cells)
+    largest = max(1, _NUMBERS_AT_ONCE // n_numbers)
+    groups = [
+        slice(start, min(start + largest, group.stop))
+        for group in batches(len(passages), n_rows * (positions + n_tokens) * model.cfg.d_vocab)
+        for start in range(group.start, min(group.stop, len(passages)), largest)
+    ]
+    method = Method(direction, n_refinements, n_ahead, magnitudes, counts)
 
     def install(n: int) -> pd.DataFrame:
-        group = _Prompts(model, cell, passages[groups[n]], positions, n_tokens, temperature, seed_of(seed, n))
+        tokens = passages[groups[n]]
+        group = Prompts(model, cells, tokens, positions, n_tokens, temperature, seed_of(seed, n))
         if wanted is None:
-            names, chosen = group.draw_targets(generator(seed, n, 1))
+            native = group.native
+            names, chosen = draw_targets(strata, tokens, native.first, native.tokens, generator(seed, n, 1))
         else:
-            names, chosen = ["given"] * len(wanted), torch.tensor([wanted] * len(group.tokens))
-        refine = n_refinements if direction == "jacobian" else None
-        frame = group.install(chosen, names, magnitudes, refine, generator(seed, n))
+            names, chosen = ["given"] * len(wanted), torch.tensor([wanted] * len(tokens))
+        frame = group.install(chosen, names, method, generator(seed, n))
         return frame.assign(prompt=np.arange(len(passages))[groups[n]][frame.prompt])
 
     records = run.records(range(len(groups)), install, "Installing", unit="batch")
     summary: dict[str, Any] = {**_summarize(records, seed), "n_prompts": len(passages)}
+    return run.result(records, summary, _headline(summary, len(cells)))
+
+
+def _counts(n_cells: int | Sequence[int] | None, cells: list[Cell]) -> tuple[int, ...]:
+    counts = (len(cells),) if n_cells is None else tuple(np.ravel(n_cells).tolist())
+    if not counts or max(counts) > len(cells):
+        raise WriteSAEError(
+            f"n_cells={n_cells} makes no sense: {len(cells)} cells are given to write in, so give 1 to "
+            f"{len(cells)}, one number at least"
+        )
+    return counts
+
+
+def _headline(summary: dict[str, Any], n_cells: int) -> str:
     interval = statistics.between(summary["target_in_continuation_ci"], ".1%")
-    headline = (
+    where = "" if n_cells == 1 else f" in {n_cells} cells"
+    return (
         f"target in continuation {summary['target_in_continuation']:.1%}{interval}, natively "
         f"{summary['native_target_in_continuation']:.1%}, with random writes "
-        f"{summary['control_target_in_continuation']:.1%}, {len(records)} installs"
+        f"{summary['control_target_in_continuation']:.1%}, {summary['n_installs']} installs{where}; "
+        f"perplexity of the continuation {summary['perplexity']:.3g}, natively "
+        f"{summary['native_perplexity']:.3g}"
     )
-    return run.result(records, summary, headline)
-
-
-class _Prompts:
-    """Some prompts: their native continuations, and installs that share their cached prefixes."""
-
-    def __init__(
-        self,
-        model: HookedRecurrent,
-        cell: Cell,
-        tokens: Int[Tensor, "prompt pos"],
-        positions: int,
-        n_tokens: int,
-        temperature: float,
-        seed: int,
-    ) -> None:
-        self.model, self.cell, self.tokens = model, cell, tokens
-        self.last, self.n_tokens = tokens[:, -positions:], n_tokens
-        self.prefix = Prefix(model, cell, tokens[:, :-positions])
-        self.how = {"n_tokens": n_tokens, "temperature": temperature, "seed": seed}
-        writes = [native_writes(model, cell, prompt) for prompt in tokens]
-        self.key, value = (torch.stack(x)[:, -positions:].float() for x in zip(*writes, strict=True))
-        self.norm = self.key.norm(dim=-1) * value.norm(dim=-1)
-        with torch.no_grad():
-            logits, cache = self.prefix.run(self.last)
-            self.logits = wide(logits)
-            self.said = self.prefix.decode(logits, cache, **self.how)
-
-    def draw_targets(self, rng: torch.Generator) -> tuple[list[str], Int[Tensor, "prompt target"]]:
-        """One token of each stratum that the vocabulary has, for every prompt."""
-        drawn: dict[str, list[int]] = {}
-        for prompt, row in zip(self.tokens.tolist(), self.logits, strict=True):
-            order = row.argsort(descending=True).tolist()
-            unseen = set(range(len(order))) - set(prompt)
-            for name, (low, high) in STRATA.items():
-                if low is None:
-                    pool = [t for t in order[len(order) // 2 :] if t in unseen]
-                else:
-                    pool = order[low - 1 : None if high is None else high - 1]
-                if pool:
-                    token = pool[int(torch.randint(0, len(pool), (), generator=rng))]
-                    drawn.setdefault(name, []).append(token)
-        return list(drawn), torch.tensor(list(drawn.values())).T
-
-    def install(
-        self,
-        chosen: Int[Tensor, "prompt target"],
-        names: list[str],
-        magnitudes: tuple[float, ...],
-        refine: int | None,
-        rng: torch.Generator,
-    ) -> pd.DataFrame:
-        n_prompts, n_targets = chosen.shape
-        n, device = n_targets * len(magnitudes), self.tokens.device  # edits of a prompt
-        targets = chosen.to(device).repeat_interleave(len(magnitudes), dim=1).flatten()
-        of = torch.arange(n_prompts, device=device).repeat_interleave(n)  # the prompt of each edit
-        size = torch.tensor(magnitudes, device=device).repeat(n_prompts * n_targets)
-        sizes = size[:, None] * self.norm[of]
-        added = (
-            self._unembedding(targets, of) if refine is None else self._jacobian(targets, of, sizes, refine)
-        )
-        shape = len(targets), self.last.shape[1]
-        control = [torch.randn(*shape, d, generator=rng).to(device) for d in (self.cell.d_k, self.cell.d_v)]
-        own, other = (self._decode(_of_norm(*x, sizes), of) for x in (added, (control[0], control[1])))
-        native = self.logits[of], self.said[of]
-
-        def log_p(first: Tensor) -> Tensor:
-            return first.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-
-        def rank(first: Tensor) -> Tensor:
-            return (first > first.gather(1, targets[:, None])).sum(-1) + 1
-
-        def contains(said: Tensor) -> Tensor:
-            return (said == targets[:, None]).any(-1)
-
-        columns = {
-            "prompt": of,
-            "target": targets,
-            "stratum": np.tile(np.repeat(names, len(magnitudes)), n_prompts),
-            "magnitude": np.tile(magnitudes, n_prompts * n_targets),
-            "native_rank": rank(native[0]),
-            "rank": rank(own[0]),
-            "rank_shift": rank(native[0]) - rank(own[0]),
-            "lift": log_p(own[0]) - log_p(native[0]),
-            "in_continuation": contains(own[1]),
-            "native_in_continuation": contains(native[1]),
-            "control_in_continuation": contains(other[1]),
-            "control_lift": log_p(other[0]) - log_p(native[0]),
-        }
-        frame = pd.DataFrame({k: v.cpu().numpy() if torch.is_tensor(v) else v for k, v in columns.items()})
-        texts = {"continuation": own[1], "native_continuation": native[1]}
-        return frame.assign(
-            **{name: [json.dumps(row) for row in said.tolist()] for name, said in texts.items()}
-        )
-
-    @torch.no_grad()
-    def _decode(
-        self, added: Float[Tensor, "row pos d_k d_v"], of: Int[Tensor, " row"]
-    ) -> tuple[Float[Tensor, "row d_vocab"], Int[Tensor, "row token"]]:
-        """First logits and continuation with what is added."""
-        logits, cache = self.prefix.run(self.last[of], added)
-        return wide(logits), self.prefix.decode(logits, cache, **self.how)
-
-    def _unembedding(self, targets: Int[Tensor, " row"], of: Int[Tensor, " row"]) -> tuple[Tensor, Tensor]:
-        """The native keys, and the targets' rows of the unembedding as the head's output sees them."""
-        values = unembedding_directions(self.model, self.cell, targets)
-        return self.key[of], values[:, None].expand(-1, self.last.shape[1], -1)
-
-    def _jacobian(
-        self,
-        targets: Int[Tensor, " row"],
-        of: Int[Tensor, " row"],
-        sizes: Float[Tensor, "row pos"],
-        refine: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Leading pairs of the gradient of the targets' margins by the writes."""
-        native = torch.cat([self.last, self.said[:, :-1]], dim=1)
-        along, lower, n_written = native[of], self.prefix.lower_layers(native), self.last.shape[1]
-        lower = None if lower is None else lower.map(lambda x: x[of])
-        sides = self.cell.d_k, self.cell.d_v
-        coming = torch.zeros(len(of), along.shape[1] - n_written, *sides, device=of.device)
-
-        def margin(added: Tensor) -> Float[Tensor, " row"]:
-            residual = self.prefix.residual(along, torch.cat([added, coming], dim=1), lower)
-            return _margins(self.model, residual[:, n_written - 1 :], targets).logsumexp(-1)
-
-        with torch.enable_grad():
-            nothing = torch.zeros(len(of), n_written, *sides, device=of.device, requires_grad=True)
-            (gradient,) = torch.autograd.grad(margin(nothing).sum(), nothing)
-        check_finite("gradients of the logits", gradient)
-        left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
-        factors = [f.clone().requires_grad_() for f in (left[..., 0], right[..., 0, :])]
-        optimizer = torch.optim.Adam(factors, lr=_STEP)
-        best = [f.detach().clone() for f in factors]
-        reached = torch.full((len(of),), -float("inf"), device=of.device)
-        for turn in range(refine + 1 if refine else 0):
-            with torch.enable_grad():
-                found = margin(_of_norm(factors[0], factors[1], sizes))
-            better = found.detach() > reached
-            for kept, factor in zip(best, factors, strict=True):
-                kept[better] = factor.detach()[better]
-            reached[better] = found.detach()[better]
-            if turn < refine:
-                optimizer.zero_grad()
-                (-found.sum()).backward(inputs=factors)
-                optimizer.step()
-        return best[0], best[1]
-
-
-def _margins(
-    model: HookedRecurrent, residual: Float[Tensor, "row pos d_model"], targets: Int[Tensor, " row"]
-) -> Float[Tensor, "row pos"]:
-    """By how much each row's target is above the likeliest other token, in logits.
-
-    Which token that is takes all logits, in cuts of positions; the gradient is that of two logits.
-    """
-    places, others = targets[:, None].expand(residual.shape[:-1]), []
-    with torch.no_grad():
-        step = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab)
-        for rows, own in zip(residual.flatten(0, 1).split(step), places.flatten().split(step), strict=True):
-            logits = logits_of(model, rows).scatter_(1, own[:, None], -float("inf"))
-            others.append(logits.argmax(-1))
-    both = torch.stack([places, torch.cat(others).view_as(places)], dim=-1)
-    own, other = token_logits(model, residual[:, :, None].expand(*both.shape, -1), both).float().unbind(-1)
-    return own - other
-
-
-def _of_norm(
-    keys: Float[Tensor, "row pos d_k"], values: Float[Tensor, "row pos d_v"], sizes: Float[Tensor, "row pos"]
-) -> Float[Tensor, "row pos d_k d_v"]:
-    unit = nn.functional.normalize(keys, dim=-1), nn.functional.normalize(values, dim=-1)
-    return (unit[0] * sizes[..., None])[..., None] * unit[1][..., None, :]
 
 
 def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
@@ -336,15 +201,19 @@ def _summarize(records: pd.DataFrame, seed: int) -> dict[str, Any]:
     said = statistics.cluster_bootstrap(records.in_continuation, records.prompt, seed)
     summary["target_in_continuation_ci"] = said
     summary["n_installs"] = len(records)
-    for column in ("stratum", "magnitude"):
+    for column in ("stratum", "magnitude", "n_cells"):
         found = records.groupby(column, sort=False)
         summary[f"by_{column}"] = {str(name): {"n": len(part), **_rates(part)} for name, part in found}
+    pairs: Any = records.groupby(["magnitude", "n_cells"], sort=False)
+    summary["curve"] = [
+        {"magnitude": float(m), "n_cells": int(n), "n": len(part), **_rates(part)} for (m, n), part in pairs
+    ]
     return summary
 
 
 def _rates(records: pd.DataFrame) -> dict[str, Any]:
     not_first = records.loc[records.native_rank > 1]
-    return {
+    rates = {
         "target_in_continuation": float(records.in_continuation.mean()),
         "native_target_in_continuation": float(records.native_in_continuation.mean()),
         "control_target_in_continuation": float(records.control_in_continuation.mean()),
@@ -354,27 +223,63 @@ def _rates(records: pd.DataFrame) -> dict[str, Any]:
         "mean_lift": float(records.lift.mean()),
         "mean_control_lift": float(records.control_lift.mean()),
     }
+    for name in ("", "native_", "control_"):
+        rates[f"{name}perplexity"] = float(np.exp(np.log(records[f"{name}perplexity"]).mean()))
+        rates[f"{name}repetition"] = float(records[f"{name}repetition"].mean())
+    return rates
+
+
+# Prefix in the summary, colour and label of what is installed, of the control, and of the native text.
+_KINDS = (("", ATOM, "installed"), ("control_", RANDOM, "random writes"), ("native_", DELETE, "native"))
 
 
 @figure("install")
 def plot_install(result: ExperimentResult) -> Figure:
-    """Target in the continuation by stratum and by magnitude, installed, native and with a random write."""
+    """Target in the continuation by norm and number of cells, and by stratum; the cost in fluency."""
     summary = result.summary
-    figure, axes = new_figure(10.0, 4.0, 2)
-    bars = (("target", ATOM, summary["direction"]), ("control_target", RANDOM, "random write"),
-            ("native_target", DELETE, "native"))  # fmt: skip
-    for axis, column in zip(axes, ("stratum", "magnitude"), strict=True):
-        groups = summary[f"by_{column}"]
-        for shift, (name, color, label) in zip((-0.27, 0, 0.27), bars, strict=True):
-            heights = [group[f"{name}_in_continuation"] for group in groups.values()]
-            axis.bar(np.arange(len(groups)) + shift, heights, width=0.25, color=color, label=label)
-        names = [name.replace("_", " ") if column == "stratum" else f"{float(name):g} x" for name in groups]
-        axis.set_xticks(range(len(groups)), names)
-        axis.set(ylim=(0, 1.05), xlim=(-0.6, max(len(names), 3) - 0.4))  # one group is no wall of color
-        axis.set_title(f"By {column}", fontsize=11, loc="left")
+    figure, axes = new_figure(13.0, 4.0, 3)
+    _draw_curve(axes[0], summary)
     axes[0].set_ylabel(f"target in the next {summary['n_tokens']} tokens")
-    axes[1].legend(frameon=False, fontsize=9)
+    _draw_bars(axes[1], summary["by_stratum"], "{}target_in_continuation")
+    axes[1].set_ylim(0, 1.05)
+    axes[1].set_title("By native rank of the target", fontsize=11, loc="left")
+    _draw_bars(axes[2], summary["by_stratum"], "{}perplexity")
+    axes[2].set_yscale("log")
+    axes[2].set_title("Perplexity of the text, unedited model", fontsize=11, loc="left")
+    axes[2].legend(frameon=False, fontsize=9)
     interval = statistics.between(summary["target_in_continuation_ci"], ".1%")
     said = f"Target said in {summary['target_in_continuation']:.1%} of {summary['n_installs']:,} installs"
-    figure.suptitle(said + interval, fontsize=11, x=0.02, ha="left")
+    figure.suptitle(said + interval + f", direction: {summary['direction']}", fontsize=11, x=0.02, ha="left")
     return figure
+
+
+def _draw_bars(axis: Axes, groups: dict[str, dict[str, float]], figure_of_merit: str) -> None:
+    for shift, (kind, color, label) in zip((-0.27, 0, 0.27), _KINDS, strict=True):
+        heights = [group[figure_of_merit.format(kind)] for group in groups.values()]
+        axis.bar(np.arange(len(groups)) + shift, heights, width=0.25, color=color, label=label)
+    axis.set_xticks(range(len(groups)), [name.replace("_", "\n", 1).replace("_", " ") for name in groups])
+    axis.set_xlim(-0.6, max(len(groups), 3) - 0.4)  # one group is no wall of color
+
+
+def _draw_curve(axis: Axes, summary: dict[str, Any]) -> None:
+    """Success against the norm, a line for each number of cells; against the number where the norm is one."""
+    rows, color = summary["curve"], {kind: color for kind, color, _ in _KINDS}
+    x, line = ("magnitude", "n_cells") if len(summary["magnitude"]) > 1 else ("n_cells", "magnitude")
+    lines = list(dict.fromkeys(row[line] for row in rows))
+    for number, value in enumerate(lines):
+        part = sorted((row for row in rows if row[line] == value), key=lambda row: row[x])
+        for kind, style in (("", "o-"), ("control_", "s--"), ("native_", ":")):
+            heights = [row[f"{kind}target_in_continuation"] for row in part]
+            strength = (number + 1) / len(lines)
+            axis.plot(
+                [row[x] for row in part], heights, style, color=color[kind], alpha=strength, lw=1.4, ms=4
+            )
+        label = f"{value} cells" if line == "n_cells" else f"{value:g} x"
+        axis.annotate(f" {label}", (part[-1][x], part[-1]["target_in_continuation"]), fontsize=8, color=ATOM)
+    ticks = sorted({row[x] for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(0, 1.05)
+    axis.set_xlabel("norm, in native writes" if x == "magnitude" else "cells written in")
+    axis.set_title("By norm and number of cells", fontsize=11, loc="left")

@@ -48,7 +48,7 @@ class Run:
     Args:
         name: of the experiment in the catalogue.
         model: the model.
-        subject: the SAE, SAEs or cell that the experiment is about; None: all cells of the model.
+        subject: the SAE, SAEs, cell or cells that the experiment is about; None: all cells of the model.
         tokens: passages or prompts.
         arguments: values of the experiment's arguments by name: ``locals()`` where the run is made, so that
             each option is recorded with the value that the variable of its name has then.
@@ -67,18 +67,19 @@ class Run:
         self,
         name: str,
         model: HookedRecurrent,
-        subject: SAE[Any] | Cell | Sequence[SAE[Any]] | None,
+        subject: SAE[Any] | Cell | Sequence[SAE[Any]] | Sequence[Cell] | None,
         tokens: Int[Tensor, "passage pos"],
         arguments: Mapping[str, Any],
         parts_depend_on_options: bool = True,
         **settings: Any,
     ) -> None:
-        if subject is None or isinstance(subject, Cell):
-            cells = model.cells if subject is None else [subject]
-            saes, hooks = [], [model.write_hook_name(cell.layer, cell.head) for cell in cells]
-        else:
-            saes = [subject] if isinstance(subject, SAE) else list(subject)
-            hooks = [sae.cfg.metadata.hook_name for sae in saes]
+        about = model.cells if subject is None else subject
+        about = [about] if isinstance(about, (SAE, Cell)) else list(about)
+        saes = [x for x in about if isinstance(x, SAE)]
+        hooks = [
+            model.write_hook_name(x.layer, x.head) if isinstance(x, Cell) else x.cfg.metadata.hook_name
+            for x in about
+        ]
         cell = model.site(hooks[0]).cell
         self.name, self.verbose, entry = name, arguments.get("verbose"), find_experiment(name, of_models=True)
         options = {option: _plain(arguments[option]) for option in entry.own_options} | settings

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sae_lens import SAE
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell, Site
+from writesae_lens.cells import parse_cells
 from writesae_lens.errors import WriteSAEError
-from writesae_lens.experiments.options import shown
+from writesae_lens.experiments.options import is_whole, shown
 
 
 def check_model(model: Any) -> None:
@@ -129,3 +130,36 @@ def find_cell(model: HookedRecurrent, sae_or_cell: SAE[Any] | Cell | tuple[int, 
     if not isinstance(sae_or_cell, (tuple, list)) or len(sae_or_cell) != 2:
         raise WriteSAEError(f"an SAE, a cell or (layer, head) is wanted, got {shown(sae_or_cell)}")
     return model.cell(*sae_or_cell)
+
+
+CellOrSAE = SAE[Any] | Cell | tuple[int, int]
+"""What names a cell: itself, (layer, head), or an SAE on it."""
+
+
+def find_cells(model: HookedRecurrent, sae_or_cell: CellOrSAE | str | Sequence[CellOrSAE]) -> list[Cell]:
+    """One cell or several, in the order in which they are given.
+
+    Args:
+        model: the model.
+        sae_or_cell: what `find_cell` takes, a list of it, or a text as `parse_cells` takes it ("1:*").
+
+    Raises:
+        WriteSAEError: as `find_cell`; or there are none, or one comes twice.
+        HookedModelError: the model has no such cell.
+    """
+    check_model(model)
+    if isinstance(sae_or_cell, str):
+        if ":" not in sae_or_cell:
+            raise WriteSAEError(
+                f"an SAE, a cell or (layer, head) is wanted, got {sae_or_cell!r}; as text, cells are "
+                "LAYER:HEAD, with * for all and commas between, for example 1:*"
+            )
+        return parse_cells(model, sae_or_cell)
+    given: Any = sae_or_cell
+    is_list = isinstance(given, (list, tuple)) and not (len(given) == 2 and all(map(is_whole, given)))
+    cells = [find_cell(model, each) for each in (given if is_list else [given])]
+    if not cells:
+        raise WriteSAEError("there are no cells: give one at least")
+    if twice := [cell for n, cell in enumerate(cells) if cell in cells[:n]]:
+        raise WriteSAEError(f"layer {twice[0].layer} head {twice[0].head} is given twice: give each once")
+    return cells

@@ -22,8 +22,8 @@ _CHECKED = 32
 _LEAST_WRITES = 2048
 # `later_divergences`: firings within so many tokens share a pass, and a pass has so many tokens in its rows.
 _SPAN, _TOKENS_PER_PASS = 16, 2**11
-# Prompts that are decoded in one batch, and strata from which `install_tokens` draws its targets.
-_PROMPTS_PER_BATCH, _STRATA = 16, 4
+# Prompts that are decoded in one batch.
+_PROMPTS_PER_BATCH = 16
 # Of a text's positions, those that `max_firings_per_atom=30` leaves in 64 passages on the shipped models.
 _SHARE_OF_POPULATION = 0.6
 
@@ -217,20 +217,26 @@ def _decoded(rows: Number, tokens: int, batches: Number) -> Work:
 
 def _install(text: Text, options: Mapping[str, Any]) -> Work:
     prompts, n_tokens, positions = text.passages, options["n_tokens"], options["positions"]
-    targets = _STRATA if options["targets"] is None else len(options["targets"])
-    magnitudes = options["magnitude"]
-    edits = prompts * targets * (len(magnitudes) if isinstance(magnitudes, (tuple, list)) else 1)
+    targets = len(options["strata"] if options["targets"] is None else options["targets"])
+    edits = prompts * targets
+    for swept in (options["magnitude"], options["n_cells"]):
+        edits *= len(swept) if isinstance(swept, (tuple, list)) else 1
     batches = -(-prompts // _PROMPTS_PER_BATCH)
-    times = 0
-    if options["direction"] == "jacobian":  # forward and backward passes: the gradient, then the refinements
+    times, steps, compared = 0, n_tokens, 1
+    if options["direction"] == "greedy":  # the margins of the target, and of what is said natively
+        steps, compared = min(n_tokens, options["n_ahead"]), 2
+    if options["direction"] != "unembedding":  # forward and backward: the gradient, then the refinements
         times = 2 + (2 * options["n_refinements"] + 1 if options["n_refinements"] else 0)
+    read = (prompts + 2 * edits) * (positions + n_tokens - 1)
     return _reading(text).plus(
         _native(prompts, text.length + positions + n_tokens),
-        _rows(edits, positions + n_tokens - 1, times),
-        _logits(edits * n_tokens * times),
+        _rows(edits, positions + steps - 1, times),
+        _logits(edits * steps * times * compared),
         Work(calls=batches * times),
         _decoded(prompts, n_tokens, batches),
         _decoded(edits * 2, n_tokens, 2 * batches),
+        # The perplexity of what is said, under the unedited model.
+        Work(read, read, (prompts + 2 * edits) * n_tokens, 0, 3 * batches),
     )
 
 

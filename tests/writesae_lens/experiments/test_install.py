@@ -23,6 +23,7 @@ from tests.writesae_lens.experiments.truth import (
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import install, install_tokens
 from writesae_lens.experiments.decoding import Prefix
+from writesae_lens.experiments.installs.targets import PAPER, STRATA
 
 CELL = (LAYER, HEAD)
 POSITIONS, N_TOKENS = 3, 4
@@ -78,7 +79,8 @@ def test_every_number_is_that_of_full_passes_with_the_write_added(model, steps, 
     assert len(records) == 3 * 4 * 2
     of = column(records, "prompt")
     assert of.tolist() == np.repeat([0, 1, 2], 8).tolist()
-    (last, added, _), (also_last, control, _) = steps
+    (last, _, _), (also_last, _, _) = steps
+    added, control = (step.added for step in steps)
     assert torch.equal(last, prompts[of, -POSITIONS:])
     assert torch.equal(also_last, last)
     assert records.magnitude.tolist() == [1.0, 12.0] * 12
@@ -209,7 +211,7 @@ def test_every_drawn_target_lies_in_its_stratum(gdn):
     order, half = native_order(gdn, prompts), gdn.cfg.d_vocab // 2
     for seed in (0, 1):
         records = install_tokens(gdn, CELL, prompts, **(HOW | {"n_tokens": 1, "seed": seed})).records
-        assert records.groupby("stratum").size().to_dict() == dict.fromkeys(install.STRATA, 16)
+        assert records.groupby("stratum").size().to_dict() == dict.fromkeys(PAPER, 16)
         for row in records.itertuples():
             rank = order[row.prompt].index(row.target) + 1
             assert abs(rank - row.native_rank) <= 1  # equal logits
@@ -225,24 +227,27 @@ def test_every_drawn_target_lies_in_its_stratum(gdn):
 
 def test_strata_begin_and_end_at_their_ranks(gdn, monkeypatch):
     """With a single rank in each there is no chance in it."""
-    strata = {"frequent": (2, 3), "rank_100_1000": (100, 101), "last": (2048, None), "none": (2049, None)}
-    monkeypatch.setattr(install, "STRATA", strata)
+    ranks = {"frequent": (2, 3), "rank_100_1000": (100, 101), "rare": (2048, None)}
+    for name, bounds in ranks.items():
+        monkeypatch.setitem(STRATA, name, bounds)
     prompts = read(gdn, 3)
-    records = install_tokens(gdn, CELL, prompts, **HOW).records
+    records = install_tokens(gdn, CELL, prompts, strata=tuple(ranks), **HOW).records
     expected = [order[rank - 1] for order in native_order(gdn, prompts) for rank in (2, 100, 2048)]
     assert records.target.tolist() == expected
-    assert records.stratum.tolist() == ["frequent", "rank_100_1000", "last"] * 3
+    assert records.stratum.tolist() == list(ranks) * 3
+    monkeypatch.setitem(STRATA, "rare", (2049, None))
+    records = install_tokens(gdn, CELL, prompts, strata=("frequent", "rare"), **HOW).records
+    assert records.stratum.tolist() == ["frequent"] * 3
 
 
-def test_tokens_of_the_prompt_are_never_out_of_context(gdn, monkeypatch):
+def test_tokens_of_the_prompt_are_never_out_of_context(gdn):
     """All but three of the less likely half are in the prompt, so one of these is drawn."""
-    monkeypatch.setattr(install, "STRATA", {"out_of_context": (None, None)})
     prompt = torch.arange(2045)[None]
     left = set(native_order(gdn, prompt)[0][1024:]) - set(prompt[0].tolist())
     if not left:
         prompt = prompt + 3
         left = set(native_order(gdn, prompt)[0][1024:]) - set(prompt[0].tolist())
-    records = install_tokens(gdn, CELL, prompt, **HOW).records
+    records = install_tokens(gdn, CELL, prompt, strata=("out_of_context",), **HOW).records
     assert set(records.target) <= left
 
 
@@ -304,7 +309,7 @@ def test_drawn_continuations_share_their_noise_with_the_native_one(gdn):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_tokens_are_drawn_from_the_softmax_at_the_temperature(gdn, temperature):
     n = 2000
-    prefix = Prefix(gdn, gdn.cell(LAYER, HEAD), torch.zeros(n, 1, dtype=torch.long))
+    prefix = Prefix(gdn, LAYER, torch.zeros(n, 1, dtype=torch.long))
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -20.0])
     drawn = prefix.decode(logits.expand(n, -1), None, 1, temperature, seed=0)[:, 0]
     expected = n * (logits / temperature).softmax(-1).numpy()

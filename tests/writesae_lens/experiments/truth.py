@@ -208,11 +208,17 @@ def recorded_swaps(monkeypatch: pytest.MonkeyPatch) -> list[Edits]:
 
 
 class Step(NamedTuple):
-    """One call of `Prefix.go_on` with something added: tokens, what was added, logits."""
+    """One call of `Prefix.go_on` with something added: tokens, what was added in each cell, logits."""
 
     tokens: Tensor
-    added: Tensor
+    added_in: dict[Any, Tensor]
     logits: Tensor
+
+    @property
+    def added(self) -> Tensor:
+        """What was added in the one cell that there is."""
+        (added,) = self.added_in.values()
+        return added
 
 
 def recorded_steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
@@ -220,10 +226,10 @@ def recorded_steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     steps: list[Step] = []
     go_on = Prefix.go_on
 
-    def spy(self: Prefix, tokens: Tensor, cache: Any, added: Tensor | None = None) -> Tensor:
+    def spy(self: Prefix, tokens: Tensor, cache: Any, added: Any = None) -> Tensor:
         logits = go_on(self, tokens, cache, added)
         if added is not None and not torch.is_grad_enabled():
-            steps.append(Step(tokens, added.clone(), logits))
+            steps.append(Step(tokens, {cell: x.clone() for cell, x in added.items()}, logits))
         return logits
 
     monkeypatch.setattr(Prefix, "go_on", spy)

@@ -1,0 +1,1 @@
+"""Parts of the install experiment: its targets, the writes that it adds, and what the added writes cost."""
