@@ -33,8 +33,9 @@ bench: $(VENV)/.dev  ## both sides of each ratio in one run, on one thread
 bench-full: $(VENV)/.dev  ## a model of Qwen3.5-0.8B's size with random weights: every operation against what it needs
 	$(BIN)/python -m tests.benchmarks.full_size
 
-cells: $(VENV)/.dev  ## train and test every cell of a shipped model, print one table: 5 to 25 minutes
-	$(BIN)/python -m tests.benchmarks.all_cells --model $(MODEL) --out writesae-cells-$(MODEL) --workers 2
+cells: $(VENV)/.dev  ## train and test every cell of a shipped model, print tables
+	$(BIN)/writesae-lens sweep --model_name $(MODEL) --workers 2 --out writesae-cells-$(MODEL)
+	$(BIN)/python -m tests.benchmarks.all_cells writesae-cells-$(MODEL) --workers 2
 
 atlas: $(VENV)/.user  ## map, SAE and report of every cell of a shipped model, and one page of all: 15 minutes on 2 cores
 	$(BIN)/writesae-lens map --model $(MODEL) --out writesae-atlas-$(MODEL)/map

@@ -1,16 +1,15 @@
-"""The tables of all cells: what they hold, and a small run from training to tables that goes on."""
+"""The tables of all cells: what they hold, and those of a small sweep."""
 
 import json
-import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from hooked_models import zoo
-from hooked_models.hooked_recurrent import Cell
 from tests.benchmarks import all_cells, cells_parts, cells_table
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments.pursuit import matching_pursuit
+from writesae_lens.sweep import sweep
 
 
 def summary(median, pooled, lookup, chain=0.5):
@@ -61,17 +60,6 @@ def test_the_targets_count_the_cells_that_reach_them():
     assert table["win rate, both"]["cells that reach it"] == "0 of 2"
 
 
-def test_groups_hold_cells_of_one_layer():
-    cells = [Cell(layer, head, 4, 4, "x") for layer in (0, 2) for head in range(5)]
-    groups = all_cells.groups(cells)
-    assert [[(c.layer, c.head) for c in g] for g in groups] == [
-        [(0, 0), (0, 1), (0, 2), (0, 3)],
-        [(0, 4)],
-        [(2, 0), (2, 1), (2, 2), (2, 3)],
-        [(2, 4)],
-    ]
-
-
 def test_matching_pursuit_finds_the_sum_of_few_codes():
     rng = torch.Generator().manual_seed(0)
     codes = torch.linalg.qr(torch.randn(12, 12, generator=rng)).Q
@@ -86,38 +74,26 @@ def test_matching_pursuit_finds_the_sum_of_few_codes():
 
 
 @pytest.mark.slow
-def test_a_run_trains_tests_prints_and_goes_on(tmp_path, monkeypatch, capsys):
-    texts = {part: zoo.text(part)[:12_000] for part in zoo.PARTS}
-    monkeypatch.setattr(zoo, "text", lambda part: texts[part])
-    arguments = [
-        *("--model", "tiny-gdn", "--cells", "1:1", "--out", str(tmp_path / "a"), "--part", "validation"),
-        *("--training-tokens", "10240", "--firings", "12", "--horizon", "4"),
-    ]
-
-    def go(*more):
-        monkeypatch.setattr(sys, "argv", ["all_cells", *arguments, *more])
-        status = all_cells.main()
-        return status, capsys.readouterr()
-
-    status, said = go()
-    assert status == 0, said.err
-    done = [line.split(":")[0] for line in said.err.splitlines() if line.startswith(("trained ", "tested "))]
-    assert done == ["trained 1", "tested 1"]
-    assert "| 1:1 | " in said.out
-    assert "| mean of 1 | " in said.out
-    parts = json.loads((tmp_path / "a" / "L1H1" / "validation" / "parts.json").read_text())
-    summary = json.loads((tmp_path / "a" / "L1H1" / "validation" / "summary.json").read_text())
+def test_the_tables_of_a_sweep(tmp_path, monkeypatch):
+    """What is noted of the parts is what the test itself found, and it is not measured again."""
+    options = {"training_tokens": 10_240, "max_passages": 2, "verbose": False}
+    options |= {"experiments": {"replace": {"horizon": 4, "max_firings": 12}}}
+    done = sweep("tiny-gdn", [(1, 1)], tmp_path, **options)
+    monkeypatch.setattr(all_cells, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    printed = all_cells.tables(tmp_path, 1, [tmp_path])
+    assert "| 1:1 | " in printed
+    assert "| mean of 1 | " in printed
+    parts = json.loads((tmp_path / "results" / "L1H1" / all_cells.PARTS).read_text())
     for where in ("", "_later"):
         name = f"median_recovered{where}"
-        assert parts[cells_parts.AS_TRAINED][name] == pytest.approx(summary[name], abs=1e-4)
-    monkeypatch.setattr(all_cells, "train_cells", lambda *_, **__: pytest.fail("it trained again"))
-    monkeypatch.setattr(all_cells, "replacement_test", lambda *_, **__: pytest.fail("it tested again"))
-    again = go()[1]
-    assert again.out == said.out
-    assert not again.err
-    assert go("--table")[1].out == said.out
-    table = columns(go("--table", "--seeds", str(tmp_path / "a"))[1].out.split("other seeds:\n\n")[1])
-    assert table["1:1"]["above 0.9"].startswith("100 / ")
-    for other in (("--horizon", "5"), ("--seed", "1")):
-        with pytest.raises(WriteSAEError, match="other settings"):
-            go(*other)
+        assert parts[cells_parts.AS_TRAINED][name] == pytest.approx(
+            done.cells[f"replace_{name}"][0], abs=1e-4
+        )
+    assert columns(printed.split("other seeds:\n\n")[1])["1:1"]["above 0.9"].startswith("100 / ")
+    monkeypatch.setattr(all_cells, "parts_of_the_error", lambda *_: pytest.fail("it measured again"))
+    assert all_cells.tables(tmp_path, 1, [tmp_path]) == printed
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path):
+    with pytest.raises(WriteSAEError, match="holds no sweep"):
+        all_cells.tables(tmp_path)
