@@ -23,6 +23,13 @@ from writesae_lens.saes.config import (
 )
 from writesae_lens.saes.sae import WriteSAE
 from writesae_lens.saes.training_sae import WriteTrainingSAE
+from writesae_lens.use.attribution import attribute, attribution_graph
+from writesae_lens.use.autolabel import label_features
+from writesae_lens.use.exporting import export_features
+from writesae_lens.use.labels import add_labels, labels_of
+from writesae_lens.use.patching import patch_writes
+from writesae_lens.use.reading import read_prompt
+from writesae_lens.use.steering import steering
 
 __all__ = [
     "PAPER_SCHEDULE",
@@ -32,6 +39,15 @@ __all__ = [
     "WriteSAEError",
     "WriteSAETrainingConfig",
     "WriteTrainingSAE",
+    "add_labels",
+    "attribute",
+    "attribution_graph",
+    "export_features",
+    "label_features",
+    "labels_of",
+    "patch_writes",
+    "read_prompt",
+    "steering",
 ]
 __version__ = "0.1.0"
 
