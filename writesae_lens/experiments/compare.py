@@ -92,8 +92,9 @@ def compare(
         skip_positions: leave out the first positions of every passage.
         context_size: length of a passage where ``tokens`` is text (None: that of the first SAE's training,
             else 256).
-        train_tokens: passages or a text whose writes the untrained stand-ins are made from (None: the
-            training part of the shipped text).
+        train_tokens: passages or a text whose writes the untrained stand-ins are made from (None: the first
+            SAE's training text where it is a file or folder of this machine, else the training part of the
+            shipped text).
         seed: seed of the random matrices, the thinning, the lookup and the bootstrap.
         progress_folder: folder that keeps finished passages, so that the same call resumes.
         verbose: show progress bars.
@@ -143,11 +144,12 @@ def compare(
     others = None
     if baselines:
         codes: Any = next((sae.cfg for sae in saes.values() if is_codes(sae)), None)
-        others = untrained(model, cell, first.cfg.d_sae, train_tokens, seed, codes)
+        trained_on = first.cfg.metadata.dataset_path
+        others = untrained(model, cell, first.cfg.d_sae, train_tokens, seed, codes, trained_on)
         about = others.made_from
     run = Run("compare", model, list(saes.values()), passages, locals(), names=list(saes), **about)
-    if others and (few := others.fewer_than(first.cfg.d_sae)):
-        run.warn(few)
+    for caution in others.cautions(first.cfg.d_sae) if others else ():
+        run.warn(caution)
 
     def test(n: int) -> pd.DataFrame:
         how = random, scale, kl, horizon, generator(seed, n)

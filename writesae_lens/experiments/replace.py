@@ -135,8 +135,8 @@ def replacement_test(
             value code (None: all).
         skip_positions: leave out the first positions of every passage.
         context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
-        train_tokens: passages or a text whose writes the baselines are made from (None: the training part of
-            the shipped text).
+        train_tokens: passages or a text whose writes the baselines are made from (None: the SAE's training
+            text where it is a file or folder of this machine, else the training part of the shipped text).
         baselines: whether the untrained stand-ins are tested too.
         seed: seed of the random matrices, the baselines' writes, the thinning and the bootstrap.
         progress_folder: folder that keeps finished passages, so that the same call resumes.
@@ -171,7 +171,8 @@ def replacement_test(
     kept = thin(firings, skip_positions, max_firings, max_firings_per_atom, seed, last)
     _check_any_kept(firings, kept, passages, horizon)
     codes: Any = sae.cfg if is_codes(sae) else None
-    source = untrained(model, site.cell, sae.cfg.d_sae, train_tokens, seed, codes) if baselines else None
+    about = sae.cfg.d_sae, train_tokens, seed, codes, sae.cfg.metadata.dataset_path
+    source = untrained(model, site.cell, *about) if baselines else None
     made_from: dict[str, Any] = source.made_from if source else {}
     run = Run("replace", model, sae, passages, locals(), **made_from)
     how = _How(scale, random, kl, replaces == "write", horizon)
@@ -188,8 +189,8 @@ def replacement_test(
         **guards.summary(source.train if source else None),
         "n_lookup": source.lookup.cfg.d_sae if source else None,
     }
-    if source and (few := source.fewer_than(sae.cfg.d_sae)):
-        run.warn(few)
+    for caution in source.cautions(sae.cfg.d_sae) if source else ():
+        run.warn(caution)
     for row in summary["baselines"]:
         if source and source.pursuit and row["name"] == "pursuit":
             row["bits"] = source.pursuit.bits(guards.native, generator(seed))

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,7 @@ from writesae_lens.experiments.passages import as_passages
 from writesae_lens.experiments.passes import check_finite, run_to_cell
 from writesae_lens.experiments.pursuit import Pursuit
 from writesae_lens.experiments.run import generator
+from writesae_lens.saelens.texts import local_text
 from writesae_lens.saes.config import WriteSAEConfig
 from writesae_lens.saes.rank1 import Factors
 from writesae_lens.saes.sae import WriteSAE
@@ -39,6 +41,8 @@ TITLES = {
 """The baselines' names in figures, tables and headlines."""
 # The least number of training writes to read, and the characters of text for each: tokens are shorter.
 _LEAST_WRITES, _CHARACTERS = 2048, 8
+OWN_CHARACTERS = 400_000
+"""Characters that are read of a training text that the user gives: some 100,000 writes, to choose from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Untrained:
         text: name of the text that they are from.
         text_hash: a hash of the tokens that were read.
         pursuit: codes that are sides of some of them; None: the dictionary beside it has no codes.
+        foreign: why the text may be of another kind than what the dictionary was trained on, or "".
     """
 
     train: Factors
@@ -58,18 +63,21 @@ class Untrained:
     text: str
     text_hash: str
     pursuit: Pursuit | None = None
+    foreign: str = ""
 
     @property
     def made_from(self) -> dict[str, str]:
         """What a result's settings say of the text."""
         return {"train_text": self.text, "train_text_hash": self.text_hash}
 
-    def fewer_than(self, n_features: int) -> str | None:
-        """A warning where the lookup has fewer writes than a dictionary has features."""
-        n = self.lookup.cfg.d_sae
-        if n >= n_features:
-            return None
-        return f"the lookup has only {n} training writes for {n_features} features: give more train_tokens"
+    def cautions(self, n_features: int) -> list[str]:
+        """What speaks against these baselines beside a dictionary of so many features, a line each."""
+        n, found = self.lookup.cfg.d_sae, [self.foreign] if self.foreign else []
+        if n < n_features:
+            found.append(
+                f"the lookup has only {n} training writes for {n_features} features: give more train_tokens"
+            )
+        return found
 
     @torch.no_grad()
     def of(self, native: Factors) -> dict[str, Factors]:
@@ -103,6 +111,7 @@ def untrained(
     train_tokens: Int[Tensor, "passage pos"] | str | None = None,
     seed: int = 0,
     codes: WriteSAEConfig | None = None,
+    trained_on: str | None = None,
 ) -> Untrained:
     """The stand-ins for a cell, from a random choice of training writes.
 
@@ -110,23 +119,28 @@ def untrained(
         model: the model.
         cell: the cell.
         n_features: size of the lookup: as many features as the dictionary beside it has.
-        train_tokens: passages ``[passage, pos]`` or a text (None: the training part of the shipped text).
+        train_tokens: passages ``[passage, pos]`` or a text (None: the text at ``trained_on``, if it is a file
+            or folder of this machine, else the training part of the shipped text).
         seed: of the choice.
         codes: settings of the dictionary of codes beside it, whose numbers of codes the pursuit has (None:
             no pursuit).
+        trained_on: what the dictionary beside it was trained on, as in its ``metadata.dataset_path``.
 
     Raises:
         WriteSAEError: the model has no tokenizer to read the shipped text with, or the text is too short.
     """
     rng, count = generator(seed, n_features), max(_LEAST_WRITES, 2 * n_features)
-    name = None
+    name, foreign = None, ""
     if train_tokens is None:
         if model.tokenizer is None:
             raise WriteSAEError(
                 "untrained stand-ins are made from training writes, and the model has no tokenizer to read "
                 "the shipped text with: give train_tokens, or baselines=False"
             )
+        train_tokens, name = _own_text(trained_on), Path(str(trained_on)).name
+    if train_tokens is None:
         train_tokens, name = _some_documents(count * _CHARACTERS, rng), zoo.part_name("train")
+        foreign = _foreign(model, trained_on)
     passages = as_passages(model, train_tokens, name=name)
     order = torch.randperm(len(passages), generator=rng)[: -(-count // passages.shape[1])]
     some = torch.stack([passages[n] for n in order.tolist()])
@@ -137,7 +151,36 @@ def untrained(
     if codes is not None:
         sizes = codes.n_key, codes.n_value, codes.k_key, codes.k_value
         pursuit = Pursuit.of_writes(train, *sizes, rng)
-    return Untrained(train, lookup, passages.text, fingerprint(some), pursuit)
+    return Untrained(train, lookup, passages.text, fingerprint(some), pursuit, foreign)
+
+
+def _own_text(trained_on: str | None) -> str | None:
+    """The beginning of the text that a dictionary was trained on, if it is a file or folder here."""
+    if not trained_on or trained_on == zoo.TEXT_NAME:
+        return None
+    chosen: list[str] = []
+    length = 0
+    try:
+        for document in local_text(trained_on, streaming=True) or ():
+            text = document.get("text")
+            if not isinstance(text, str) or length >= OWN_CHARACTERS:
+                break
+            chosen.append(text[: OWN_CHARACTERS - length])
+            length += len(chosen[-1])
+    except Exception:  # whatever the readers of `datasets` raise: the text has moved or is no text
+        return None
+    return "\n\n".join(chosen) or None
+
+
+def _foreign(model: HookedRecurrent, trained_on: str | None) -> str:
+    """A warning where the shipped text is likely no text of the dictionary's or the model's kind."""
+    if trained_on == zoo.TEXT_NAME or (not trained_on and model.cfg.model_name in zoo.SHIPPED):
+        return ""
+    other = f"and not from {trained_on[:80]}" if trained_on else "which may be another than the SAE's"
+    return (
+        f"the untrained baselines are made from the shipped English text, {other}: give train_tokens "
+        "(--train-text) of the kind that the SAE was trained on, or they are weaker than they should be"
+    )
 
 
 def _writes(model: HookedRecurrent, cell: Cell, passages: Int[Tensor, "passage pos"]) -> Factors:

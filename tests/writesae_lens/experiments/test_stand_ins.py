@@ -1,5 +1,7 @@
 """Stand-ins against plain loops: the untrained ones, and what one feature contributes."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from tests.writesae_lens.experiments.truth import (
     writes,
 )
 from writesae_lens import WriteSAEError
-from writesae_lens.experiments import replacement_test, swaps
+from writesae_lens.experiments import compare, replacement_test, swaps
 from writesae_lens.experiments.firings import activity, contribution, find_firings, native_of, stand_in
 from writesae_lens.experiments.origin import ResultWarning
 from writesae_lens.experiments.stand_ins import untrained
@@ -141,3 +143,39 @@ def test_a_lookup_of_fewer_writes_than_features_says_so(gdn, passages):
     assert result.summary["n_train_writes"] == n
     assert f"only {n} training writes" in result.summary["warnings"][-1]
     assert f"only {n} training writes" in result.headline
+
+
+def test_baselines_are_made_from_the_text_that_the_sae_was_trained_on(gdn, passages, tmp_path):
+    """Of a file or folder of this machine; else from the shipped text, with a warning that it is another."""
+    own = tmp_path / "own.txt"
+    own.write_text(zoo.text("validation")[:20_000])
+    (tmp_path / "folder").mkdir()
+    lines = [json.dumps({"text": part}) for part in (zoo.text("validation")[:20_000],)]
+    (tmp_path / "folder" / "a.jsonl").write_text("\n".join(lines))
+    options = {"max_firings": 4, "verbose": False}
+    given = replacement_test(gdn, make_sae(gdn), passages, train_tokens=own.read_text(), **options)
+    for path in (own, tmp_path / "folder"):
+        sae = make_sae(gdn)
+        sae.cfg.metadata.dataset_path = str(path)
+        for result in (
+            replacement_test(gdn, sae, passages, **options),
+            compare(gdn, {"own": sae}, passages, **options),
+        ):
+            assert result.summary["train_text"] == path.name
+            assert result.summary["train_text_hash"] == given.summary["train_text_hash"]
+            assert not any("baselines" in warning for warning in result.summary["warnings"])
+    sae.cfg.metadata.dataset_path = "somebody/stories"
+    with pytest.warns(ResultWarning, match=r"not from somebody/stories: give train_tokens \(--train-text\)"):
+        result = replacement_test(gdn, sae, passages, **options)
+    assert result.summary["train_text"] == zoo.part_name("train")
+    sae.cfg.metadata.dataset_path = zoo.TEXT_NAME
+    result = replacement_test(gdn, sae, passages, **options)
+    assert not any("baselines" in warning for warning in result.summary["warnings"])
+
+
+def test_of_a_model_that_does_not_ship_the_shipped_text_may_be_foreign(gdn, passages, monkeypatch):
+    monkeypatch.setattr(gdn.cfg, "model_name", "somebody/model")
+    sae = make_sae(gdn)
+    with pytest.warns(ResultWarning, match="may be another than the SAE's"):
+        replacement_test(gdn, sae, passages, max_firings=4, verbose=False)
+    replacement_test(gdn, sae, passages, train_tokens=passages, max_firings=4, verbose=False)
