@@ -10,10 +10,12 @@ import typer
 from writesae_lens_cli.app import USE, app
 from writesae_lens_cli.options import SAE_REFERENCE, Device, Seed
 
+_SEVERAL = "Once for each SAE; a folder of several, such as a sweep's, stands for all of them."
+
 
 @app.command(rich_help_panel=USE)
 def export(
-    sae: Annotated[list[str], typer.Option(help=f"{SAE_REFERENCE} May be given more than once.")],
+    sae: Annotated[list[str], typer.Option(help=f"{SAE_REFERENCE} {_SEVERAL}")],
     text: Annotated[
         Path | None,
         typer.Option(
@@ -65,7 +67,7 @@ def export(
 
 @app.command(rich_help_panel=USE)
 def label(
-    sae: Annotated[list[str], typer.Option(help="Folder that SAELens wrote. May be given more than once.")],
+    sae: Annotated[list[str], typer.Option(help=f"Folder that SAELens wrote. {_SEVERAL}")],
     labels: Annotated[
         Path,
         typer.Option(

@@ -11,7 +11,7 @@ import typer
 
 from hooked_models.files.json_files import read_json
 from hooked_models.files.whole_files import write_whole
-from writesae_lens.cli.subjects import Subject, load, load_sae, warnings_as_lines
+from writesae_lens.cli.subjects import Subject, each_in, load, load_sae, warnings_as_lines
 from writesae_lens.errors import WriteSAEError, interruptible
 from writesae_lens.locks import locked
 from writesae_lens.saes.whole import CONFIG
@@ -21,9 +21,7 @@ from writesae_lens.use.labels import KEY, add_labels, labels_of
 
 def run_export(subject: Subject, out: Path, **options: Any) -> None:
     """Export the features of the SAEs; print the files, and how many features are active."""
-    if len(set(subject.saes)) < len(subject.saes):
-        raise WriteSAEError("one --sae is given twice: each must be another")
-    loaded = load(subject)
+    loaded = load(subject._replace(saes=_each_in(subject.saes)))
     with interruptible("nothing is written: run it again"), warnings_as_lines():
         path = export_features(loaded.model, loaded.saes, loaded.passages, out, **options)
     typer.echo(f"export: {path}")
@@ -43,6 +41,7 @@ def run_export(subject: Subject, out: Path, **options: Any) -> None:
 
 def run_label(references: list[str], labels: Path) -> None:
     """Put labels into the cfg.json of SAEs' folders, and print how many features have one."""
+    references = _each_in(references)
     folders = [Path(reference) for reference in references]
     for folder in folders:
         if not (folder / CONFIG).is_file():
@@ -62,3 +61,11 @@ def run_label(references: list[str], labels: Path) -> None:
             )
     count, every = sum(len(labels_of(sae)) for sae in saes), sum(sae.cfg.d_sae for sae in saes)
     typer.echo(f"{count:,} of {every:,} features have a label")
+
+
+def _each_in(references: list[str]) -> list[str]:
+    """The SAEs that are named, where a folder of several stands for all of them."""
+    every = [one for reference in references for one in each_in(reference)]
+    if len(set(every)) < len(every):
+        raise WriteSAEError("one --sae is given twice: each must be another")
+    return every

@@ -86,7 +86,7 @@ def load_saes(
         WriteSAEError: an SAE or the model cannot be loaded, an SAE names no cell, or no model is named.
     """
     check_device(device)
-    named = [one for reference in references for one in _each_in(reference)]
+    named = [one for reference in references for one in each_in(reference)]
     saes = [load_sae(reference, device, model) for reference in named]
     name = _model_name(named, saes, model)
     loaded = HookedRecurrent.boot_transformers(name, device=device)
@@ -95,7 +95,7 @@ def load_saes(
     return loaded, saes
 
 
-def _each_in(reference: str) -> list[str]:
+def each_in(reference: str) -> list[str]:
     """The SAEs that a reference stands for: those in a folder's folders if it is none itself."""
     folder = Path(reference)
     inside = sorted(folder.glob("*/sae_weights.safetensors"))

@@ -75,8 +75,9 @@ def label_features(
 
     Returns:
         a row a feature, as in ``out``: layer, head, feature, label, balanced_accuracy (of the judge, empty
-        where it was not asked), chance (0.5), n_judged (texts that it was shown), error (of the last attempt,
-        empty where none failed), sae (fingerprint).
+        where it was not asked), chance (0.5), n_judged (texts that it was shown; 0 where the export has none
+        with, or none without the feature: one that is active in every stretch of text), error (of the last
+        attempt, empty where none failed), sae (fingerprint).
 
     Raises:
         WriteSAEError: the export does not read or has no active feature; ``out`` has labels of another SAE.
@@ -131,6 +132,8 @@ def _active(features: pd.DataFrame | str | Path) -> list[dict[str, Any]]:
         raise WriteSAEError(
             f"an export has {', '.join(_NEEDED)} in every line: give what export_features wrote"
         )
+    if len({(*_key(line)[:2], line["sae"]) for line in lines}) > len({_key(line)[:2] for line in lines}):
+        raise WriteSAEError("two SAEs of one cell are in this export: label the rows of one at a time")
     active = [line for line in lines if line["n_active"]]
     if not active:
         raise WriteSAEError("none of these features is active anywhere: there is nothing to label")

@@ -34,7 +34,7 @@ from writesae_lens.use.prompts import SAEs, saes_by_site
 FILE = "features.jsonl"
 _N_BINS = 20
 # Windows that are looked at for each one without the feature that is wanted.
-_TRIES = 4
+_TRIES = 16
 
 
 class _How(NamedTuple):

@@ -143,7 +143,7 @@ def _by_sae(
             f"{source} lacks the column {' and '.join(missing)}: it has "
             f"{', '.join(map(str, labels.columns[:8])) or 'none'}"
         )
-    rows = labels[[not _is_empty(label) for label in labels.label]]
+    rows: Any = labels[[not _is_empty(label) for label in labels.label]]
     if rows[list(needed)].isna().to_numpy().any():
         raise WriteSAEError(f"{source} has a row with a label that lacks its {' or '.join(needed[:-1])}")
     if len(needed) == 2:

@@ -41,6 +41,25 @@ def test_labels_of_a_file_are_kept_in_the_folder_and_exported(folder, tmp_path):
     assert (out / "neuronpedia/tiny-gdn/1-writesae-48__h2/explanations/batch-0.jsonl.gz").is_file()
 
 
+def test_a_folder_of_several_stands_for_all_in_it(folder, tmp_path):
+    several = tmp_path / "several"
+    shutil.copytree(folder, several / "L1H2")
+    other = SAE.load_from_disk(folder)
+    other.cfg.metadata.hook_name = "blocks.1.linear_attn.hook_write.0"
+    other.save_model(several / "L1H0")
+    (tmp_path / "a.csv").write_text("layer,head,feature,label\n1,0,3,first\n1,2,7,second\n")
+    done = run("label", "--sae", several, "--labels", tmp_path / "a.csv")
+    assert (done.returncode, done.stdout) == (0, "2 of 96 features have a label\n"), done.stderr
+    done = run("export", "--sae", several, *FEW, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_json(tmp_path / "out" / "features.jsonl", lines=True)
+    named = table[table.label != ""]
+    assert list(zip(named["head"], named.feature, named.label, strict=True)) == [
+        (0, 3, "first"),
+        (2, 7, "second"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -161,6 +161,10 @@ def test_what_is_no_export_is_refused(tmp_path):
         label_features(pd.DataFrame({"feature": [1]}), name_the_word, out, verbose=False)
     with pytest.raises(WriteSAEError, match="none of these features is active anywhere"):
         label_features(table(0).assign(n_active=0), name_the_word, out, verbose=False)
+    with pytest.raises(WriteSAEError, match="two SAEs of one cell"):
+        label_features(
+            pd.concat([table(0), table(0).assign(sae="sha256:01")]), name_the_word, out, verbose=False
+        )
     assert not out.exists()
     label_features(table(0), name_the_word, out, verbose=False)
     with pytest.raises(WriteSAEError, match="with labels of another SAE"):
