@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.sweep.work import Job, Step, Train, run_step
 
-# How often a step is started again whose worker died; Ray counts by itself.
+# How often a step is started again whose worker died, or on Ray whose disk failed.
 _RETRIES = 2
 _NO_BARS = "TQDM_DISABLE"
 Outcome = list[dict[str, Any]] | Exception
@@ -156,11 +157,27 @@ class Processes:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+class _DiskError(NamedTuple):
+    """The error of the disk that ended a step, and the node of Ray that it ran on."""
+
+    node: str
+    error: OSError
+
+
+def _on_node(job: Job, step: Step, device: str, threads: int) -> Outcome | _DiskError:
+    """Run a step as a task of Ray."""
+    try:
+        return run_step(job, step, device, threads)
+    except OSError as error:
+        return _DiskError(import_ray().get_runtime_context().get_node_id(), error)
+
+
 class Ray:
     """Steps as tasks of Ray: on the cluster of ``RAY_ADDRESS``, else on one that is started for the sweep.
 
-    Ray starts a task again, on another node where there is one, when its worker or node dies or its disk is
-    full. Each task gets ``threads`` CPUs and, on GPUs, one of them. The job lies in Ray's object store.
+    Ray starts a task again when its worker dies or its node leaves. A step that ends with an error of the
+    disk is given to Ray again, for another node where there is one: the full one is always free first.
+    Each task gets ``threads`` CPUs and, on GPUs, one of them. The job lies in Ray's object store.
     """
 
     def __init__(self, job: Job, workers: int, threads: int) -> None:
@@ -176,25 +193,51 @@ class Ray:
                 ray.init(address="local", num_cpus=workers * threads, **gpus, **quiet)
         self._job, self._threads = ray.put(job), threads
         self._device = "cuda" if on_gpu else job.device
-        self._run: Any = ray.remote(
-            num_cpus=threads, num_gpus=int(on_gpu), max_retries=3, retry_exceptions=[OSError]
-        )(run_step)
+        self._needs = {"CPU": threads, "GPU": int(on_gpu)}
+        self._run: Any = ray.remote(num_cpus=threads, num_gpus=int(on_gpu), max_retries=3)(_on_node)
         self._pending: dict[Any, Step] = {}
+        self._failed_on: defaultdict[Step, list[str]] = defaultdict(list)
 
     def submit(self, step: Step) -> None:
-        task = self._run.options(name=str(step)).remote(self._job, step, self._device, self._threads)
-        self._pending[task] = step
+        task = self._run.options(name=str(step), scheduling_strategy=self._where(step))
+        self._pending[task.remote(self._job, step, self._device, self._threads)] = step
+
+    def _where(self, step: Step) -> Any:
+        """Where a step is to run: anywhere, but on another node than those where the disk failed it."""
+        failed_on = self._failed_on[step]
+        if not failed_on:
+            return "DEFAULT"
+        others = [
+            node["NodeID"]
+            for node in self._ray.nodes()
+            if node["Alive"]
+            and node["NodeID"] not in failed_on
+            and all(node["Resources"].get(name, 0) >= n for name, n in self._needs.items())
+        ]
+        if not others:
+            return "DEFAULT"
+        # Soft: should that node leave too, Ray takes any.
+        strategies = self._ray.util.scheduling_strategies
+        return strategies.NodeAffinitySchedulingStrategy(random.choice(others), soft=True)
 
     def outcomes(self) -> Iterator[tuple[Step, Outcome]]:
         while self._pending:
             (done,), _ = self._ray.wait(list(self._pending))
             step = self._pending.pop(done)
             try:
-                yield step, self._ray.get(done)
+                outcome = self._ray.get(done)
             except self._ray.exceptions.RayTaskError as error:
-                yield step, error.cause
+                outcome = error.cause
             except self._ray.exceptions.RayError as error:  # its worker died, or its node left, too often
-                yield step, error
+                outcome = error
+            if not isinstance(outcome, _DiskError):
+                yield step, outcome
+                continue
+            self._failed_on[step].append(outcome.node)
+            if len(self._failed_on[step]) > _RETRIES:
+                yield step, outcome.error
+            else:
+                self.submit(step)
 
     def close(self) -> None:
         for task in self._pending:
@@ -211,6 +254,7 @@ def import_ray() -> Any:
     """
     try:
         import ray
+        import ray.util.scheduling_strategies
     except ImportError as error:
         raise WriteSAEError("--engine ray needs Ray: pip install 'writesae-lens[cluster]'") from error
     return ray

@@ -96,9 +96,9 @@ def test_another_device_goes_on_and_is_noted(swept, tmp_path, monkeypatch):
     shutil.copytree(out, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "results" / "L3H0" / "replace")
     (tmp_path / "out" / "results" / "L3H0" / "row.json").unlink()
-    boot = HookedRecurrent.boot_transformers
+    boot, load = HookedRecurrent.boot_transformers, SAE.load_from_disk
     monkeypatch.setattr(HookedRecurrent, "boot_transformers", lambda name, device, **k: boot(name, **k))
-    monkeypatch.setattr(work.SAE, "load_from_disk", lambda folder, device: SAE.load_from_disk(folder))
+    monkeypatch.setattr(work.SAE, "load_from_disk", lambda folder, device: load(folder))
     again = sweep("tiny-gdn", CELLS, tmp_path / "out", **SMALL, device="cuda:1", memory=4.0)
     assert list(again.cells.device) == ["cpu", "cpu, tests on cuda"]
 
