@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sae_lens import SAE
 
@@ -13,6 +15,7 @@ from writesae_lens.experiments import ExperimentResult, replacement_test
 from writesae_lens.experiments.passages import as_passages
 from writesae_lens.experiments.result import SUMMARY
 from writesae_lens.locks import locked
+from writesae_lens.report import again
 from writesae_lens.report.page import PAGE, make_report
 from writesae_lens.saelens.runner import train_cells
 from writesae_lens.saelens.saving import note_output_path
@@ -74,19 +77,30 @@ def run_demo(
         passages = passages[:TEST_PASSAGES]
         result = replacement_test(model, sae, passages, horizon=HORIZON, max_firings=MAX_FIRINGS, seed=seed)
         result.save(beside)
-        code = _code(sae.cfg.metadata.hook_name, model_name)
-        make_report(beside, model, sae, passages, [result], folder, code, seed=seed)
+        given: dict[str, Any] = {"cell": cell, "d_sae": d_sae, "k": k, "seed": seed or None}
+        if training_tokens != zoo.TRAINING_TOKENS:
+            given["training_tokens"] = training_tokens
+        command, code = _again(out, model_name, given)
+        about: dict[str, Any] = {
+            "seed": seed,
+            "reference": str(out / "sae"),
+            "command": command,
+            "code": code,
+        }
+        make_report(beside, model, sae, passages, [result], folder, **about)
     return result
 
 
-def _code(hook_name: str, model_name: str) -> str:
-    return f"""import writesae_lens
-from hooked_models import HookedRecurrent
-from sae_lens import SAE
-from writesae_lens.experiments import replacement_test
-
-model = HookedRecurrent.boot_transformers("{model_name}")
-sae = SAE.load_from_disk("sae")            # trained on {hook_name}
-text = open("some_text.txt").read()
-result = replacement_test(model, sae, text, horizon={HORIZON}, max_firings={MAX_FIRINGS})
-result.plot().savefig("replacement.png")"""
+def _again(out: Path, model_name: str, given: Mapping[str, Any]) -> again.Again:
+    """The command of the demo and the call of `run_demo`, with the options that are not None."""
+    given = {name: value for name, value in given.items() if value is not None}
+    options = [
+        (f"--{name.replace('_', '-')}", ":".join(map(str, value)) if name == "cell" else value)
+        for name, value in given.items()
+    ]
+    arguments = [again.quoted(str(out)), again.quoted(model_name)]
+    arguments += [f"{name}={value!r}" for name, value in given.items()]
+    return again.Again(
+        again.command("demo", [("--model", model_name), ("--out", out), *options]),
+        f"from writesae_lens.demo import run_demo\n\nrun_demo({', '.join(arguments)})",
+    )

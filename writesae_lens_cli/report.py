@@ -14,7 +14,12 @@ from writesae_lens_cli.options import SAE_REFERENCE, Device, DryRun, Seed
 @app.command(rich_help_panel=REPORT)
 def report(
     context: typer.Context,
-    sae: Annotated[str, typer.Option(help=f"{SAE_REFERENCE} Or the folder of a sweep.")],
+    sae: Annotated[
+        list[str],
+        typer.Option(
+            help=f"{SAE_REFERENCE} Or the folder of a sweep. Given twice: two SAEs of a cell, side by side."
+        ),
+    ],
     results: Annotated[
         list[Path] | None,
         typer.Option(
@@ -48,14 +53,15 @@ def report(
     """Write one self-contained HTML page: overview, results, and a browser of all atoms or codes.
 
     The replacement test, the partition and the top contexts are run if they are not among the results given.
-    The page of a sweep's folder is its atlas: all cells, coloured, plotted and tabulated by any figure.
+    The page of two SAEs of a cell has both side by side: measures, matched features, their contexts. The page
+    of a sweep's folder is its atlas: all cells, coloured, plotted and tabulated by any figure.
     """
     from writesae_lens.cli.runs import write_report
     from writesae_lens.cli.subjects import Subject
 
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    subject = Subject([sae], None, model, text, context_size, max_passages, device)
+    subject = Subject(sae, None, model, text, context_size, max_passages, device)
     write_report(subject, results or [], out, seed, given)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import typer
 
@@ -12,9 +12,11 @@ from writesae_lens import demo
 from writesae_lens import reproduce as paper
 from writesae_lens.cli.subjects import Subject, load, parse_cell, warnings_as_lines
 from writesae_lens.errors import WriteSAEError, interruptible
+from writesae_lens.report import again
 from writesae_lens.report.atlas import make_atlas
 from writesae_lens.report.cell_table import CellTable, is_sweep
 from writesae_lens.report.page import make_report, saved_results
+from writesae_lens.report.side_by_side import make_side_by_side
 
 _RESUMES = "the same command goes on where it stopped"
 
@@ -32,22 +34,38 @@ def run_demo(
 def write_report(
     subject: Subject, result_folders: list[Path], out: Path, seed: int, given: Sequence[str]
 ) -> None:
-    """Write the report of an SAE and its saved results, or the atlas of a sweep's folder.
+    """Write the report of an SAE and its saved results, the page of two SAEs, or the atlas of a sweep.
 
     Args:
         subject, result_folders, out, seed: of the report.
         given: names of the options that the user gave; an atlas refuses those that are not for it.
+
+    Raises:
+        WriteSAEError: there are more than two SAEs, one is given twice, or a sweep stands beside another.
     """
-    (reference,) = subject.saes
-    if is_sweep(Path(reference)):
-        _write_atlas(Path(reference), out if "out" in given else None, given)
+    references = subject.saes
+    if sweeps := [reference for reference in references if is_sweep(Path(reference))]:
+        if len(references) > 1:
+            raise WriteSAEError(f"{sweeps[0]} is the folder of a sweep, whose page is its own: give it alone")
+        _write_atlas(Path(references[0]), out if "out" in given else None, given)
         return
+    if len(references) > 2 or len(set(references)) < len(references):
+        raise WriteSAEError(
+            f"a page is of one SAE or of two different ones of a cell: --sae is given {len(references)} times"
+        )
     results = [result for folder in result_folders for result in saved_results(folder)]
     loaded = load(subject)
-    (sae,) = loaded.saes
-    training = Path(reference) if Path(reference).is_dir() else None
+    lines = again.of_report(loaded.model, loaded.saes, loaded.passages, references, out, seed, result_folders)
+    about: dict[str, Any] = {"seed": seed, "command": lines.command, "code": lines.python}
     with interruptible(_RESUMES), warnings_as_lines():
-        page = make_report(out, loaded.model, sae, loaded.passages, results, training, seed=seed)
+        if len(references) > 1:
+            saes = dict(zip(references, loaded.saes, strict=True))
+            page = make_side_by_side(out, loaded.model, saes, loaded.passages, results, **about)
+        else:
+            (reference,), (sae,) = references, loaded.saes
+            training = Path(reference) if Path(reference).is_dir() else None
+            about |= {"training": training, "reference": reference}
+            page = make_report(out, loaded.model, sae, loaded.passages, results, **about)
     typer.echo(f"report: {page}")
 
 

@@ -30,10 +30,10 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def command(options: Sequence[tuple[str, Any]]) -> str:
-    """The line of ``writesae-lens report``; options whose value is None are left out."""
-    given = [part for name, value in options if value is not None for part in (name, str(value))]
-    return shlex.join(["writesae-lens", "report", *given])
+def command(name: str, options: Sequence[tuple[str, Any]]) -> str:
+    """The line of ``writesae-lens NAME``; options whose value is None are left out."""
+    given = [part for option, value in options if value is not None for part in (option, str(value))]
+    return shlex.join(["writesae-lens", name, *given])
 
 
 def loading(model: HookedRecurrent, references: Mapping[str, str | None], extra: Sequence[str] = ()) -> str:
@@ -102,6 +102,7 @@ def of_report(
     shipped = passages.text == zoo.part_name("test")
     usual = first.context_size or DEFAULT_CONTEXT
     line = command(
+        "report",
         [
             *(("--sae", reference or "FOLDER") for reference in references),
             *(("--results", folder) for folder in results),
@@ -111,7 +112,7 @@ def of_report(
             ("--max-passages", None if len(passages) == _MAX_PASSAGES else len(passages)),
             ("--out", out),
             ("--seed", seed or None),
-        ]
+        ],
     )
     cut, imports = reading(passages, saes[0])
     names = ("sae",) if len(saes) == 1 else ("one", "other")

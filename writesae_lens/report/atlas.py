@@ -72,7 +72,7 @@ def _render(table: CellTable, folder: Path, out: Path) -> str:
 def _again(folder: Path, out: Path) -> again.Again:
     """How to make the page again from what the folder holds then."""
     elsewhere = None if out == folder else str(out)
-    line = again.command([("--sae", folder), ("--out", elsewhere)])
+    line = again.command("report", [("--sae", folder), ("--out", elsewhere)])
     arguments = ", ".join(again.quoted(str(path)) for path in (folder, elsewhere) if path is not None)
     return again.Again(line, f"from writesae_lens.report import make_atlas\n\nmake_atlas({arguments})")
 
@@ -171,7 +171,7 @@ def _files(model: str, cell: CellKey, folder: Path, out: Path) -> dict[str, Any]
     report, results = folder / "reports" / name, folder / "results" / name
     pictures = sorted(results.glob("*/*.png"))
     tested = [("--results", results)] if any(results.glob(f"*/{SUMMARY}")) else []
-    command = again.command([("--sae", folder / name), *tested, ("--out", report)])
+    command = again.command("report", [("--sae", folder / name), *tested, ("--out", report)])
     return {
         "report": _link(report / PAGE, out) if (report / PAGE).is_file() else None,
         "command": command if model in zoo.SHIPPED else f"{command} --text FILE",
