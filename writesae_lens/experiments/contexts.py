@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Site
+from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.features.meets import promoted_tokens, reads_met
 from writesae_lens.experiments.features.sides import PLURALS, features_by_side, side_cosines, side_of
@@ -23,10 +25,11 @@ from writesae_lens.experiments.firings import (
     activity,
     atom_cosines,
     check_any_fires,
+    check_atom,
     is_codes,
     native_of,
 )
-from writesae_lens.experiments.options import Count, Natural, Seed
+from writesae_lens.experiments.options import Count, Natural, Seed, as_list, is_whole, shown
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
@@ -51,6 +54,7 @@ def top_contexts(
     n_contexts: Count = 8,
     before: Natural = 16,
     after: Natural = 4,
+    atom: int | Sequence[int] | None = None,
     context_size: Count | None = None,
     seed: Seed = 0,
     progress_folder: str | None = None,
@@ -68,6 +72,7 @@ def top_contexts(
         tokens: passages ``[passage, pos]``, or a text.
         n_contexts: positions to give for each atom.
         before, after: tokens of text to show on either side.
+        atom: the atom or code to give contexts of, or several (None: all).
         context_size: length of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
         seed: accepted as in every experiment; nothing here is random.
         progress_folder: folder that keeps finished passages, so that the same call resumes.
@@ -80,21 +85,27 @@ def top_contexts(
         (id), text_before, text, text_after (None without a tokenizer), side ("atom", "key" or "value"); of
         codes also read_at (of `meets.DISTANCES` the one whose read meets the key code most; empty for value
         codes) and promoted (ids of the five tokens that the value code points along most, as a JSON list).
-        ``summary`` has n_atoms_active, n_atoms_never_active, positions_per_atom (median), and token_purity:
-        the mean over atoms with at least two contexts of the share of their most common token; of codes
-        also these by_side.
+        ``summary`` has n_atoms_active, n_atoms_never_active (of those asked for), positions_per_atom
+        (median), and token_purity: the mean over atoms with at least two contexts of the share of their most
+        common token; of codes also these by_side.
 
     Raises:
-        WriteSAEError: SAE and cell do not fit, the text is too short, no atom is active, or the model gives
-            logits that are not finite.
+        WriteSAEError: SAE and cell do not fit, the text is too short, an atom that is asked for does not
+            exist, none of them is active, or the model gives logits that are not finite.
     """
     site, passages = find_site(model, sae), find_passages(model, sae, tokens, context_size)
+    chosen = _chosen(sae, atom)
     run = Run("contexts", model, sae, passages, locals())
 
     def read(n: int) -> pd.DataFrame:
-        return _strongest(model, sae, site, passages[n], n_contexts).assign(passage=n)
+        return _strongest(model, sae, site, passages[n], n_contexts, chosen).assign(passage=n)
 
     strongest = run.records(range(len(passages)), read, "Reading")
+    if atom is not None and not len(strongest):
+        what = "code" if is_codes(sae) else "atom"
+        raise WriteSAEError(
+            f"{what} {shown(atom)} is active at no position of these {len(passages)} passages"
+        )
     check_any_fires(len(strongest), len(strongest), passages)
     strongest = strongest.sort_values(["coefficient", "passage", "position"], ascending=[False, True, True])
     records = strongest.groupby("atom").head(n_contexts).sort_values("atom", kind="stable")
@@ -110,12 +121,12 @@ def top_contexts(
     records["side"] = [side_of(sae, int(atom)) for atom in records.atom]
     columns = ["atom", "rank", "passage", "position", "coefficient", "dominant", "cosine", "token", *names]
     columns.append("side")
-    summary: dict[str, Any] = _summarize(records, sae.cfg.d_sae)
+    summary: dict[str, Any] = _summarize(records, len(chosen))
     if is_codes(sae):
         records["promoted"] = _promoted(model, sae, site, records)
         columns += ["read_at", "promoted"]
         summary["by_side"] = {
-            side: _summarize(records.loc[records["side"] == side], len(features))
+            side: _summarize(records.loc[records["side"] == side], len(set(features) & set(chosen)))
             for side, features in features_by_side(sae).items()
         }
     summary |= {"positions_per_atom": float(positions.median()), "n_passages": len(passages)}
@@ -133,13 +144,36 @@ def _headline(what: str, summary: dict[str, Any]) -> str:
     )
 
 
+def _chosen(sae: SAE[Any], atom: int | Sequence[int] | None) -> list[int]:
+    """The features to give contexts of, in rising order.
+
+    Raises:
+        WriteSAEError: one of them does not exist, or none is given.
+    """
+    if atom is None:
+        return list(range(sae.cfg.d_sae))
+    several = [atom] if is_whole(atom) else as_list("atom", atom)
+    for each in several:
+        check_atom(sae, each)
+    if not several:
+        raise WriteSAEError("atom=[] gives contexts of nothing: give one number at least, or None for all")
+    return sorted({int(each) for each in several})
+
+
 @torch.no_grad()
 def _strongest(
-    model: HookedRecurrent, sae: SAE[Any], site: Site, tokens: Int[Tensor, " pos"], n_contexts: int
+    model: HookedRecurrent,
+    sae: SAE[Any],
+    site: Site,
+    tokens: Int[Tensor, " pos"],
+    n_contexts: int,
+    chosen: Sequence[int],
 ) -> pd.DataFrame:
-    """The ``n_contexts`` strongest positions in a passage of each atom that is active in it."""
+    """The ``n_contexts`` strongest positions in a passage of each chosen atom that is active in it."""
     active = activity(model, sae, site, tokens)
     atom, at, size = active.strongest(n_contexts)
+    wanted = torch.isin(atom, torch.tensor(chosen, device=atom.device))
+    atom, at, size = atom[wanted], at[wanted], size[wanted]
     firings = Firings(at, atom, size.float(), active.write_key[at], active.write_value[at])
     frame = pd.DataFrame(
         {

@@ -10,6 +10,7 @@ from tests.writesae_lens.experiments.truth import (
     atoms_of,
     encoded,
     every_subject,
+    make_codes,
     make_sae,
     read_passages,
     silenced,
@@ -77,6 +78,35 @@ def check_summary(summary, records, counts):
             shares.append(max(map(tokens.count, tokens)) / len(tokens))
     assert summary["token_purity"] == pytest.approx(np.mean(shares))
     assert summary["n_passages"] == records.passage.nunique() == 3
+
+
+@pytest.mark.parametrize("kind", ["atoms", "codes"])
+def test_chosen_features_have_the_rows_that_they_have_among_all(gdn, passages, kind):
+    sae = make_sae(gdn) if kind == "atoms" else make_codes(gdn)
+    every = top_contexts(gdn, sae, passages, verbose=False).records
+    silent = next(n for n in range(sae.cfg.d_sae) if n not in set(every.atom))
+    first, *_, last = every.atom.unique().tolist()
+    for atom, kept in ((last, [last]), ((last, first, silent), [first, last]), ([np.int64(first)], [first])):
+        result = top_contexts(gdn, sae, passages, atom=atom, verbose=False)
+        expected = every[every.atom.isin(kept)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(result.records, expected)
+        n_silent = 1 if isinstance(atom, tuple) else 0
+        assert result.summary["n_atoms_active"] == len(kept)
+        assert result.summary["n_atoms_never_active"] == n_silent
+        if kind == "codes":
+            sides = result.summary["by_side"].values()
+            assert sum(side["n_atoms_active"] for side in sides) == len(kept)
+            assert sum(side["n_atoms_never_active"] for side in sides) == n_silent
+    what = "atom" if kind == "atoms" else "code"
+    for atom, message in (
+        (silent, f"{what} {silent} is active at no position of these 2 passages"),
+        ([silent], f"{what} \\[{silent}\\] is active at no position of these 2 passages"),
+        ((0, 9999), f"{what} 9999 does not exist"),
+        (True, "atom must be a list or tuple"),
+        ((), "atom=\\[\\] gives contexts of nothing"),
+    ):
+        with pytest.raises(WriteSAEError, match=message):
+            top_contexts(gdn, sae, passages, atom=atom, verbose=False)
 
 
 def test_a_single_context_an_atom_has_no_purity(gdn, passages, tmp_path):
