@@ -8,8 +8,10 @@ imports its body from `writesae_lens.cli`.
 from writesae_lens_cli import (
     attribute,
     export,
+    read,
     report,
     start,
+    steer,
     train,
     transfer,
 )  # each module declares its commands
@@ -21,8 +23,10 @@ __all__ = [
     "experiment_questions",
     "export",
     "main",
+    "read",
     "report",
     "start",
+    "steer",
     "train",
     "transfer",
 ]

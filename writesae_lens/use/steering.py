@@ -76,7 +76,7 @@ def steering(
     by_site = saes_by_site(model, saes)
     chosen = parse_features(by_site, features)
     amounts = amounts_of(model, by_site, chosen, tokens, unit)
-    where = _checked_positions(positions)
+    where = checked_positions(positions)
     with model.hooks(fwd_hooks=hooks_of(model, additions(by_site, amounts), where)):
         yield model
 
@@ -138,7 +138,7 @@ def _chosen(model: HookedRecurrent, positions: Positions) -> Bool[Tensor, "batch
     return torch.isin(at, torch.tensor(several, dtype=torch.long, device=at.device))
 
 
-def _checked_positions(positions: Any) -> Positions:
+def checked_positions(positions: Any) -> Positions:
     """Refuse positions that are not whole numbers from 0 on."""
     if positions is None:
         return None

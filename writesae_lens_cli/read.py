@@ -1,0 +1,45 @@
+"""The command read: a prompt through the features of one SAE or of many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from writesae_lens_cli.app import USE, app
+from writesae_lens_cli.options import SAE_REFERENCE, Device
+
+
+@app.command(rich_help_panel=USE)
+def read(
+    sae: Annotated[
+        list[str],
+        typer.Option(
+            help=f"{SAE_REFERENCE} Give the option once for each SAE; a folder of several, such as a "
+            "sweep's, stands for all of them."
+        ),
+    ],
+    prompt: Annotated[str | None, typer.Option(help="The text to read.", show_default=False)] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 file with the prompt, in its place.", show_default=False)
+    ] = None,
+    n_features: Annotated[
+        int, typer.Option(min=1, help="Features of each SAE (of codes: of each side) at a token, at most.")
+    ] = 4,
+    out: Annotated[Path, typer.Option(help="Folder for records, summary, figure and page.")] = Path(
+        "writesae-read"
+    ),
+    model: Annotated[
+        str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Show which features are active at each token of a prompt: coloured text, records, and a page.
+
+    For example: writesae-lens read --sae my_sweep --prompt "The old man went to the sea". The page,
+    read.html, shades the text by cell and feature; a click on a token lists its features.
+    """
+    from writesae_lens.cli.reading import run_read
+
+    run_read(sae, prompt, text, n_features, out, model, device)
