@@ -18,6 +18,8 @@ _EVERY = 0.5
 
 def update_bar(original: Any, trainer: Any, output: Any, bar: Any, *args: Any, **kwargs: Any) -> None:
     """SAELens's `_update_pbar` of the trainer of one SAE or several; other types of SAEs keep its own."""
+    if bar.disable:  # by TQDM_DISABLE, as in the workers of a sweep: tqdm keeps no time then
+        return
     outputs = output if isinstance(output, Mapping) else {"": output}
     saes = trainer.saes if isinstance(output, Mapping) else {"": trainer.sae}
     if not all(isinstance(sae, WriteTrainingSAE) for sae in saes.values()):

@@ -8,6 +8,7 @@ import pytest
 from sae_lens import SAE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run
@@ -15,6 +16,7 @@ from writesae_lens import WriteSAEError
 from writesae_lens.experiments import replacement_test
 from writesae_lens.experiments.passages import as_passages
 from writesae_lens.experiments.result import read_table
+from writesae_lens.saelens.progress import update_bar
 from writesae_lens.saelens.runner import train_cells
 from writesae_lens.sweep import plan_sweep, sweep, work
 from writesae_lens.sweep.store import Store
@@ -168,6 +170,11 @@ def test_an_sae_that_a_full_disk_cannot_hold_is_an_error_of_the_disk(tmp_path, m
     job = plan_sweep("tiny-gdn", CELLS[:1], tmp_path, **settings).job
     with pytest.raises(OSError, match=r"could not be saved: .* No space left"):
         work.run_step(job, work.Train(tuple(CELLS[:1])), "cpu", None)
+
+
+def test_workers_train_without_a_bar():
+    with tqdm(total=10, disable=True) as bar:
+        update_bar(None, trainer=None, output={}, bar=bar)
 
 
 def test_at_an_address_of_fsspec(swept):
