@@ -255,7 +255,7 @@ def _ablate(
     records.insert(len(records.columns) - 1, "ablated", np.nan)
     checked = records[records.feature != ERROR].head(n_check)
     for layer, rows in checked.groupby("layer"):
-        heads, positions = (torch.tensor(rows[name].tolist()) for name in ("head", "position"))
+        heads, positions = (question.tokens.new_tensor(rows[n].tolist()) for n in ("head", "position"))
         taken_out = stacked([part_of(parts, row) for row in rows.itertuples()])
         left = without_parts(model, question, int(layer), heads, positions, taken_out)
         records.loc[rows.index, "ablated"] = difference - left.double().cpu().numpy()

@@ -61,8 +61,10 @@ class AttributionGraph:
     def save(self, path: str | Path) -> Path:
         """Write nodes, edges and what they are of as one JSON file; returns its path."""
         path = Path(path)
-        frames = {"nodes": self.nodes, "edges": self.edges}
-        tables = {name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()}
+        tables = {
+            name: frame.astype(object).where(frame.notna(), None).to_dict("records")
+            for name, frame in (("nodes", self.nodes), ("edges", self.edges))
+        }
         text = json.dumps({"about": self.about} | tables, indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(path, lambda beside: beside.write_text(text + "\n", encoding="utf-8"))
         return path

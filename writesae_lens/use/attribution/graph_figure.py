@@ -27,7 +27,7 @@ def plot_graph(graph: AttributionGraph) -> Figure:
     counts = nodes.groupby(["layer", "position"]).node.transform("count")
     most = max(float(nodes.attribution.abs().max()), 1e-12) if len(nodes) else 1.0
     for row, n, count in zip(nodes.itertuples(), beside, counts, strict=True):
-        x, y = columns[row.position], levels[row.layer] + 0.7 * ((n + 0.5) / count - 0.5)
+        x, y = float(columns[row.position]), levels[row.layer] + 0.7 * ((n + 0.5) / count - 0.5)
         places[row.node] = x, y
         colour = ATOM if row.attribution > 0 else DELETE
         axis.plot(x, y, "o", ms=4 + 9 * abs(row.attribution) / most, color=colour, zorder=3)

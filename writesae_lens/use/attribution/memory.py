@@ -122,7 +122,8 @@ def write_gradients(
         recurrence: of one head, in one passage.
         by_outputs: dL/do_t, for one difference L or several.
     """
-    rec = recurrence.with_erase_vector()
+    rows = len(by_outputs)
+    rec = recurrence.with_erase_vector().map(lambda x: x.expand(rows, *x.shape[1:]))
 
     def backwards(x: Tensor) -> Tensor:  # what belongs to s + 1, at s, from the last s to the first
         return functional.pad(x[:, 1:], (0, 0) * (x.ndim - 2) + (0, 1)).flip(1)
@@ -135,9 +136,7 @@ def write_gradients(
         a=None if rec.b is None else backwards(rec.b),
         b=None if rec.a is None else backwards(rec.a),
     )
-    rows = len(by_outputs)
-    expanded = dataclasses.replace(reverse, v=reverse.v).map(lambda x: x.expand(rows, *x.shape[1:]))
-    return Trajectory(expanded).states()[:, :, 0].flip(1)
+    return Trajectory(reverse).states()[:, :, 0].flip(1)
 
 
 class _Heads(NamedTuple):
