@@ -23,7 +23,7 @@ from writesae_lens.experiments.subjects import find_site
 from writesae_lens_cli import experiment_questions
 
 SHARE = ("train", "pull", "convert", "push")
-USE = ("export", "label")
+USE = ("attribute", "export", "label", "read", "steer")
 COMMANDS = ("demo", "models", *OF_MODELS, *SHARE, *EXPERIMENTS, *USE, "report", "reproduce")
 HEAVY = ("torch", "numpy", "pandas", "transformers", "transformer_lens", "sae_lens", "writesae_lens")
 
