@@ -8,6 +8,7 @@ are left to SAELens.
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,9 @@ from writesae_lens.saes.config import WriteSAETrainingConfig
 # SAELens asks for batches of prompts until one has a token to train on. After 20 batches in a row of 20,000
 # tokens together that had none, there will be none.
 _TOKENS, _BATCHES = 20_000, 20
+# Two warnings of SAELens that do not hold of documents on this machine: it compares how many documents there
+# are with how many tokens are wanted; and it advises to tokenize large data sets beforehand.
+_NOT_OF_TEXTS = ("The training dataset contains fewer samples", "Dataset is not tokenized")
 _EMPTY: Any = WeakIdKeyDictionary()  # store: empty batches in a row
 
 
@@ -90,7 +94,7 @@ def init_cache_runner(original: Any, runner: Any, cfg: Any, *args: Any, **kwargs
 def init_store(original: Any, store: Any, *args: Any, **kwargs: Any) -> None:
     """The constructor of SAELens's activation store; ``dataset`` may be a file or folder of this machine."""
     bound = inspect.signature(original).bind(store, *args, **kwargs)
-    text = bound.arguments.get("dataset")
+    text, found = bound.arguments.get("dataset"), None
     if isinstance(bound.arguments["model"], HookedRecurrent) and text is not None:
         name = text if isinstance(text, str) else "that is given"
         found = texts.local_text(text, bound.arguments["streaming"]) if isinstance(text, str) else text
@@ -98,7 +102,10 @@ def init_store(original: Any, store: Any, *args: Any, **kwargs: Any) -> None:
             bound.arguments["dataset"] = found
             if not bound.arguments.get("use_chat_formatting", False):
                 texts.check_text(name, found)
-    original(*bound.args, **bound.kwargs)
+    with warnings.catch_warnings():
+        for advice in () if found is None else _NOT_OF_TEXTS:
+            warnings.filterwarnings("ignore", advice, UserWarning)
+        original(*bound.args, **bound.kwargs)
 
 
 def filtered_batch(original: Any, store: Any, *args: Any, **kwargs: Any) -> Any:
