@@ -198,6 +198,7 @@
     }));
     explain($("figures-of-merit"));
     drawContexts($("contexts"), data.samples[atom], OF_CODES ? "code of its side" : "atom");
+    $("uses").hidden = !data.samples[atom];
     histogram($("activations"), data.samples[atom]);
     drawUse(atom);
     $("up-title").textContent = sideOf(atom) === "key" ? "Read by" : "Promotes";

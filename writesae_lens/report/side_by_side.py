@@ -267,7 +267,7 @@ def _shared(summary: Mapping[str, Any]) -> str:
         chance = by_chance.get(row["side"], {})
         share, usual = (statistics.share(each.get("share_above_07")) for each in (row, chance))
         parts.append(f"{share} of the active {PLURALS[row['side']]} (of two untrained lookups {usual})")
-    return f"A partner with a cosine above 0.7 in the other SAE have {' and '.join(parts)}."
+    return f"{' and '.join(parts)} have a partner with a cosine above 0.7 in the other SAE."
 
 
 def _measures(
