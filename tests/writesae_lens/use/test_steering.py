@@ -146,28 +146,46 @@ def test_a_cache_goes_on_with_absolute_positions(model, tokens, saes):
 
 
 @torch.no_grad()
-def test_beams_equal_beams_of_full_passes(model, tokens, saes):
+def check_beams(model, prompt, sae, features, positions, where):
     """The reference is a beam search written out, each beam scored by a full pass with the hook by hand."""
     n_beams, n_new = 3, 4
+    with steered(model, sae, features, positions=positions):
+        found = model.hf_generate(
+            prompt, max_new_tokens=n_new, min_new_tokens=n_new, num_beams=n_beams, do_sample=False
+        )
+    beams = [(0.0, prompt[0].tolist())]
+    for _ in range(n_new):
+        grown = []
+        for score, ids in beams:
+            logits = logits_by_hand(model, sae, features, torch.tensor([ids]), where)[0, -1]
+            scores = logits.log_softmax(-1)
+            scores[model.original_model.generation_config.eos_token_id] = -math.inf
+            best = scores.topk(n_beams)
+            grown += [(score + float(s), [*ids, int(t)]) for s, t in zip(best.values, best.indices)]
+        beams = sorted(grown, reverse=True)[:n_beams]
+    assert found[0].tolist() == beams[0][1]
+
+
+def test_beams_equal_beams_of_full_passes(model, tokens, saes):
     for sae, features in saes[:2]:
-        prompt = tokens[:1, :12]
-        for positions, where in ((None, lambda p: True), ([13], lambda p: p == 13)):
-            with steered(model, sae, features, positions=positions):
-                found = model.hf_generate(
-                    prompt, max_new_tokens=n_new, min_new_tokens=n_new, num_beams=n_beams, do_sample=False
-                )
-            beams = [(0.0, prompt[0].tolist())]
-            for _ in range(n_new):
-                grown = []
-                for score, ids in beams:
-                    logits = logits_by_hand(model, sae, features, torch.tensor([ids]), where)[0, -1]
-                    scores = logits.log_softmax(-1)
-                    end = model.original_model.generation_config.eos_token_id
-                    scores[end] = -math.inf
-                    best = scores.topk(n_beams)
-                    grown += [(score + float(s), [*ids, int(t)]) for s, t in zip(best.values, best.indices)]
-                beams = sorted(grown, reverse=True)[:n_beams]
-            assert found[0].tolist() == beams[0][1]
+        check_beams(model, tokens[:1, :12], sae, features, None, lambda p: True)
+        check_beams(model, tokens[:1, :12], sae, features, [13], lambda p: p == 13)
+
+
+@torch.no_grad()
+def test_a_hybrid_with_attention_is_steered_in_decoding_and_beams(gdn_model):
+    sae = make_codes(gdn_model, layer=LAYER, head=HEAD)
+    prompt = torch.arange(20, 32)[None]
+    how = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    for positions, where in ((None, lambda p: True), (slice(11, 14), lambda p: 11 <= p < 14)):
+        with steered(gdn_model, sae, OF_CODES, positions=positions):
+            found = gdn_model.generate(prompt, **how)
+        sequence = prompt
+        for _ in range(4):
+            logits = logits_by_hand(gdn_model, sae, OF_CODES, sequence, where)
+            sequence = torch.cat([sequence, logits[:, -1:].argmax(-1)], dim=1)
+        assert found.tolist() == sequence.tolist()
+        check_beams(gdn_model, prompt, sae, OF_CODES, positions, where)
 
 
 @torch.no_grad()
