@@ -163,7 +163,9 @@ def install_tokens(
         group = Prompts(model, cells, tokens, positions, n_tokens, temperature, seed_of(seed, n))
         if wanted is None:
             native = group.native
-            names, chosen = draw_targets(strata, tokens, native.first, native.tokens, generator(seed, n, 1))
+            names, chosen = draw_targets(
+                strata, tokens, native.first, native.tokens, groups[n].start, generator(seed, n, 1)
+            )
         else:
             names, chosen = ["given"] * len(wanted), torch.tensor([wanted] * len(tokens))
         frame = group.install(chosen, names, method, generator(seed, n))
@@ -233,31 +235,42 @@ def _rates(records: pd.DataFrame) -> dict[str, Any]:
 _KINDS = (("", ATOM, "installed"), ("control_", RANDOM, "random writes"), ("native_", DELETE, "native"))
 
 
+_NAMES = {
+    "rank_100_1000": "rank\n100 to 999",
+    "out_of_context": "out of\ncontext",
+    "third_native": "a third\nnative",
+}
+
+
 @figure("install")
 def plot_install(result: ExperimentResult) -> Figure:
     """Target in the continuation by norm and number of cells, and by stratum; the cost in fluency."""
     summary = result.summary
-    figure, axes = new_figure(13.0, 4.0, 3)
-    _draw_curve(axes[0], summary)
+    strata, curve = summary["by_stratum"], summary.get("curve", ())  # earlier versions had no curve
+    has_cost = "perplexity" in summary
+    figure, axes = new_figure(13.0, 4.0, 1 + has_cost + (len(curve) > 1))
+    if len(curve) > 1:
+        _draw_curve(axes[0], summary)
+    bars = axes[-2 if has_cost else -1]
+    _draw_bars(bars, strata, "target_in_continuation")
+    bars.set_ylim(0, 1.05)
+    bars.set_title("Target said, by its native rank", fontsize=11, loc="left")
     axes[0].set_ylabel(f"target in the next {summary['n_tokens']} tokens")
-    _draw_bars(axes[1], summary["by_stratum"], "{}target_in_continuation")
-    axes[1].set_ylim(0, 1.05)
-    axes[1].set_title("By native rank of the target", fontsize=11, loc="left")
-    _draw_bars(axes[2], summary["by_stratum"], "{}perplexity")
-    axes[2].set_yscale("log")
-    axes[2].set_title("Perplexity of the text, unedited model", fontsize=11, loc="left")
-    axes[2].legend(frameon=False, fontsize=9)
+    if has_cost:
+        _draw_bars(axes[-1], strata, "perplexity")
+        axes[-1].set_title("Perplexity of the text under the unedited model", fontsize=11, loc="left")
+    axes[-1].legend(frameon=False, fontsize=9)
     interval = statistics.between(summary["target_in_continuation_ci"], ".1%")
     said = f"Target said in {summary['target_in_continuation']:.1%} of {summary['n_installs']:,} installs"
     figure.suptitle(said + interval + f", direction: {summary['direction']}", fontsize=11, x=0.02, ha="left")
     return figure
 
 
-def _draw_bars(axis: Axes, groups: dict[str, dict[str, float]], figure_of_merit: str) -> None:
+def _draw_bars(axis: Axes, groups: dict[str, dict[str, Any]], figure_of_merit: str) -> None:
     for shift, (kind, color, label) in zip((-0.27, 0, 0.27), _KINDS, strict=True):
-        heights = [group[figure_of_merit.format(kind)] for group in groups.values()]
+        heights = [group[f"{kind}{figure_of_merit}"] for group in groups.values()]
         axis.bar(np.arange(len(groups)) + shift, heights, width=0.25, color=color, label=label)
-    axis.set_xticks(range(len(groups)), [name.replace("_", "\n", 1).replace("_", " ") for name in groups])
+    axis.set_xticks(range(len(groups)), [_NAMES.get(name, name) for name in groups])
     axis.set_xlim(-0.6, max(len(groups), 3) - 0.4)  # one group is no wall of color
 
 
@@ -271,9 +284,8 @@ def _draw_curve(axis: Axes, summary: dict[str, Any]) -> None:
         for kind, style in (("", "o-"), ("control_", "s--"), ("native_", ":")):
             heights = [row[f"{kind}target_in_continuation"] for row in part]
             strength = (number + 1) / len(lines)
-            axis.plot(
-                [row[x] for row in part], heights, style, color=color[kind], alpha=strength, lw=1.4, ms=4
-            )
+            places, look = [row[x] for row in part], {"color": color[kind], "alpha": strength}
+            axis.plot(places, heights, style, lw=1.4, ms=4, **look)
         label = f"{value} cells" if line == "n_cells" else f"{value:g} x"
         axis.annotate(f" {label}", (part[-1][x], part[-1]["target_in_continuation"]), fontsize=8, color=ATOM)
     ticks = sorted({row[x] for row in rows})
@@ -282,4 +294,4 @@ def _draw_curve(axis: Axes, summary: dict[str, Any]) -> None:
     axis.minorticks_off()
     axis.set_ylim(0, 1.05)
     axis.set_xlabel("norm, in native writes" if x == "magnitude" else "cells written in")
-    axis.set_title("By norm and number of cells", fontsize=11, loc="left")
+    axis.set_title("Target said, by norm and number of cells", fontsize=11, loc="left")

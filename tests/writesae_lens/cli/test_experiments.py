@@ -154,6 +154,16 @@ def test_a_cell_stands_for_an_sae(sae_folder, tmp_path):
     assert (tmp_path / "a" / "records.csv").read_bytes() == (tmp_path / "b" / "records.csv").read_bytes()
 
 
+def test_install_writes_in_all_heads_of_a_layer(tmp_path):
+    options = ("--n-cells", 1, "--n-cells", 4, "--targets", 12, "--n-refinements", 1, "--n-tokens", 3)
+    out = tmp_path / "out"
+    done = run("install", "--cell", "1:*", "--model", "tiny-gdn", "--out", out, *options, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "4 installs in 4 cells; perplexity of the continuation" in done.stdout.splitlines()[-1]
+    assert pd.read_csv(out / "records.csv").n_cells.tolist() == [1, 4] * 2
+    assert len(json.loads((out / "summary.json").read_text())["hook_name"]) == 4
+
+
 class CalledError(Exception):
     """The experiment's function was called."""
 

@@ -18,7 +18,7 @@ from tests.writesae_lens.experiments.truth import (
     writes,
 )
 from writesae_lens import WriteSAEError
-from writesae_lens.experiments import install_tokens
+from writesae_lens.experiments import ExperimentResult, install_tokens
 from writesae_lens.experiments.installs.fluency import repetition
 from writesae_lens.experiments.installs.targets import draw_targets
 
@@ -135,6 +135,9 @@ def check_summary(result):
     assert summary["n_cells"] == [1, 3]
     assert set(summary["by_n_cells"]) == {"1", "3"}
     assert len(summary["hook_name"]) == 3
+    earlier = {k: v for k, v in summary.items() if k not in ("curve", "perplexity")}
+    panels = [len(ExperimentResult("install", records, x).plot().axes) for x in (summary, earlier)]
+    assert panels == [3, 1]
 
 
 def score(model, prompts, targets, native, added):
@@ -229,10 +232,12 @@ def test_targets_of_third_native_where_nothing_fitting_is_said():
     said[4] = torch.tensor([150, 399])
     rng = torch.Generator().manual_seed(0)
     prompts = torch.zeros(5, 3, dtype=torch.long)
-    names, drawn = draw_targets(["third_native"], prompts, logits, said, rng)
+    names, drawn = draw_targets(["third_native"], prompts, logits, said, 0, rng)
     assert names == ["third_native"]
     assert ((drawn >= 99) & (drawn < 400)).all()
     assert drawn[4, 0] in (150, 399)
+    others = draw_targets(["third_native"], prompts, logits, said, 1, rng)[1]
+    assert others[4, 0] not in (150, 399)
 
 
 def test_repetition_is_the_share_of_runs_of_three_that_came_before():

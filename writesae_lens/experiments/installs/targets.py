@@ -26,6 +26,7 @@ def draw_targets(
     prompts: Int[Tensor, "prompt pos"],
     logits: Float[Tensor, "prompt d_vocab"],
     said: Int[Tensor, "prompt token"],
+    first: int,
     rng: torch.Generator,
 ) -> tuple[list[str], Int[Tensor, "prompt target"]]:
     """One token of each stratum that the vocabulary has, for every prompt.
@@ -35,11 +36,13 @@ def draw_targets(
         prompts: the prompts.
         logits: native ones, after each prompt.
         said: the native continuations.
+        first: number of the first of these prompts among all.
         rng: for the draws.
     """
     drawn: dict[str, list[int]] = {}
-    n_said = 0
-    for number, (prompt, row, coming) in enumerate(zip(prompts.tolist(), logits, said.tolist(), strict=True)):
+    for number, (prompt, row, coming) in enumerate(
+        zip(prompts.tolist(), logits, said.tolist(), strict=True), first
+    ):
         order = row.argsort(descending=True).tolist()
         unseen = set(range(len(order))) - set(prompt)
         for name in strata:
@@ -50,8 +53,7 @@ def draw_targets(
                 pool = order[low - 1 : None if high is None else high - 1]
             if name == "third_native":
                 native = [t for t in pool if t in coming]
-                pool = native if native and 3 * n_said <= number else [t for t in pool if t not in coming]
-                n_said += pool is native
+                pool = native if native and number % 3 == 1 else [t for t in pool if t not in coming]
             if pool:
                 token = pool[int(torch.randint(0, len(pool), (), generator=rng))]
                 drawn.setdefault(name, []).append(token)
