@@ -125,7 +125,7 @@ def read_prompt(
     }
     cells = f"{len(by_site)} cells" if len(by_site) > 1 else f"the cell {summary['cells'][0]}"
     headline = f"{len(ids)} tokens, {len(features)} features active in {cells}"
-    result = run.result(records[list(COLUMNS)], summary, headline)
+    result = run.result(records.reindex(columns=list(COLUMNS)), summary, headline)
     return Reading(result.name, result.records, result.summary)
 
 

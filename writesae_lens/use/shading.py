@@ -48,8 +48,13 @@ def token_names(result: ExperimentResult) -> list[str]:
 def of_cell(result: ExperimentResult, cell: str) -> pd.DataFrame:
     """The records of a cell, "layer:head"; what a saved result has no text for is empty, as before."""
     layer, head = map(int, cell.split(":"))
-    records = result.records[(result.records.layer == layer) & (result.records["head"] == head)]
-    return records.fillna({"label": "", "promotes": "", "text": ""})
+    of_cell: Any = result.records[(result.records.layer == layer) & (result.records["head"] == head)]
+    return of_cell.fillna({"label": "", "promotes": "", "text": ""})
+
+
+def _rows(records: pd.DataFrame) -> list[Any]:
+    """The rows as named tuples."""
+    return list(records.itertuples())
 
 
 def strengths(result: ExperimentResult, cell: str) -> Float[np.ndarray, " pos"]:
@@ -99,7 +104,7 @@ def _feature_lines(records: pd.DataFrame) -> list[str]:
     lines = []
     for side, group in records.groupby("side", sort=False):
         strongest = group.sort_values("coefficient", ascending=False, kind="stable")
-        for row in strongest.drop_duplicates("feature").head(_LISTED).itertuples():
+        for row in _rows(strongest.drop_duplicates("feature").head(_LISTED)):
             label = f" {visible(str(row.label))}" if row.label else ""
             where = f"position {row.position}" if not row.text else f"{visible(str(row.text))!r}"
             times = int((group.feature == row.feature).sum())
@@ -143,7 +148,7 @@ def _tip(records: pd.DataFrame) -> str:
         f"{NAMES[str(row.side)]} {row.feature}: {row.coefficient:.3g}"
         + (f" {row.label}" if row.label else "")
         + (f" → {' '.join(visible(x) for x in promoted(row.promotes))}" if row.promotes else "")
-        for row in records.itertuples()
+        for row in _rows(records)
     )
 
 
@@ -154,11 +159,10 @@ def as_page(result: ExperimentResult) -> str:
         records = of_cell(result, cell)
         features = {
             int(row.feature): [str(row.side), str(row.label or ""), promoted(row.promotes)]
-            for row in records.drop_duplicates("feature").itertuples()
+            for row in _rows(records.drop_duplicates("feature"))
         }
         entries = [
-            [int(row.position), int(row.feature), float(f"{row.coefficient:.4g}")]
-            for row in records.itertuples()
+            [int(row.position), int(row.feature), float(f"{row.coefficient:.4g}")] for row in _rows(records)
         ]
         shade = [round(float(x), 3) for x in strengths(result, cell)]
         cells.append({"name": cell, "kind": kind, "features": features, "entries": entries, "shade": shade})

@@ -57,7 +57,7 @@ class Steered(ExperimentResult):
 
     def side_by_side(self) -> dict[str, str]:
         """The first continuation natively, steered, and with the random features, at the shown dose."""
-        records = self.records[self.records["continuation"] == 0]
+        records: Any = self.records[self.records["continuation"] == 0]
         shown = records[records.dose.isin([0.0, self.summary["shown_dose"]])]
         return dict(zip(shown.condition, shown.text.fillna(shown.ids), strict=True))
 
@@ -175,7 +175,7 @@ def steer(
         "shown_dose": 1.0 if 1.0 in doses else doses[0],
         "by_dose": _by_dose(records),
     }
-    result = run.result(records[columns], summary, _headline(summary))
+    result = run.result(records.reindex(columns=columns), summary, _headline(summary))
     return Steered(result.name, result.records, result.summary)
 
 
@@ -304,7 +304,8 @@ def _continued(
 def _by_dose(records: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     """The means over continuations by condition and dose."""
     means: dict[str, dict[str, dict[str, float]]] = {}
-    for (condition, dose), group in records.groupby(["condition", "dose"], sort=False):
+    groups: Any = records.groupby(["condition", "dose"], sort=False)
+    for (condition, dose), group in groups:
         found = {name: float(group[name].mean()) for name in ("kl", "promoted")}
         found["perplexity"] = float(np.exp(np.log(group.perplexity).mean()))
         means.setdefault(str(condition), {})[f"{dose:g}"] = found

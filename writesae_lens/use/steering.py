@@ -143,8 +143,8 @@ def checked_positions(positions: Any) -> Positions:
     if positions is None:
         return None
     is_slice = isinstance(positions, slice)
-    ends = [positions.start, positions.stop, positions.step] if is_slice else positions
-    if isinstance(ends, Tensor):
+    ends: Any = [positions.start, positions.stop, positions.step] if is_slice else positions
+    if hasattr(ends, "tolist"):  # of torch and numpy
         ends = ends.tolist()
     ends = [ends] if is_whole(ends) else ends
     if not isinstance(ends, (list, tuple, range)) or not all(
