@@ -41,7 +41,7 @@ def attribute(
     ] = -1,
     steps: Annotated[
         int, typer.Option(min=0, help="Points on the path of the integrated attributions; 0: none of these.")
-    ] = 8,
+    ] = 12,
     n_check: Annotated[
         int, typer.Option(min=0, help="Features that are taken out of their writes, each by itself.")
     ] = 20,

@@ -11,7 +11,7 @@ from writesae_lens.cli.subjects import load_saes, read_prompt_text, warnings_as_
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.locks import locked
 from writesae_lens.use.attribution import AttributionGraph, attribute, attribution_graph
-from writesae_lens.use.attribution.attributing import named
+from writesae_lens.use.attribution.attributing import each_row, named
 from writesae_lens.use.attribution.graph import LOGIT
 
 # Rows of the table of features, and of that of edges.
@@ -54,7 +54,7 @@ def _token(text: str) -> int | str:
 def _features(result: ExperimentResult) -> str:
     """The largest attributions, a line each."""
     lines = [f"{'attributed':>10} {'ablated':>8} {'integrated':>10}  part of a write"]
-    for row in result.records.head(_FEATURES).itertuples():
+    for row in each_row(result.records.head(_FEATURES)):
         numbers = zip((row.attribution, row.ablated, row.integrated), (10, 8, 10), strict=True)
         lines.append(" ".join(" " * n if x != x else f"{x:+{n}.3f}" for x, n in numbers) + f"  {named(row)}")
     return "\n".join(lines)
@@ -65,10 +65,10 @@ def _edges(graph: AttributionGraph) -> str:
     edges = graph.edges[graph.edges.target != LOGIT].head(_EDGES)
     if not len(edges):
         return ""
-    names = {row.node: named(row) for row in graph.nodes.itertuples()}
+    names = {row.node: named(row) for row in each_row(graph.nodes)}
     lines = [
         f"\n{'attributed':>10} {'share':>8}  edge: the share of the second's coefficient that the first makes"
     ]
-    for row in edges.itertuples():
+    for row in each_row(edges):
         lines.append(f"{row.attribution:+10.3f} {row.share:8.1%}  {names[row.source]} -> {names[row.target]}")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ def attribute(
     target: int | str,
     alternative: int | str | None = None,
     position: int = -1,
-    steps: Natural = 8,
+    steps: Natural = 12,
     n_check: Natural = 20,
 ) -> ExperimentResult:
     """Divide L = logit(target) - logit(alternative) at a position among the features of the writes before it.
@@ -254,9 +254,10 @@ def _ablate(
     """Fill the column ``ablated`` of the features with the largest attributions; a layer's share passes."""
     records.insert(len(records.columns) - 1, "ablated", np.nan)
     checked = records[records.feature != ERROR].head(n_check)
-    for layer, rows in checked.groupby("layer"):
+    of_layer: dict[Any, Any] = dict(iter(checked.groupby("layer")))
+    for layer, rows in of_layer.items():
         heads, positions = (question.tokens.new_tensor(rows[n].tolist()) for n in ("head", "position"))
-        taken_out = stacked([part_of(parts, row) for row in rows.itertuples()])
+        taken_out = stacked([part_of(parts, row) for row in each_row(rows)])
         left = without_parts(model, question, int(layer), heads, positions, taken_out)
         records.loc[rows.index, "ablated"] = difference - left.double().cpu().numpy()
 
@@ -273,10 +274,10 @@ def _summary(
     records: pd.DataFrame, parts: dict[Cell, CellParts], difference: float, deleted: float
 ) -> dict[str, Any]:
     """The figures of merit."""
-    one_side = records[records.side != "key"]
+    one_side: Any = records[records.side != "key"]
     memories = difference - deleted
 
-    def share(rows: pd.DataFrame, column: str) -> float | None:
+    def share(rows: Any, column: str) -> float | None:
         return float(rows[column].sum()) / memories if memories else None
 
     column = "attribution" if records.integrated.isna().all() else "integrated"
@@ -302,6 +303,11 @@ def _summary(
     }
 
 
+def each_row(frame: Any) -> Iterator[Any]:
+    """The rows of a table, with its columns as attributes."""
+    return iter(frame.itertuples())
+
+
 def named(row: Any) -> str:
     """A record in words: cell, feature, label and token."""
     name = "error" if row.feature == ERROR else f"{NAMES[row.side]} {row.feature}"
@@ -319,7 +325,7 @@ def _headline(records: pd.DataFrame, summary: dict[str, Any]) -> str:
     ]
     first = records[records.feature != ERROR].head(3)
     if len(first):
-        parts.append("most by " + ", ".join(f"{named(x)} {x.attribution:+.2f}" for x in first.itertuples()))
+        parts.append("most by " + ", ".join(f"{named(x)} {x.attribution:+.2f}" for x in each_row(first)))
     if (r := summary["ablation_correlation"]) is not None:
         parts.append(f"attributed against ablated r = {r:.3f} ({summary['n_checked']} features)")
     if (completeness := summary["completeness"]) is not None:

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from writesae_lens.experiments.catalogue import figure
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.figures import ATOM, DELETE, INK, new_figure
-from writesae_lens.use.attribution.attributing import named
+from writesae_lens.use.attribution.attributing import each_row, named
 
 _BARS = 20
 # Positions whose tokens are written below the map.
@@ -38,7 +38,7 @@ def _draw_bars(axis: Any, rows: pd.DataFrame) -> None:
     if rows.ablated.notna().any():
         axis.plot(rows.ablated, at, "x", color=INK, ms=5, label="ablated")
         axis.legend(frameon=False, fontsize=9, loc="lower right")
-    names = (named(row).replace("$", r"\$") for row in rows.itertuples())
+    names = (named(row).replace("$", r"\$") for row in each_row(rows))
     axis.set_yticks(at, [f"{name[:56]}…" if len(name) > 57 else name for name in names], fontsize=8)
     axis.axvline(0, color=INK, lw=0.8)
     axis.set_xlabel("change of the logit difference")
@@ -47,7 +47,7 @@ def _draw_bars(axis: Any, rows: pd.DataFrame) -> None:
 
 def _draw_places(axis: Any, result: ExperimentResult) -> None:
     """The sum of one side's features and the errors, at each layer and position."""
-    rows = result.records[result.records.side != "key"]
+    rows: Any = result.records[result.records.side != "key"]
     is_derivative = rows.integrated.isna().all()
     table = rows.pivot_table(
         index="layer",

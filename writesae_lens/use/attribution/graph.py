@@ -25,7 +25,7 @@ from writesae_lens.experiments.options import Count, check, shown
 from writesae_lens.experiments.origin import fingerprint_model, fingerprint_sae
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.use.attribution.ablations import stacked
-from writesae_lens.use.attribution.attributing import ERROR, cells_of, heads_of, part_of
+from writesae_lens.use.attribution.attributing import ERROR, cells_of, each_row, heads_of, part_of
 from writesae_lens.use.attribution.memory import hooked, last_logits
 from writesae_lens.use.attribution.parts import CellParts
 from writesae_lens.use.prompts import SAEs
@@ -98,8 +98,8 @@ def attribution_graph(
     check(Count, n_nodes=n_nodes)
     of_cell = cells_of(model, saes)
     _check_result(model, list(of_cell.values()), result)
-    nodes = result.records[result.records.feature != ERROR].head(n_nodes).reset_index(drop=True)
-    names = [f"L{x.layer}H{x.head}_{x.side}{x.feature}@{x.position}" for x in nodes.itertuples()]
+    nodes: Any = result.records[result.records.feature != ERROR].head(n_nodes).reset_index(drop=True)
+    names = [f"L{x.layer}H{x.head}_{x.side}{x.feature}@{x.position}" for x in each_row(nodes)]
     nodes.insert(0, "node", names)
     with torch.enable_grad():
         traced = _Traced.of(model, result, list(heads_of(of_cell)))
@@ -110,10 +110,10 @@ def attribution_graph(
         (node, LOGIT, x, x / difference if difference else None, x)
         for node, x in zip(nodes.node, nodes.attribution, strict=True)
     ]
-    for target in nodes.itertuples():
+    for target in each_row(nodes):
         sources = nodes[(nodes.layer < target.layer) & (nodes.position <= target.position)]
         gradients = traced.gradients(target, parts) if len(sources) else {}
-        for source in sources.itertuples():
+        for source in each_row(sources):
             by_outputs = gradients[source.layer][:, source.head]
             weight = float((by_outputs * contributions[source.node]).sum())
             share = weight / target.coefficient
@@ -200,12 +200,13 @@ def _contributions(
 ) -> dict[str, Float[Tensor, "pos d_v"]]:
     """What each node's part adds to the outputs S_t^T q_t of its head."""
     found: dict[str, Tensor] = {}
-    for layer, rows in nodes.groupby("layer"):
-        native, n_rows = traced.recurrences[int(layer)], len(rows)
+    of_layer: dict[Any, Any] = dict(iter(nodes.groupby("layer")))
+    for layer, rows in of_layer.items():
+        native, n_rows = traced.recurrences[layer], len(rows)
         recurrence = native.map(lambda x, n=n_rows: x.detach().expand(n, *x.shape[1:]))
-        key, value = stacked([part_of(parts, row) for row in rows.itertuples()])
+        key, value = stacked([part_of(parts, row) for row in each_row(rows)])
         heads, positions = (torch.tensor(rows[n].tolist(), device=key.device) for n in ("head", "position"))
-        edit = AddedWrites(model.mixers[int(layer)], heads, positions, key, value, linear=False)
+        edit = AddedWrites(model.mixers[layer], heads, positions, key, value, linear=False)
         outputs = edit.added_to(torch.zeros_like(recurrence.v), recurrence)
         found |= {node: outputs[n, :, heads[n]] for n, node in enumerate(rows.node)}
     return found

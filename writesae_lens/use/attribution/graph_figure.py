@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
 from writesae_lens.figures import ATOM, DELETE, INK, new_figure
+from writesae_lens.use.attribution.attributing import each_row
 
 if TYPE_CHECKING:
     from writesae_lens.use.attribution.graph import AttributionGraph
@@ -26,7 +27,7 @@ def plot_graph(graph: AttributionGraph) -> Figure:
     places, beside = {}, nodes.groupby(["layer", "position"]).cumcount()
     counts = nodes.groupby(["layer", "position"]).node.transform("count")
     most = max(float(nodes.attribution.abs().max()), 1e-12) if len(nodes) else 1.0
-    for row, n, count in zip(nodes.itertuples(), beside, counts, strict=True):
+    for row, n, count in zip(each_row(nodes), beside, counts, strict=True):
         x, y = float(columns[row.position]), levels[row.layer] + 0.7 * ((n + 0.5) / count - 0.5)
         places[row.node] = x, y
         colour = ATOM if row.attribution > 0 else DELETE
@@ -54,7 +55,7 @@ def _draw_edges(axis: Any, places: dict[str, tuple[float, float]], edges: pd.Dat
     between = edges[edges.target != "logit"].head(_MOST_EDGES)
     for rows, alpha in ((edges[edges.target == "logit"], 0.2), (between, 0.75)):
         most = max(float(rows.attribution.abs().max()), 1e-12) if len(rows) else 1.0
-        for row in rows.itertuples():
+        for row in each_row(rows):
             arrow = FancyArrowPatch(
                 places[row.source],
                 places[row.target],
