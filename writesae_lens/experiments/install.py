@@ -286,7 +286,7 @@ def _draw_curve(axis: Axes, summary: dict[str, Any]) -> None:
             strength = (number + 1) / len(lines)
             places, look = [row[x] for row in part], {"color": color[kind], "alpha": strength}
             axis.plot(places, heights, style, lw=1.4, ms=4, **look)
-        label = f"{value} cells" if line == "n_cells" else f"{value:g} x"
+        label = f"{value} cell{'s' * (value > 1)}" if line == "n_cells" else f"{value:g} x"
         axis.annotate(f" {label}", (part[-1][x], part[-1]["target_in_continuation"]), fontsize=8, color=ATOM)
     ticks = sorted({row[x] for row in rows})
     axis.set_xscale("log", base=2)

@@ -163,7 +163,7 @@ def _measured(targets: Int[Tensor, " row"], own: Said, other: Said, native: Said
     }
     columns |= {f"{name}in_continuation": (x.tokens == targets[:, None]).any(-1) for name, x in every.items()}
     columns["control_lift"] = log_p(other) - log_p(native)
-    columns |= {f"{name}perplexity": x.surprise.mean(-1).exp() for name, x in every.items()}
+    columns |= {f"{name}perplexity": x.surprise.double().mean(-1).exp() for name, x in every.items()}
     measured: dict[str, Any] = {name: x.cpu().numpy() for name, x in columns.items()}
     measured |= {f"{name}repetition": repetition(x.tokens) for name, x in every.items()}
     texts = {"continuation": own, "native_continuation": native}
