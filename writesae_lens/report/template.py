@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from writesae_lens.report.glossary import terms
+from writesae_lens.glossary import terms
 
 
 def fill_in(name: str, **fields: Any) -> str:

@@ -58,7 +58,9 @@ def counted(model, ids):
 
 def check_statistics(model, records):
     for row in records.itertuples():
-        for name, value in counted(model, json.loads(row.continuation)).items():
+        ids = json.loads(row.continuation)
+        assert row.text == "".join(model.tokenizer.batch_decode([[i] for i in ids]))
+        for name, value in counted(model, ids).items():
             assert getattr(row, name) == pytest.approx(value)
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.writesae_lens.experiments.truth import encoded, make_codes, make_sae, read_passages
+from writesae_lens import glossary
 from writesae_lens.experiments.subjects import find_site
-from writesae_lens.report import glossary
 from writesae_lens.report.samples import AFTER, BEFORE, GROUPS, N_BINS, Uses, read_uses, samples, token_texts
 
 
@@ -94,7 +94,7 @@ def test_characters_of_several_tokens_stand_at_the_first():
 def test_the_terms_are_those_of_the_documentation():
     inside = Path(glossary.__file__).with_name(glossary.FILE).read_text("utf-8")
     documented = Path(__file__).parents[3].joinpath("docs", "glossary.md").read_text("utf-8")
-    assert inside == documented, f"copy docs/glossary.md to writesae_lens/report/{glossary.FILE}"
+    assert inside == documented, f"copy docs/glossary.md to writesae_lens/{glossary.FILE}"
     by_name = {name: term.meaning for term in glossary.terms() for name in term.names}
     assert len(glossary.terms()) == documented.count("\n| **")
     assert {"write", "stand-in", "key code", "own read", "later reads", "recovered"} <= set(by_name)

@@ -23,7 +23,7 @@ class Term(NamedTuple):
 @cache
 def terms() -> tuple[Term, ...]:
     """Every term of the glossary, in its order."""
-    lines = files("writesae_lens.report").joinpath(FILE).read_text(encoding="utf-8").splitlines()
+    lines = files("writesae_lens").joinpath(FILE).read_text(encoding="utf-8").splitlines()
     rows = filter(None, map(_ROW.fullmatch, lines))
     return tuple(Term(_names(row["names"]), _html(row["meaning"])) for row in rows)
 
