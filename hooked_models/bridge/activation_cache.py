@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,9 @@ from hooked_models import unembedding
 from hooked_models.bridge import arguments
 from hooked_models.bridge.arguments import bound, refusals, wrong
 from hooked_models.errors import HookedModelError
+
+if TYPE_CHECKING:
+    from hooked_models.hooked_recurrent import HookedRecurrent
 
 _ADVICE = (
     "it is not cached, or this layer has none of it: see cache.keys(); a recurrent layer has the hooks that "
@@ -161,7 +164,7 @@ class RecurrentActivationCache(ActivationCache):
         layer = self._layer(taker, layer, mlp_input)
         with refusals(taker, _ADVICE):
             whole, names = self.decompose_resid(layer, mlp_input, pos_slice=cut, return_labels=True)
-            by_name = dict(zip(names, whole, strict=True))
+            by_name = {str(name): part for name, part in zip(names, whole, strict=True)}
             heads = self._head_results(layer + bool(mlp_input), cut)
             found = {f"L{n}H{h}": x for n, part in heads.items() for h, x in enumerate(part)}
             found |= {
@@ -219,8 +222,13 @@ class RecurrentActivationCache(ActivationCache):
             scaled = self.apply_ln_to_stack(
                 residual_stack, -1, False, _slice(pos_slice), _slice(batch_slice), has_batch_dim
             )
-            weight = unembedding.last_norm_weight(self.model) * unembedding.logit_factor(self.model)
+            weight = unembedding.last_norm_weight(self._bridge) * unembedding.logit_factor(self._bridge)
             return (scaled * (directions * weight.to(directions))).sum(dim=-1)
+
+    @property
+    def _bridge(self) -> HookedRecurrent:
+        """The model, whose class TransformerLens does not know."""
+        return cast("HookedRecurrent", self.model)
 
     def _layer(self, taker: str, layer: int | None, mlp_input: bool = False) -> int:
         """The number of a layer that components come before; None and -1 are the end of the stream."""
@@ -239,13 +247,13 @@ class RecurrentActivationCache(ActivationCache):
         self, layer: int, cut: Slice
     ) -> dict[int, Float[Tensor, "head *batch_and_pos d_model"]]:
         """What the heads of each recurrent layer before this one add to the residual stream."""
-        found = {}
-        for number, mixer in self.model.mixers.items():
+        found, model = {}, self._bridge
+        for number, mixer in model.mixers.items():
             if number >= layer:
                 continue
-            if _outputs(self.model, number)["attn"] != self.model.hook_name(number, "out"):
-                raise HookedModelError(_scales(self.model, number))
-            heads = cut.apply(self[self.model.hook_name(number, "head_out")], dim=-3)
+            if _outputs(model, number)["attn"] != model.hook_name(number, "out"):
+                raise HookedModelError(_scales(model, number))
+            heads = cut.apply(self[model.hook_name(number, "head_out")], dim=-3)
             weights = torch.stack([mixer.head_output(head) for head in range(mixer.n_heads)])
             found[number] = torch.einsum("...hv,hvm->h...m", heads, weights.to(heads))
         return found
@@ -268,7 +276,7 @@ class RecurrentActivationCache(ActivationCache):
         missing = whole - stack.sum(0) - sum(b for b in biases if b is not None)
         if len(of_mlps) != layer or bool(missing.abs().max() > 1e-3 * whole.abs().max()):
             raise unknown
-        return dict(zip(labels, stack, strict=True))
+        return {str(label): part for label, part in zip(labels, stack, strict=True)}
 
     def _get_cached_ln_scale(
         self, layer: int | None, mlp_input: bool, pos_slice: Slice, batch_slice: Slice | None = None

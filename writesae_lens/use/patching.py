@@ -116,8 +116,8 @@ def patch_writes(
     parts = []
     for layer in tqdm(sorted({c.layer for c in chosen}), "Patching", unit="layer", disable=not verbose):
         heads = [cell.head for cell in chosen if cell.layer == layer]
-        of_layer = [found[layer] for found in recurrences]
-        patched = _patched(model, tokens[1][0], model.cell(layer, heads[0]), heads, first, *of_layer, measure)
+        natives = recurrences[0][layer], recurrences[1][layer]
+        patched = _patched(model, tokens[1][0], model.cell(layer, heads[0]), heads, first, *natives, measure)
         full = np.concatenate([np.full((first, len(heads)), metrics[1]), patched])
         parts.append(_frame(model, tokens, layer, heads, full))
     records = pd.concat(parts, ignore_index=True)
