@@ -53,7 +53,7 @@ def install_tokens(
     n_refinements: Natural = 20,
     n_tokens: Count = 20,
     temperature: NotNegative = 0.0,
-    n_cells: Count | Sequence[Count] | None = None,
+    n_cells: tuple[Count, ...] = (),
     strata: tuple[Stratum, ...] = PAPER,
     n_ahead: Count = 4,
     context_size: Count | None = None,
@@ -100,7 +100,7 @@ def install_tokens(
         n_tokens: number of tokens to decode.
         temperature: 0 is greedy, else tokens are drawn, with the same random numbers for every edit.
         n_cells: in how many of the cells each edit writes: those whose writes move its target most, to first
-            order; several numbers are tried one by one (None: all).
+            order; several numbers are tried one by one (none given: all cells).
         strata: where targets are drawn, by their native rank at the first step: frequent (2 to 99),
             rank_100_1000 (100 to 999), rare (from 1,000), out_of_context (the less likely half, but not in
             the prompt), third_native (100 to 999, of which one in three is said natively, and the others are
@@ -176,12 +176,12 @@ def install_tokens(
     return run.result(records, summary, _headline(summary, len(cells)))
 
 
-def _counts(n_cells: int | Sequence[int] | None, cells: list[Cell]) -> tuple[int, ...]:
-    counts = (len(cells),) if n_cells is None else tuple(np.ravel(n_cells).tolist())
-    if not counts or max(counts) > len(cells):
+def _counts(n_cells: Sequence[int], cells: list[Cell]) -> tuple[int, ...]:
+    counts = tuple(map(int, n_cells)) or (len(cells),)
+    if max(counts) > len(cells):
         raise WriteSAEError(
             f"n_cells={n_cells} makes no sense: {len(cells)} cells are given to write in, so give 1 to "
-            f"{len(cells)}, one number at least"
+            f"{len(cells)}"
         )
     return counts
 

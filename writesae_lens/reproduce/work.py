@@ -220,7 +220,7 @@ def _install(text: Text, options: Mapping[str, Any]) -> Work:
     targets = len(options["strata"] if options["targets"] is None else options["targets"])
     edits = prompts * targets
     for swept in (options["magnitude"], options["n_cells"]):
-        edits *= len(swept) if isinstance(swept, (tuple, list)) else 1
+        edits *= max(1, len(swept)) if isinstance(swept, (tuple, list)) else 1
     batches = -(-prompts // _PROMPTS_PER_BATCH)
     times, steps, compared = 0, n_tokens, 1
     if options["direction"] == "greedy":  # the margins of the target, and of what is said natively

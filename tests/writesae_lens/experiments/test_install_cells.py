@@ -250,9 +250,13 @@ def test_repetition_is_the_share_of_runs_of_three_that_came_before():
 def test_cells_that_do_not_fit_are_refused(gdn):
     prompts = read_passages(gdn, 2, 17)
     for subject, options, message in (
-        ("1:*", {"n_cells": 5}, "n_cells=5 makes no sense: 4 cells are given to write in, so give 1 to 4"),
+        (
+            "1:*",
+            {"n_cells": (5,)},
+            r"n_cells=\(5,\) makes no sense: 4 cells are given to write in, so give 1 to 4",
+        ),
         ((1, 0), {"n_cells": [1, 2]}, r"n_cells=\[1, 2\] makes no sense: 1 cells"),
-        ("1:*", {"n_cells": ()}, r"n_cells=\(\) makes no sense"),
+        ("1:*", {"n_cells": 2}, "n_cells must be a list or tuple, got 2: put it into brackets"),
         ("1:*", {"strata": ()}, "there are no targets"),
         ("layer 1", {}, "an SAE, a cell or .layer, head. is wanted, got 'layer 1'; as text, cells are LAYER"),
         ("1:*:", {}, "cells are written LAYER:HEAD"),
