@@ -25,10 +25,12 @@ from writesae_lens.saes.sae import WriteSAE
 from writesae_lens.saes.training_sae import WriteTrainingSAE
 from writesae_lens.use.attribution import attribute, attribution_graph
 from writesae_lens.use.autolabel import label_features
+from writesae_lens.use.direct_effects import head_logit_effects
 from writesae_lens.use.exporting import export_features
 from writesae_lens.use.labels import add_labels, labels_of
 from writesae_lens.use.patching import patch_writes
 from writesae_lens.use.reading import read_prompt
+from writesae_lens.use.steer import steer
 from writesae_lens.use.steering import steering
 
 __all__ = [
@@ -43,10 +45,12 @@ __all__ = [
     "attribute",
     "attribution_graph",
     "export_features",
+    "head_logit_effects",
     "label_features",
     "labels_of",
     "patch_writes",
     "read_prompt",
+    "steer",
     "steering",
 ]
 __version__ = "0.1.0"
