@@ -152,7 +152,7 @@ def _chosen(sae: SAE[Any], atom: int | Sequence[int] | None) -> list[int]:
     """
     if atom is None:
         return list(range(sae.cfg.d_sae))
-    several = [atom] if is_whole(atom) else as_list("atom", atom)
+    several: list[Any] = [atom] if is_whole(atom) else as_list("atom", atom)
     for each in several:
         check_atom(sae, each)
     if not several:

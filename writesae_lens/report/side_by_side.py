@@ -210,7 +210,7 @@ def _features(
     site = find_site(model, sae)
     decoder = profiles(model, sae, site.cell, passages, n_tokens=_N_TOKENS, verbose=verbose)
     effects = measure_effects(model, sae, site, passages, n_tokens=_N_TOKENS, verbose=verbose)
-    rows = comparison[comparison.name == name].rename(columns={"kl": "kl_atom"})
+    rows = comparison.loc[comparison["name"] == name].rename(columns={"kl": "kl_atom"})
     tested = firings_by_feature(rows)
     tested = tested[above_floor(tested)]
     recovered = (1 - tested.kl_atom / tested.kl_delete).groupby(tested.atom).median()
@@ -240,7 +240,7 @@ def _pairs(saes: Mapping[str, SAE[Any]], uses: Sequence[Uses], matching: pd.Data
 def _matched(saes: Mapping[str, SAE[Any]], matching: pd.DataFrame) -> pd.DataFrame:
     """The pairs of the two SAEs among the records of `stability`."""
     one, other = saes
-    return matching[(matching["first"] == one) & (matching["second"] == other)]
+    return matching.loc[(matching["first"] == one) & (matching["second"] == other)]
 
 
 def _standing(saes: Mapping[str, SAE[Any]], summary: Mapping[str, Any]) -> str:
@@ -321,7 +321,7 @@ def _settings(saes: Mapping[str, SAE[Any]]) -> list[tuple[str, str, str, bool]]:
         sections.training_settings(sae, name if Path(name).is_dir() else None) for name, sae in saes.items()
     ]
     rows = [
-        (name, *(own.get(name, "–") for own in both), both[0].get(name) != both[1].get(name))
+        (name, both[0].get(name, "–"), both[1].get(name, "–"), both[0].get(name) != both[1].get(name))
         for name in dict.fromkeys(name for own in both for name in own)
     ]
     return sorted(rows, key=lambda row: not row[3])
