@@ -57,8 +57,10 @@ class Meanwhile:
         self._stop.set()
         self._thread.join()
 
-    def _wait(self):
-        while self._calls and not self._stop.wait(0.1):
+    def _wait(self):  # until the end: nodes of Ray that a thread has started end with it
+        while not self._stop.wait(0.1):
+            if not self._calls:
+                continue
             which, call = self._calls[0]
             for note in unended(notes.read(self._path)):
                 if which(note) and time.time() > note["time"] + 0.5 and psutil.pid_exists(note["pid"]):
@@ -109,13 +111,13 @@ def test_a_worker_is_killed_in_a_training_and_one_in_a_test(engine, in_order, pa
 
 @pytest.fixture
 def cluster(path, monkeypatch):
-    """A Ray cluster of two nodes of one CPU; sweeps use it."""
+    """A Ray cluster with a worker node of one CPU; sweeps use it."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     # A node sets a handler of signals, which only the main thread may.
     monkeypatch.setattr("ray._private.utils.set_sigterm_handler", lambda _: None)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
@@ -126,7 +128,7 @@ def cluster(path, monkeypatch):
 
 
 def test_a_node_leaves_and_another_joins(in_order, path, cluster, tmp_path):
-    """One of two nodes is killed while it trains, and a third one takes its place."""
+    """The node that trains is killed, and what is left is done on one that joins."""
     (leaving,) = cluster.worker_nodes
 
     def leave(note):
@@ -139,12 +141,13 @@ def test_a_node_leaves_and_another_joins(in_order, path, cluster, tmp_path):
     assert not len(done.failed)
     assert len(left.notes) == 1, "no node left: the test shows nothing"
     assert assert_each_ended_once(path) == left.notes
-    assert len({note["node"] for note in notes.read(path)}) == 3, "the node that joined did nothing"
+    assert len({note["node"] for note in notes.read(path)}) == 2
 
 
 def test_the_disk_of_a_node_is_full(in_order, path, cluster, tmp_path):
     """What fails there is done on the other node."""
     (full,) = cluster.worker_nodes
+    cluster.add_node(num_cpus=1)
     notes.fill_disk(path, full.node_id)
     done = sweep("tiny-gdn", CELLS, tmp_path / "out", engine="ray", workers=3, **SMALL)
     pd.testing.assert_frame_equal(without_seconds(done.cells), in_order)
