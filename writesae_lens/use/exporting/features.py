@@ -28,7 +28,7 @@ from writesae_lens.locks import locked
 from writesae_lens.report.effects import Effects, measure_effects
 from writesae_lens.saes.sae import MatrixSAE
 from writesae_lens.use.labels import labels_of
-from writesae_lens.use.neuronpedia import FOLDER, check_set_name, write_neuronpedia
+from writesae_lens.use.exporting.neuronpedia import FOLDER, check_set_name, write_neuronpedia
 from writesae_lens.use.prompts import SAEs, saes_by_site
 
 FILE = "features.jsonl"
@@ -97,7 +97,7 @@ def export_features(
         n_tokens: promoted tokens, and suppressed ones.
         max_firings: firings of a feature at which its effect is measured, at most.
         neuronpedia: name of a Neuronpedia source set ("writesae-2k"): also writes the folder neuronpedia/, in
-            the layout of Neuronpedia's bulk exports (`writesae_lens.use.neuronpedia`).
+            the layout of Neuronpedia's bulk exports (`writesae_lens.use.exporting.neuronpedia`).
         context_size: tokens of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
         seed: of the draws.
         verbose: show progress bars.
