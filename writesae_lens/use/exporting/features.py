@@ -27,8 +27,8 @@ from writesae_lens.experiments.passages import Passages, find_passages
 from writesae_lens.locks import locked
 from writesae_lens.report.effects import Effects, measure_effects
 from writesae_lens.saes.sae import MatrixSAE
-from writesae_lens.use.labels import labels_of
 from writesae_lens.use.exporting.neuronpedia import FOLDER, check_set_name, write_neuronpedia
+from writesae_lens.use.labels import labels_of
 from writesae_lens.use.prompts import SAEs, saes_by_site
 
 FILE = "features.jsonl"
