@@ -226,8 +226,8 @@ def _rates(records: pd.DataFrame) -> dict[str, Any]:
         "mean_control_lift": float(records.control_lift.mean()),
     }
     for name in ("", "native_", "control_"):
-        rates[f"{name}perplexity"] = float(np.exp(np.log(records[f"{name}perplexity"]).mean()))
-        rates[f"{name}repetition"] = float(records[f"{name}repetition"].mean())
+        rates[f"{name}perplexity"] = float(np.exp(np.log(records[f"{name}perplexity"].to_numpy()).mean()))
+        rates[f"{name}repetition"] = float(records[f"{name}repetition"].to_numpy().mean())
     return rates
 
 

@@ -157,7 +157,8 @@ def find_cells(model: HookedRecurrent, sae_or_cell: CellOrSAE | str | Sequence[C
         return parse_cells(model, sae_or_cell)
     given: Any = sae_or_cell
     is_list = isinstance(given, (list, tuple)) and not (len(given) == 2 and all(map(is_whole, given)))
-    cells = [find_cell(model, each) for each in (given if is_list else [given])]
+    several: list[Any] = list(given) if is_list else [given]
+    cells = [find_cell(model, each) for each in several]
     if not cells:
         raise WriteSAEError("there are no cells: give one at least")
     if twice := [cell for n, cell in enumerate(cells) if cell in cells[:n]]:
