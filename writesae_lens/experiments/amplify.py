@@ -82,8 +82,8 @@ def amplify(
     Returns:
         a result. ``records`` has one row per text: prompt, condition ("native", "2x", ..., "random"),
         newlines_per_400 (tokens), distinct_tokens (share of different ones), repeated_4grams (share of
-        4-grams that occurred before), characters_per_token, continuation (token ids, as JSON), text (the same as
-        text).
+        4-grams that occurred before), characters_per_token, continuation (token ids, as JSON), text (the
+        same as text).
         ``summary`` has atom, control_atom, mean_coefficient, mean_norm (Frobenius, of what the atom or code
         adds to stand-ins where it is active), and by_condition the mean of each
         statistic, with Cohen's d and the two-sided Mann-Whitney p against the native texts.

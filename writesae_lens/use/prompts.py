@@ -72,9 +72,7 @@ def prompt_tokens(
             )
         ids = model.to_tokens(prompt, prepend_bos=False, truncate=False)
         if not ids.numel():
-            raise WriteSAEError(
-                "the prompt is empty, or the model has no tokenizer: give text or token ids"
-            )
+            raise WriteSAEError("the prompt is empty, or the model has no tokenizer: give text or token ids")
         return as_passages(model, prompt, ids.shape[1] + any(with_bos), any(with_bos), "prompt")
     if isinstance(prompt, Tensor) and prompt.ndim == 1:
         prompt = prompt[None]
