@@ -310,6 +310,13 @@ class HookedRecurrent(upstream.CheckedBridge):
         of_layer = [x.removeprefix("hook_") for x in mixer.get_hooks() if "." not in x]
         if hook not in (of_layer if head is None else of_heads):
             which = "" if head is None else f" of head {head}"
+            if head is not None and hook in of_layer:
+                raise HookedModelError(
+                    f"hook {hook!r} of layer {layer} has all heads: leave out head= and take "
+                    f"[:, :, {head}] of what it gives"
+                )
+            if hook in upstream.HOOKS_OF_ATTENTION:
+                which += f" (TransformerLens's hook_{hook} is {upstream.HOOKS_OF_ATTENTION[hook]!r} here)"
             raise HookedModelError(
                 f"layer {layer} has no hook {hook!r}{which}; it has {', '.join(of_layer)}, and with "
                 f"head=0 to {mixer.n_heads - 1} {', '.join(of_heads)}"

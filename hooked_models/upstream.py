@@ -55,6 +55,8 @@ from hooked_models.files.declared_sizes import within_checkpoint
 from hooked_models.files.layouts import listed, not_finite
 
 _LAYER = re.compile(r"blocks\.(\d+)\.")
+HOOKS_OF_ATTENTION = {"q": "read", "k": "write_key", "v": "write_value", "z": "head_out"}
+"""The hook of a recurrent layer for each of TransformerLens's hooks of an attention head."""
 # The hooks after the last layer.
 _AT_THE_END = ("ln_final", "unembed", "hook_unembed")
 
@@ -353,9 +355,19 @@ class CheckedBridge(CopyableBridge):
                     "them, or call model.reset_saes()"
                 )
             elif name not in hook_dict:
-                close = difflib.get_close_matches(name, hook_dict, n=3, cutoff=0.5)
+                close = self._like(name)
                 hint = f"; did you mean {' or '.join(close)}?" if close else ""
                 raise HookedModelError(f"no hook point is named {name!r}{hint}")
+
+    def _like(self, name: str) -> list[str]:
+        """Hook points that a name that is none's may have meant, those of its layer before others."""
+        close = difflib.get_close_matches(name, self.hook_dict, n=3, cutoff=0.5)
+        layer, of_attention = _LAYER.match(name), HOOKS_OF_ATTENTION.get(name.rpartition("hook_")[2])
+        if layer is None:
+            return close
+        here = [hook for hook in self.hook_dict if hook.startswith(layer[0])]
+        instead = [hook for hook in here if hook.endswith(f".hook_{of_attention}")]
+        return instead or [hook for hook in close if hook in here] or close
 
 
 def _rows(prompt: Any) -> int:

@@ -121,7 +121,7 @@ def test_hook_names_and_sites(pair: Pair):
 
 @once_per_architecture
 @pytest.mark.parametrize(
-    ("hook", "head"), [("dekay", None), ("decay", 1), ("write", None), ("wirte", 0), ("hook_decay", None)]
+    ("hook", "head"), [("dekay", None), ("write", None), ("wirte", 0), ("hook_decay", None)]
 )
 def test_a_hook_that_a_layer_lacks(pair: Pair, hook: str, head: int | None):
     of_heads, of_layer = (
@@ -130,6 +130,17 @@ def test_a_hook_that_a_layer_lacks(pair: Pair, hook: str, head: int | None):
     )
     with refused(f"layer 1 has no hook {hook!r}", *of_layer, f"head=0 to {pair.heads - 1} {of_heads}"):
         pair.model.hook_name(1, hook, head)
+
+
+@once_per_architecture
+def test_hooks_under_the_names_that_attention_has(pair: Pair):
+    """Who types what TransformerLens has for attention heads is told this layer's hook, not another's."""
+    with refused("hook 'decay' of layer 1 has all heads", "leave out head= and take [:, :, 1]"):
+        pair.model.hook_name(1, "decay", 1)
+    with refused("layer 1 has no hook 'z' (TransformerLens's hook_z is 'head_out' here)"):
+        pair.model.hook_name(1, "z")
+    with refused(f"did you mean {pair.model.hook_name(1, 'head_out')}?"):
+        pair.model.check_hook_names(["blocks.1.attn.hook_z"])
 
 
 # Bad input: one exception, one line, what to do.

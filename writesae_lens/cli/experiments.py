@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,13 @@ import typer
 
 from hooked_models.errors import printable
 from writesae_lens.cells import parse_cells
-from writesae_lens.cli.subjects import Subject, load, read_text, warnings_as_lines
+from writesae_lens.cli.subjects import Loaded, Subject, load, read_text, warnings_as_lines
 from writesae_lens.errors import WriteSAEError, interruptible
 from writesae_lens.experiments.catalogue import Experiment, find_experiment
 from writesae_lens.experiments.options import Option
+from writesae_lens.experiments.origin import fingerprint_sae
 from writesae_lens.experiments.passages import as_passages
-from writesae_lens.experiments.result import Progress
+from writesae_lens.experiments.result import SUMMARY, Progress
 from writesae_lens.experiments.stand_ins import OWN_CHARACTERS
 from writesae_lens.locks import locked
 from writesae_lens_cli.options import SAE_REFERENCE, Device, Seed
@@ -65,6 +67,7 @@ def _run(experiment: Experiment, given: dict[str, Any]) -> None:
         if Mapping in origins:
             subject = dict(zip(references, loaded.saes, strict=True))
     out: Path = given.pop("out")
+    _check_folder(out, loaded)
     progress = out / "progress"
     # typer gives an empty list for an option that is not given.
     train_text: Path | None = given.pop("train_text", None)
@@ -82,6 +85,25 @@ def _run(experiment: Experiment, given: dict[str, Any]) -> None:
         Progress.clear(progress)
     typer.echo(f"saved: {out}")
     typer.echo(result.headline)
+
+
+def _check_folder(out: Path, loaded: Loaded) -> None:
+    """Refuse to write over the result of another SAE: the default folder of a command is that of every SAE.
+
+    Raises:
+        WriteSAEError: the folder holds a result on other SAEs.
+    """
+    try:
+        summary = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    known = summary.get("sae_fingerprints") if isinstance(summary, dict) else None
+    if known and loaded.saes and sorted(map(fingerprint_sae, loaded.saes)) != sorted(known):
+        hooks = summary.get("hook_name")
+        hooks = ", ".join(map(str, hooks)) if isinstance(hooks, list) else str(hooks)
+        raise WriteSAEError(
+            f"{out} holds the result of another SAE, on {hooks:.120}: name another folder with --out"
+        )
 
 
 def _subject_of(experiment: Experiment) -> inspect.Parameter:

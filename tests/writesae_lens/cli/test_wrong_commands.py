@@ -192,3 +192,16 @@ def test_one_line_says_what_is_wrong(arguments, message, places, tmp_path):
     (line,) = lines
     assert line.startswith("writesae-lens: ")
     assert message in line
+
+
+def test_the_result_of_another_sae_is_not_written_over(places, tmp_path):
+    """The default folder of a command is the same for every SAE."""
+    out = tmp_path / "out"
+    out.mkdir()
+    there = json.dumps({"hook_name": HOOK, "sae_fingerprints": ["of another"]})
+    (out / "summary.json").write_text(there)
+    done = run("contexts", "--sae", places / "SAE", "--max-passages", 1, "--out", out)
+    assert done.returncode == 2
+    assert "holds the result of another SAE" in done.stderr
+    assert HOOK in done.stderr
+    assert (out / "summary.json").read_text() == there
