@@ -40,8 +40,8 @@ def locked(folder: str | Path | None, wait: float = 0.0) -> Iterator[None]:
         wait: seconds to wait for another run.
 
     Raises:
-        WriteSAEError: another run is writing to the folder.
-        OSError: the folder cannot be created.
+        WriteSAEError: another run is writing to the folder, or it cannot be made or written to.
+        OSError: of the disk.
     """
     key = (threading.get_ident(), os.path.realpath(folder or ""))
     if folder is None or key in _held:
@@ -69,12 +69,18 @@ def _acquire(folder: Path, until: float) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+        except (FileExistsError, NotADirectoryError, FileNotFoundError, PermissionError) as error:
+            is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+            why = os.strerror(errno.ENOTDIR) if is_file else error.strerror
+            raise WriteSAEError(f"{folder} cannot be made: {why}; give another folder") from error
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # the run before has just removed its folder
             continue
+        except PermissionError as error:
+            raise WriteSAEError(
+                f"{folder} cannot be written to: {error.strerror}; give another folder"
+            ) from error
         try:
             _lock(descriptor, folder)
             # The run before may have removed the file between the two calls.

@@ -22,7 +22,7 @@ from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import batches
 from writesae_lens.experiments.installs.prompts import Method, Prompts
 from writesae_lens.experiments.installs.targets import PAPER, Stratum, draw_targets
-from writesae_lens.experiments.options import Count, Natural, NotNegative, Positive, Seed, as_list
+from writesae_lens.experiments.options import Count, Natural, NotNegative, Positive, Seed, as_list, is_whole
 from writesae_lens.experiments.passages import find_passages, token_id
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator, seed_of
@@ -127,11 +127,14 @@ def install_tokens(
 
     Raises:
         WriteSAEError: a target is not one token, prompts are not longer than ``positions``, there are fewer
-            cells than ``n_cells``, or logits are not finite.
+            cells than ``n_cells``, a target, magnitude, number of cells or stratum is given twice, or logits
+            are not finite.
         HookedModelError: there is no such cell.
     """
     magnitudes = tuple(np.ravel(magnitude).tolist())
-    targets = [targets] if isinstance(targets, (int, str)) else targets
+    if targets is not None:
+        several = [targets] if isinstance(targets, str) or is_whole(targets) else as_list("targets", targets)
+        targets = [t if isinstance(t, str) else token_id(model, t) for t in several]
     cells = find_cells(model, sae_or_cell)
     counts = _counts(n_cells, cells)
     given = sae_or_cell if isinstance(sae_or_cell, (list, tuple)) else [sae_or_cell]
@@ -142,9 +145,10 @@ def install_tokens(
             f"prompts of {passages.shape[1]} tokens are too short to write at their last {positions}: give "
             "longer ones, or fewer positions"
         )
-    wanted = None if targets is None else [token_id(model, t) for t in as_list("targets", targets)]
+    wanted = None if targets is None else [token_id(model, t) for t in targets]
     if wanted == [] or not strata:
         raise WriteSAEError("there are no targets: give some, or None to draw them in one stratum at least")
+    _check_once(targets=wanted or (), magnitude=magnitudes, n_cells=counts, strata=strata)
     settings = {"targets": wanted, "magnitude": list(magnitudes), "n_cells": list(counts)}
     run = Run("install", model, cells, passages, locals(), **settings)
 
@@ -184,6 +188,13 @@ def _counts(n_cells: Sequence[int], cells: list[Cell]) -> tuple[int, ...]:
             f"{len(cells)}"
         )
     return counts
+
+
+def _check_once(**several: Sequence[Any]) -> None:
+    """Refuse what is given twice: its edits would be counted twice."""
+    for name, values in several.items():
+        if twice := [value for n, value in enumerate(values) if value in values[:n]]:
+            raise WriteSAEError(f"{name} has {twice[0]} twice: give each once")
 
 
 def _headline(summary: dict[str, Any], n_cells: int) -> str:

@@ -190,6 +190,8 @@ def token_id(model: HookedRecurrent, token: int | str) -> int:
     Raises:
         WriteSAEError: there is no such id, or the text is not one token.
     """
+    if isinstance(token, bool) or (isinstance(token, Tensor) and token.dtype == torch.bool):
+        raise WriteSAEError(f"a token is an id or the text of one token, not {shown(token)}")
     if isinstance(token, str):
         if model.tokenizer is None:
             raise WriteSAEError("the model has no tokenizer to read text with: give token ids instead")
@@ -207,3 +209,15 @@ def token_id(model: HookedRecurrent, token: int | str) -> int:
     if not 0 <= token < model.cfg.d_vocab:
         raise WriteSAEError(f"token {token} does not exist: ids run from 0 to {model.cfg.d_vocab - 1}")
     return token
+
+
+def other_token(model: HookedRecurrent, token: int | str, target: int) -> int:
+    """The id of the token that a target is compared with.
+
+    Raises:
+        WriteSAEError: as `token_id`; or it is the target.
+    """
+    other = token_id(model, token)
+    if other == target:
+        raise WriteSAEError(f"target and alternative are the same token, {target}: give two")
+    return other

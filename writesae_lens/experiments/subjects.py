@@ -8,6 +8,7 @@ from typing import Any
 from sae_lens import SAE
 
 from hooked_models import HookedRecurrent
+from hooked_models.errors import HookedModelError
 from hooked_models.hooked_recurrent import Cell, Site
 from writesae_lens.cells import parse_cells
 from writesae_lens.errors import WriteSAEError
@@ -24,6 +25,19 @@ def check_model(model: Any) -> None:
         raise WriteSAEError(
             f"the first argument must be a HookedRecurrent, got {shown(model)}: "
             "HookedRecurrent.boot_transformers(name) loads one"
+        )
+
+
+def check_unhooked(model: HookedRecurrent) -> None:
+    """Refuse a model with hooks or SAEs in it (open `steering`, for example) where the native one is meant.
+
+    Raises:
+        HookedModelError: anything is hooked.
+    """
+    if model.busy_hooks:
+        raise HookedModelError(
+            f"this looks at the native model, but {', '.join(model.busy_hooks[:3])} is hooked: remove the "
+            "hooks first (model.reset_hooks(), model.reset_saes())"
         )
 
 

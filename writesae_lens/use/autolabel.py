@@ -123,7 +123,7 @@ def _active(features: pd.DataFrame | str | Path) -> list[dict[str, Any]]:
     if isinstance(features, (str, Path)):
         try:
             with Path(features).open(encoding="utf-8") as file:
-                lines = [json.loads(line) for line in file]
+                lines = [json.loads(line) for line in file if line.strip()]
         except (OSError, ValueError) as error:
             raise WriteSAEError(f"{features} does not read as an export: {one_line(error)[:160]}") from error
     else:

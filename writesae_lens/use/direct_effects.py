@@ -16,11 +16,11 @@ from hooked_models import HookedRecurrent
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.options import is_whole, shown
-from writesae_lens.experiments.passages import token_id
+from writesae_lens.experiments.passages import other_token, token_id
 from writesae_lens.experiments.passes import check_finite
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
-from writesae_lens.experiments.subjects import check_model
+from writesae_lens.experiments.subjects import check_model, check_unhooked
 from writesae_lens.figures import new_figure
 from writesae_lens.use.patching import draw_effects, tokens_of
 
@@ -59,10 +59,13 @@ def head_logit_effects(
         biases add), position, and top, the ten largest effects by size. The figure is a heat map.
 
     Raises:
-        WriteSAEError: there is no such position or token, or logits are not finite.
-        HookedModelError: a layer scales or norms what its heads add, or the model caps its logits.
+        WriteSAEError: there is no such position or token, the two tokens are the same, or logits are not
+            finite.
+        HookedModelError: a layer scales or norms what its heads add, the model caps its logits, or anything
+            is hooked in it.
     """
     check_model(model)
+    check_unhooked(model)
     tokens = tokens_of(model, prompt)
     length = tokens.shape[1]
     if not is_whole(position) or not -length <= position < length:
@@ -70,7 +73,9 @@ def head_logit_effects(
             f"position={shown(position)} does not exist: the prompt has {length} tokens, 0 to {length - 1}"
         )
     position = position % length
-    ids = [token_id(model, token) for token in (target, alternative) if token is not None]
+    ids = [token_id(model, target)]
+    if alternative is not None:
+        ids.append(other_token(model, alternative, ids[0]))
     run = Run(
         "direct",
         model,

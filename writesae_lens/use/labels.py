@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from sae_lens import SAE
 
@@ -35,7 +36,7 @@ def labels_of(sae: SAE[Any]) -> dict[int, str]:
     """
     stored = sae.cfg.metadata.get(KEY) or {}
     try:
-        found = {int(feature): label for feature, label in stored.items()}
+        found = _by_number(stored)
     except (AttributeError, TypeError, ValueError) as error:
         raise WriteSAEError(
             f"the SAE's metadata has {shown(stored)} as {KEY}: expected {{feature: label}}"
@@ -55,13 +56,14 @@ def add_labels(
         sae_or_saes: one SAE, or several, each on a cell of its own.
         labels: ``{feature: label}`` for one SAE; or a table, or a CSV, JSON or JSON-lines file of one, with
             the columns feature and label, for several SAEs also layer and head. Other columns, and rows with
-            an empty label, are passed over. What `export_features` and `label_features` write will do, and
-            for one SAE a JSON file ``{"feature": "label"}``.
+            an empty label, are passed over; where no row has a label, nothing changes. What
+            `export_features` and `label_features` write will do, and for one SAE a JSON file
+            ``{"feature": "label"}``.
 
     Raises:
-        WriteSAEError: a file does not read or lacks a column; a feature is unknown or stands twice; a label
-            is no text; a row is of a cell that none of the SAEs is on; two SAEs are on one cell. Then no
-            label is changed.
+        WriteSAEError: a file does not read or lacks a column; a feature is unknown, no whole number or stands
+            twice; a label is no text; a row is of a cell that none of the SAEs is on; two SAEs are on one
+            cell. Then no label is changed.
     """
     saes = [sae_or_saes] if isinstance(sae_or_saes, SAE) else list(sae_or_saes)
     for sae in saes:
@@ -94,15 +96,31 @@ def _read(path: str | Path) -> Mapping[int, Any] | pd.DataFrame:
             return read_table(path)
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as lines:
-                return _table(json.loads(line) for line in lines)
+                return _table(json.loads(line) for line in lines if line.strip())
         if path.suffix == ".json":
             content = read_json(path)
             if isinstance(content, list):
                 return _table(content)
-            return {int(feature): label for feature, label in content.items()}
+            return _by_number(content)
     except (HookedModelError, OSError, ValueError, AttributeError, TypeError) as error:
         raise WriteSAEError(f"{path} does not read as a table of labels: {one_line(error)[:160]}") from error
     raise WriteSAEError(f"{path} has no ending that says what it is: .csv, .json and .jsonl are read")
+
+
+def _by_number(stored: Mapping[str, Any]) -> dict[int, Any]:
+    """Labels by number, of those that a JSON object has by text.
+
+    Raises:
+        ValueError: a name is no whole number, or two are the same one ("1" and "01").
+    """
+    found: dict[int, Any] = {}
+    for name, label in stored.items():
+        if not str(name).isdecimal():
+            raise ValueError(f"feature {shown(name)} must be a whole number")
+        if int(name) in found:
+            raise ValueError(f"feature {int(name)} stands twice")
+        found[int(name)] = label
+    return found
 
 
 def _table(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -140,12 +158,13 @@ def _by_sae(
     needed = _COLUMNS if len(saes) > 1 or {"layer", "head"} & set(labels) else _COLUMNS[2:]
     if missing := [name for name in needed if name not in labels]:
         raise WriteSAEError(
-            f"{source} lacks the column {' and '.join(missing)}: it has "
+            f"{source} lacks the column{'s' * (len(missing) > 1)} {' and '.join(missing)}: it has "
             f"{', '.join(map(str, labels.columns[:8])) or 'none'}"
         )
-    rows: Any = labels[[not _is_empty(label) for label in labels.label]]
-    if rows[list(needed)].isna().to_numpy().any():
+    rows: Any = labels.loc[np.array([not _is_empty(x) for x in labels.label], dtype=bool), list(needed)]
+    if rows.isna().to_numpy().any():
         raise WriteSAEError(f"{source} has a row with a label that lacks its {' or '.join(needed[:-1])}")
+    rows = rows.assign(**{name: _whole(name, rows[name], source) for name in needed[:-1]})
     if len(needed) == 2:
         return [_of_rows(rows, saes[0], source)]
     cells = [cell_of(sae) for sae in saes]
@@ -157,8 +176,23 @@ def _by_sae(
             f"{source} has labels of layer {other[0][0]} head {other[0][1]}, which none of the SAEs is on"
         )
     return [
-        _of_rows(rows[[x == cell for x in own]], sae, source) for cell, sae in zip(cells, saes, strict=True)
+        _of_rows(rows.loc[np.array([x == cell for x in own], dtype=bool)], sae, source)
+        for cell, sae in zip(cells, saes, strict=True)
     ]
+
+
+def _whole(name: str, column: pd.Series, source: str) -> pd.Series:
+    """A column's numbers; an empty cell of another row has made fractions of whole ones (1 is 1.0 then).
+
+    Raises:
+        WriteSAEError: some are texts.
+    """
+    texts = [x for x in column if isinstance(x, str)]
+    if texts:
+        wrong = next((x for x in texts if not x.strip().isdecimal()), texts[0])
+        raise WriteSAEError(f"{source}: {name} {shown(wrong)} must be a whole number, not a text")
+    whole = [int(x) if isinstance(x, float) and x.is_integer() else x for x in column]
+    return pd.Series(whole, index=column.index, dtype=object)
 
 
 def _of_rows(rows: pd.DataFrame, sae: SAE[Any], source: str) -> dict[int, str]:
@@ -175,6 +209,8 @@ def _checked(labels: Mapping[Any, Any], d_sae: int, source: str) -> dict[int, st
     A number, which is what a table makes of a label such as 1984, is taken for its text.
     """
     for feature, label in labels.items():
+        if isinstance(feature, str):
+            raise WriteSAEError(f"{source}: feature {shown(feature)} must be a whole number, not a text")
         if not is_whole(feature) or not 0 <= feature < d_sae:
             raise WriteSAEError(
                 f"{source}: feature {shown(feature)} does not exist: the SAE has 0 to {d_sae - 1}"

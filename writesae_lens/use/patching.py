@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,19 +24,18 @@ from hooked_models.recurrence import Recurrence
 from hooked_models.unembedding import logits_of, run_to_residual
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
-from writesae_lens.experiments.options import as_list
-from writesae_lens.experiments.passages import Passages, token_id
+from writesae_lens.experiments.passages import Passages, other_token, token_id
 from writesae_lens.experiments.passes import check_finite
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
-from writesae_lens.experiments.subjects import check_model, find_cell
+from writesae_lens.experiments.subjects import CellOrSAE, check_model, check_unhooked, find_cells
 from writesae_lens.figures import new_figure
 from writesae_lens.use.prompts import prompt_tokens
 
 Metric = Callable[[Float[Tensor, "1 pos d_vocab"]], Any]
 # Tokens, over all rows, that one pass reads.
 _TOKENS_PER_PASS = 2048
-# A metric that differs by less between the prompts is the same but for rounding.
+# A metric that differs by a smaller share between the prompts is the same but for rounding.
 _SAME = 1e-5
 
 
@@ -52,7 +52,7 @@ def patch_writes(
     target: int | str | None = None,
     alternative: int | str | None = None,
     metric: Metric | None = None,
-    cells: Sequence[Cell | tuple[int, int]] | None = None,
+    cells: CellOrSAE | str | Sequence[CellOrSAE] | None = None,
     verbose: bool = True,
 ) -> ExperimentResult:
     """Read the corrupted prompt with one write of the clean one in its place, for every cell and position.
@@ -71,7 +71,8 @@ def patch_writes(
             logit(alternative) at the last position.
         metric: in place of the two tokens, a function from the logits ``[1, pos, d_vocab]`` of a run to a
             number, as those of TransformerLens's ``patching``.
-        cells: the cells, or (layer, head) pairs (None: all of the model).
+        cells: a cell, (layer, head), or an SAE on one; several in a list; or a text that names cells, "1:*"
+            or "0:2,3:1" (None: all of the model).
         verbose: show a progress bar.
 
     Returns:
@@ -82,16 +83,16 @@ def patch_writes(
 
     Raises:
         WriteSAEError: the prompts are equal or differ in length, tokens and metric are both given or neither,
-            the metric is the same on both prompts or no number, or logits are not finite.
-        HookedModelError: the model has no such cell.
+            the two tokens are the same, the metric is the same on both prompts (but for rounding) or no
+            finite number, a cell is given twice, or logits are not finite.
+        HookedModelError: the model has no such cell, or anything is hooked in it.
     """
     check_model(model)
+    check_unhooked(model)
     tokens = [tokens_of(model, prompt) for prompt in (clean, corrupted)]
     _check_pair(*tokens)
     measure, name = _metric(model, target, alternative, metric)
-    chosen = model.cells if cells is None else [find_cell(model, cell) for cell in as_list("cells", cells)]
-    if not chosen:
-        raise WriteSAEError("there are no cells to patch: leave cells out, or name one at least")
+    chosen = model.cells if cells is None else find_cells(model, cells)
     run = Run(
         "patch",
         model,
@@ -107,7 +108,9 @@ def patch_writes(
         },
     )
     metrics, recurrences = zip(*(_native(model, row, measure, chosen) for row in tokens), strict=True)
-    if abs(metrics[0] - metrics[1]) <= _SAME * max(1.0, *map(abs, metrics)):
+    # A difference of two logits is rounded as they are, which are of the order of 1 at least.
+    smallest = 1.0 if metric is None else 0.0
+    if abs(metrics[0] - metrics[1]) <= _SAME * max(smallest, *map(abs, metrics)):
         raise WriteSAEError(
             f"the metric is {metrics[0]:.4g} on both prompts, so there is nothing to restore: give "
             "prompts, or tokens, between which it differs"
@@ -165,7 +168,8 @@ def _metric(
             "what is measured? Give target and alternative, two tokens, or a metric, a function of logits"
         )
     if metric is None:
-        pair = [token_id(model, token) for token in given]
+        first = token_id(model, given[0])
+        pair = [first, other_token(model, given[1], first)]
 
         def difference(residual: Float[Tensor, "row pos d_model"]) -> list[float]:
             logits = logits_of(model, residual[:, -1])[:, pair]
@@ -180,11 +184,14 @@ def _metric(
             logits = logits_of(model, row[None])
             check_finite("logits", logits)
             try:
-                found.append(float(metric(logits)))
+                value = float(metric(logits))
             except (TypeError, ValueError, RuntimeError) as error:
                 raise WriteSAEError(
                     f"metric must give a number of logits [1, pos, d_vocab]: {one_line(error)[:160]}"
                 ) from error
+            if not math.isfinite(value):
+                raise WriteSAEError(f"metric gave {value} of finite logits: it must give a finite number")
+            found.append(value)
         return found
 
     return of_each, getattr(metric, "__name__", type(metric).__name__)

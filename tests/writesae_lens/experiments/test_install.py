@@ -267,6 +267,17 @@ def test_targets_are_given_by_id_and_by_text(gdn):
     pd.testing.assert_frame_equal(by_text, by_id)
 
 
+@pytest.mark.usefixtures("without_type_checks")
+def test_targets_of_numpy_are_whole_numbers_too(gdn):
+    prompts = read(gdn, 2)
+    expected = install_tokens(gdn, CELL, prompts, [5, 7], **HOW)
+    for targets in (np.array([5, 7]), [np.int64(5), 7]):
+        result = install_tokens(gdn, CELL, prompts, targets, **HOW)
+        assert result.records.equals(expected.records)
+        assert result.summary["call"] == expected.summary["call"]
+    assert set(install_tokens(gdn, CELL, prompts, np.int64(7), **HOW).records.target) == {7}
+
+
 def test_a_cell_is_given_as_itself_its_place_or_an_sae(gdn):
     subjects = (gdn.cell(LAYER, HEAD), CELL, make_sae(gdn), make_sae(gdn, "state"))
     first, *others = (install_tokens(gdn, subject, read(gdn, 2), [5], **HOW).records for subject in subjects)
@@ -347,6 +358,10 @@ def test_targets_and_positions_that_do_not_fit_are_refused(gdn, monkeypatch):
         ({"targets": [2048]}, "token 2048 does not exist: ids run from 0 to 2047"),
         ({"targets": [-1]}, "token -1 does not exist"),
         ({"targets": []}, "there are no targets"),
+        ({"targets": [5, 5]}, "targets has 5 twice: give each once"),
+        ({"targets": [True]}, "not True"),
+        ({"targets": [5], "magnitude": (3.0, 3)}, "magnitude has 3.0 twice"),
+        ({"strata": ("rare", "rare")}, "strata has rare twice"),
         ({"positions": 17}, "prompts of 17 tokens are too short to write at their last 17"),
     ):
         with pytest.raises(WriteSAEError, match=message):

@@ -258,6 +258,7 @@ def test_cells_that_do_not_fit_are_refused(gdn):
         ((1, 0), {"n_cells": [1, 2]}, r"n_cells=\[1, 2\] makes no sense: 1 cells"),
         ("1:*", {"n_cells": 2}, "n_cells must be a list or tuple, got 2: put it into brackets"),
         ("1:*", {"strata": ()}, "there are no targets"),
+        ("1:*", {"n_cells": (2, 2)}, "n_cells has 2 twice"),
         ("layer 1", {}, "an SAE, a cell or .layer, head. is wanted, got 'layer 1'; as text, cells are LAYER"),
         ("1:*:", {}, "cells are written LAYER:HEAD"),
         ("2:*", {}, "'2:\\*' names no cell"),

@@ -12,6 +12,8 @@ from tests.writesae_lens.experiments.truth import make_codes, make_sae, read_pas
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import ExperimentResult
 from writesae_lens.use.attribution import attribute
+from writesae_lens.use.attribution.ablations import rounding
+from writesae_lens.use.attribution.memory import Question
 from writesae_lens.use.labels import add_labels
 
 pytestmark = pytest.mark.filterwarnings("ignore::writesae_lens.experiments.origin.ResultWarning")
@@ -270,6 +272,8 @@ def test_labels_texts_and_figures(gdn, tmp_path):
     ("change", "message"),
     [
         ({"target": 10**6}, "token 1000000 does not exist"),
+        ({"target": True}, "a token is an id or the text of one token, not True"),
+        ({"target": torch.tensor(True)}, "a token is an id or the text of one token, not torch.bool"),
         ({"target": " zebra crossing"}, "is not one token"),
         ({"alternative": TARGET}, "are the same token"),
         ({"position": 14}, "position 14 does not exist: the prompt has tokens 0 to 13, or -1 to -14"),
@@ -307,3 +311,27 @@ def test_a_cell_where_nothing_fires_has_errors_alone(gdn):
     assert result.summary["ablation_correlation"] is None
     assert result.summary["completeness"] == pytest.approx(1, abs=0.01)
     assert result.plot().axes
+
+
+@pytest.mark.parametrize("name", zoo.SHIPPED)
+def test_ablated_effects_that_are_rounding_are_said_to_be(name):
+    """The rounding that is expected is that by which effects in bfloat16 differ from those in float32."""
+    half = HookedRecurrent.boot_transformers(name, device="cpu", dtype=torch.bfloat16)
+    full = HookedRecurrent.boot_transformers(name, device="cpu", dtype=torch.float32)
+    full.original_model.load_state_dict(
+        {key: x.float() for key, x in half.original_model.state_dict().items()}
+    )
+    saes = [make_codes(full, layer=0, head=1), make_codes(full, layer=1, head=2, seed=3)]
+    prompt = read_passages(full, n=1, length=14)[0]
+    of_half, of_full = (attribute(m, saes, prompt, TARGET, OTHER, steps=0, n_check=60) for m in (half, full))
+    both = of_half.records.merge(of_full.records, on=["layer", "head", "position", "feature"])
+    both = both.dropna(subset=["ablated_x", "ablated_y"])
+    size = float(np.sqrt((both.ablated_x - both.ablated_y).pow(2).mean()))
+    expected = [rounding(half, Question(prompt, TARGET, OTHER), layer) for layer in (0, 1)]
+    assert 0.5 < size / np.mean(expected) < 2.5
+    of_layer = of_half.records.ablated.abs() <= 2 * of_half.records.layer.map(dict(enumerate(expected)))
+    warning = of_half.summary["warnings"][-1]
+    assert warning.startswith(f"{of_layer.sum()} of 60 ablated effects are no larger than what rounding")
+    assert warning in of_half.headline
+    assert rounding(full, Question(prompt, TARGET, OTHER), 0) == 0
+    assert not any("ablated" in found for found in of_full.summary["warnings"])

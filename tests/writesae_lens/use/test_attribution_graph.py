@@ -85,8 +85,21 @@ def test_the_graph_is_saved_as_json_and_drawn(gdn, tmp_path):
     graph.plot().savefig(tmp_path / "graph.png")
     assert (tmp_path / "graph.png").stat().st_size > 10_000
     assert "6 nodes" in repr(graph)
+    deeper = graph.save(tmp_path / "new" / "folder" / "graph.json")
+    assert json.loads(deeper.read_text()) == saved
     # One from disk is as good.
     again = attribution_graph(gdn, saes, type(result).load(result.save(tmp_path / "result")), n_nodes=6)
+    assert again.edges.weight.tolist() == pytest.approx(graph.edges.weight.tolist())
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_the_graph_is_the_same_where_the_caller_has_switched_gradients_off(gdn, off):
+    saes = [make_codes(gdn, layer=0), make_codes(gdn, layer=3, head=1)]
+    result = attribute(gdn, saes, read_passages(gdn)[0], TARGET, steps=0, n_check=0)
+    graph = attribution_graph(gdn, saes, result, n_nodes=12)
+    with off():
+        again = attribution_graph(gdn, saes, result, n_nodes=12)
+    assert len(graph.edges) > len(graph.nodes)
     assert again.edges.weight.tolist() == pytest.approx(graph.edges.weight.tolist())
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_models import HookedRecurrent, zoo
+from hooked_models import HookedModelError, HookedRecurrent, zoo
 from tests.hooked_models.test_logit_attributions import logits_at_fixed_norm
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments.result import ExperimentResult
@@ -48,7 +48,20 @@ def test_an_effect_is_what_the_logits_lose_without_the_heads_part(model: Any, tm
 
 
 def test_positions_and_tokens_that_are_not_there_are_refused(model: Any, without_type_checks: None) -> None:
-    for options in ({"position": 400}, {"position": -400}, {"position": 0.5}, {"target": " herself and"}):
+    for options in (
+        {"position": 400},
+        {"position": -400},
+        {"position": 0.5},
+        {"target": " herself and"},
+        {"target": True},
+        {"alternative": HER},
+        {"alternative": model.to_single_token(HER)},
+    ):
         with pytest.raises(WriteSAEError) as error:
             head_logit_effects(model, PROMPT, **({"target": HER} | options))
         assert len(str(error.value)) < 300
+    with (
+        model.hooks(fwd_hooks=[(model.write_hook_name(1, 0), lambda x, hook: 2 * x)]),
+        pytest.raises(HookedModelError, match=r"hook_write\.0 is hooked: remove the hooks first"),
+    ):
+        head_logit_effects(model, PROMPT, HER)

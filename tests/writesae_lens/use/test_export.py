@@ -28,8 +28,8 @@ from tests.writesae_lens.experiments.truth import (
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments.subjects import find_site
 from writesae_lens.report.effects import measure_effects
-from writesae_lens.use import neuronpedia as layout
 from writesae_lens.use.exporting import export_features
+from writesae_lens.use.exporting import neuronpedia as layout
 from writesae_lens.use.labels import add_labels, labels_of
 
 N, LENGTH = 4, 40
@@ -210,6 +210,25 @@ def test_bad_input_is_refused_and_writes_nothing(gdn, tmp_path):
     with pytest.raises(WriteSAEError, match="n_contexts=0 makes no sense"):
         export_features(gdn, sae, tokens, out, n_contexts=0, verbose=False)
     assert not out.exists()
+    out.write_text("a file")
+    for wrong in (out, out / "below", Path("/proc/none/x")):
+        with pytest.raises(WriteSAEError, match=r"cannot be made: .*; give another folder") as error:
+            export_features(gdn, sae, tokens, wrong, n_contexts=1, verbose=False)
+        assert "\n" not in str(error.value)
+    assert out.read_text() == "a file"
+
+
+def test_what_an_earlier_call_wrote_for_neuronpedia_goes_with_its_features(gdn, tmp_path):
+    export(gdn, make_sae(gdn, layer=0, head=1), tmp_path, n_contexts=1, neuronpedia="first")
+    folder = tmp_path / "neuronpedia"
+    export(gdn, make_sae(gdn), tmp_path, n_contexts=1, neuronpedia="second")
+    assert [path.name for path in (folder / "tiny-gdn").iterdir()] == ["1-second__h2"]
+    (folder / "notes.txt").write_text("of the user")
+    export(gdn, make_sae(gdn), tmp_path, n_contexts=1)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    export(gdn, make_sae(gdn), tmp_path, n_contexts=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["features.jsonl"]
 
 
 # Columns of Neuronpedia's tables that its importer fills from the files, and those that it cannot do without

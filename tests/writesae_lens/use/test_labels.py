@@ -71,6 +71,27 @@ def test_files_for_one_sae_need_no_cell(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.csv", "layer,head,feature,label\n1,2,5,\n", {}),
+        ("a.csv", "layer,head,feature,label\n", {}),
+        ("a.csv", "feature,label\n", {}),
+        ("a.jsonl", '{"layer": 1, "head": 2, "feature": 0, "label": ""}\n', {}),
+        ("a.jsonl", '\n{"feature": 4, "label": "x"}\n\n', {4: "x"}),
+        # A row without a feature makes fractions of the numbers of the others.
+        ("a.csv", "layer,head,feature,label\n1,2,5,x\n,,,\n1,2,,\n", {5: "x"}),
+        ("a.csv", "feature,label\n,\n1,x\n", {1: "x"}),
+    ],
+)
+def test_rows_without_a_label_are_passed_over(tmp_path, name, content, found):
+    (tmp_path / name).write_text(content)
+    sae = make_sae()
+    add_labels(sae, tmp_path / name)
+    assert labels_of(sae) == found
+    assert all(type(feature) is int for feature in labels_of(sae))
+
+
+@pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("a.csv", "feature,name\n1,x\n", "lacks the column label: it has feature, name"),
@@ -85,6 +106,11 @@ def test_files_for_one_sae_need_no_cell(tmp_path):
         ("a.json", "[1]", "does not read as a table of labels"),
         ("a.json", '{"one": "x"}', "does not read as a table of labels"),
         ("a.json", '{"1": "x", "1": "y"}', "stands twice"),
+        ("a.json", '{"1": "x", "01": "y"}', "feature 1 stands twice"),
+        ("a.json", '{"one": "x"}', "feature 'one' must be a whole number"),
+        ("a.json", '[{"layer": "1", "head": 2, "feature": 1, "label": "x"}]', "layer '1' must be a whole"),
+        ("a.csv", "feature,label\n1,x\ntwo,y\n", "feature 'two' must be a whole number, not a text"),
+        ("a.csv", "number,name\n1,x\n", "lacks the columns feature and label: it has number, name"),
         ("a.json", '{"1": ["x"]}', "the label of feature 1 is no text"),
         ("a.jsonl", "{", "does not read as a table of labels"),
         ("a.txt", "", "has no ending that says what it is"),
@@ -112,6 +138,8 @@ def test_what_is_no_labels_is_refused(monkeypatch):
         add_labels([one, make_sae(0, 0)], {1: "x"})
     with pytest.raises(WriteSAEError, match="labels of 3,000,0"):
         add_labels(one, {1: "x" * 3_000_000})
+    with pytest.raises(WriteSAEError, match="feature '1' must be a whole number, not a text"):
+        add_labels(one, {"1": "x"})
     with pytest.raises(WriteSAEError, match="feature True does not exist"):
         add_labels(one, {True: "x"})
     with pytest.raises(WriteSAEError, match="a mapping, a table or a file, got 3"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_models import HookedRecurrent, zoo
+from hooked_models import HookedModelError, HookedRecurrent, zoo
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.use.patching import patch_writes
@@ -95,6 +95,13 @@ def test_wrong_input_is_refused(model: Any, without_type_checks: None) -> None:
         ({"target": None, "alternative": None, "metric": "logit"}, "must be a function"),
         ({"target": None, "alternative": None, "metric": lambda logits: 0.0}, "on both prompts"),
         ({"target": None, "alternative": None, "metric": lambda logits: logits}, "must give a number"),
+        (
+            {"target": None, "alternative": None, "metric": lambda logits: logits[0, 0, 0] * np.nan},
+            "gave nan",
+        ),
+        ({"alternative": HER}, "are the same token"),
+        ({"target": True}, "not True"),
+        ({"cells": [(1, 2), (1, 2)]}, "given twice"),
         ({"target": " herself and"}, "is not one token"),
         ({"cells": []}, "no cells"),
         ({"cells": [(2000, 0)]}, "no cell at layer 2000"),
@@ -106,3 +113,41 @@ def test_wrong_input_is_refused(model: Any, without_type_checks: None) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(WriteSAEError, match="HookedRecurrent"):
         patch_writes("tiny-gdn", CLEAN, CORRUPTED, HER, HIM)
+
+
+def test_metrics_that_are_small_count_by_their_own_size(model: Any) -> None:
+    her, him = (model.to_single_token(text) for text in (HER, HIM))
+
+    def small(logits: Tensor) -> Tensor:
+        return 1e-9 * (logits[0, -1, her] - logits[0, -1, him])
+
+    first = (model.cells[0].layer, 0)
+    given = patch_writes(model, CLEAN, CORRUPTED, HER, HIM, cells=first, verbose=False)
+    own = patch_writes(model, CLEAN, CORRUPTED, metric=small, cells=[first], verbose=False)
+    np.testing.assert_allclose(own.records.effect, given.records.effect, atol=1e-6)
+    assert own.summary["metric_clean"] == pytest.approx(1e-9 * given.summary["metric_clean"], rel=1e-5)
+
+
+def test_a_metric_that_is_no_number_in_a_patched_run_alone_is_refused(model: Any) -> None:
+    calls: list[float] = []
+
+    def breaks(logits: Tensor) -> float:
+        calls.append(float(logits[0, -1, 0]))
+        return calls[-1] if len(calls) < 3 else float("inf")
+
+    with pytest.raises(WriteSAEError, match="metric gave inf of finite logits"):
+        patch_writes(model, CLEAN, CORRUPTED, metric=breaks, cells=[(1, 2)], verbose=False)
+    assert len(calls) == 3
+
+
+def test_cells_are_named_by_text_and_hooked_models_are_refused(model: Any) -> None:
+    by_text = patch_writes(model, CLEAN, CORRUPTED, HER, HIM, cells="1:*", verbose=False)
+    pairs = [(cell.layer, cell.head) for cell in model.cells if cell.layer == 1]
+    given = patch_writes(model, CLEAN, CORRUPTED, HER, HIM, cells=pairs, verbose=False)
+    np.testing.assert_array_equal(by_text.records.effect, given.records.effect)
+    assert set(zip(by_text.records.layer, by_text.records["head"], strict=True)) == set(pairs)
+    with (
+        model.hooks(fwd_hooks=[(model.write_hook_name(1, 0), lambda x, hook: 2 * x)]),
+        pytest.raises(HookedModelError, match=r"hook_write\.0 is hooked: remove the hooks first"),
+    ):
+        patch_writes(model, CLEAN, CORRUPTED, HER, HIM, verbose=False)

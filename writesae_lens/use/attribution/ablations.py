@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 from hooked_models import HookedRecurrent
 from hooked_models.bridge.lower_layers import run_lower_layers
 from hooked_models.edited_runs import residual_with_added_writes
-from hooked_models.unembedding import logits_of
+from hooked_models.unembedding import in_half_precision, logits_of, output_embedding, run_to_residual
 from writesae_lens.saes.rank1 import Factors
 from writesae_lens.use.attribution.memory import Question
 
@@ -56,6 +57,29 @@ def without_parts(
         )
         differences.append(question.differences(logits_of(model, residual[:, -1])))
     return torch.cat(differences)
+
+
+def rounding(model: HookedRecurrent, question: Question, layer: int) -> float:
+    """Standard deviation of the difference in L of two runs that differ in rounding alone, in logits.
+
+    It is 0 from 32 bits on. As in `hooked_models.unembedding.rounding_kl`, each layer from ``layer`` on
+    rounds the residual stream once in each run, x (1 + e) with e uniform within half a unit in the last
+    place. So the variance is (eps^2 / 6) n_roundings sum_i (x_i dL/dx_i)^2, with x the last stream.
+
+    Args:
+        model: the model.
+        question: what is compared.
+        layer: of the edit.
+    """
+    if not in_half_precision(model):
+        return 0.0
+    with torch.no_grad():
+        residual = run_to_residual(model, question.tokens[None], use_cache=False)[:, -1]
+    n_roundings = len(model.blocks) - layer if torch.finfo(residual.dtype).bits < 32 else 1
+    x = residual.detach().float().requires_grad_()
+    (slope,) = torch.autograd.grad(question.differences(logits_of(model, x))[0], x)
+    eps = torch.finfo(output_embedding(model).weight.dtype).eps
+    return eps * math.sqrt(n_roundings / 6 * float((slope * x).detach().square().sum()))
 
 
 def stacked(parts: Sequence[Factors]) -> Factors:

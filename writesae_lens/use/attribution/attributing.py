@@ -14,16 +14,17 @@ from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
+from hooked_models.unembedding import in_half_precision
 from writesae_lens import statistics
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment
 from writesae_lens.experiments.features.sides import NAMES
 from writesae_lens.experiments.options import Natural, is_whole, shown
-from writesae_lens.experiments.passages import Passages, token_id
+from writesae_lens.experiments.passages import Passages, other_token, token_id
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
 from writesae_lens.saes.rank1 import Factors
-from writesae_lens.use.attribution.ablations import stacked, without_parts
+from writesae_lens.use.attribution.ablations import rounding, stacked, without_parts
 from writesae_lens.use.attribution.memory import (
     LayerMemory,
     Question,
@@ -103,6 +104,9 @@ def attribute(
         WriteSAEError: an SAE is on states; the target, the alternative or the position does not exist; the
             two tokens are the same; logits or gradients are not finite.
         HookedModelError: anything is hooked in the model.
+
+    Warns:
+        ResultWarning: of a model in half precision: ablated effects are no larger than what rounding gives.
     """
     of_cell = cells_of(model, saes)
     tokens = prompt_tokens(model, of_cell.values(), prompt)
@@ -128,6 +132,8 @@ def attribute(
         frames.append(_of_cell(parts[cell], memory, None if path is None else path[cell.layer]))
     records = largest_first(pd.concat(frames, ignore_index=True))
     _ablate(model, question, records, parts, difference, n_check)
+    if near := _near_rounding(model, question, records):
+        run.warn(near)
     texts = token_texts(model, tokens[0])
     records.insert(3, "token", tokens[0].cpu().numpy()[records.position])
     records.insert(4, "text", [texts[p] for p in records.position])
@@ -198,10 +204,7 @@ def _question(
             logits = last_logits(model, tokens[None])[0]
         logits[target] = -torch.inf
         return Question(tokens, target, int(logits.argmax()))
-    other = token_id(model, alternative)
-    if other == target:
-        raise WriteSAEError(f"target and alternative are the same token, {target}: give two")
-    return Question(tokens, target, other)
+    return Question(tokens, target, other_token(model, alternative, target))
 
 
 def _of_cell(
@@ -260,6 +263,21 @@ def _ablate(
         taken_out = stacked([part_of(parts, row) for row in each_row(rows)])
         left = without_parts(model, question, int(layer), heads, positions, taken_out)
         records.loc[rows.index, "ablated"] = difference - left.double().cpu().numpy()
+
+
+def _near_rounding(model: HookedRecurrent, question: Question, records: pd.DataFrame) -> str:
+    """A warning where ablated effects are no larger than what rounding gives (two standard deviations)."""
+    checked = records[records.ablated.notna()]
+    if not len(checked) or not in_half_precision(model):
+        return ""
+    largest = {layer: 2 * rounding(model, question, int(layer)) for layer in checked.layer.unique()}
+    n_near = int((checked.ablated.abs() <= checked.layer.map(largest)).sum())
+    if not n_near:
+        return ""
+    return (
+        f"{n_near} of {len(checked)} ablated effects are no larger than what rounding alone gives (up to "
+        f"{max(largest.values()):.2g})"
+    )
 
 
 def part_of(parts: dict[Cell, CellParts], row: Any) -> Factors:

@@ -59,13 +59,18 @@ class AttributionGraph:
         return f"attribution graph: {sizes} [.nodes .edges .plot() .save()]"
 
     def save(self, path: str | Path) -> Path:
-        """Write nodes, edges and what they are of as one JSON file; returns its path."""
+        """Write nodes, edges and what they are of as one JSON file, in a folder that need not be there yet.
+
+        Returns:
+            the path.
+        """
         path = Path(path)
         tables = {
             name: frame.astype(object).where(frame.notna(), None).to_dict("records")
             for name, frame in (("nodes", self.nodes), ("edges", self.edges))
         }
         text = json.dumps({"about": self.about} | tables, indent=1, ensure_ascii=False, allow_nan=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda beside: beside.write_text(text + "\n", encoding="utf-8"))
         return path
 
@@ -76,6 +81,8 @@ class AttributionGraph:
         return plot_graph(self)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def attribution_graph(
     model: HookedRecurrent, saes: SAEs, result: ExperimentResult, n_nodes: Count = 24
 ) -> AttributionGraph:
@@ -101,8 +108,7 @@ def attribution_graph(
     nodes: Any = result.records[result.records.feature != ERROR].head(n_nodes).reset_index(drop=True)
     names = [f"L{x.layer}H{x.head}_{x.side}{x.feature}@{x.position}" for x in each_row(nodes)]
     nodes.insert(0, "node", names)
-    with torch.enable_grad():
-        traced = _Traced.of(model, result, list(heads_of(of_cell)))
+    traced = _Traced.of(model, result, list(heads_of(of_cell)))
     parts = {cell: traced.parts(cell, sae) for cell, sae in of_cell.items() if _nodes_of(nodes, cell).any()}
     contributions = _contributions(model, traced, nodes, parts)
     difference = result.summary["logit_difference"]
@@ -183,14 +189,13 @@ class _Traced:
         sae = next(x.sae for c, x in parts.items() if (c.layer, c.head) == (node.layer, node.head))
         recurrence = self.recurrences[node.layer]
         key, value = (x[0, node.position, node.head] for x in (recurrence.k, recurrence.v))
-        with torch.enable_grad():
-            # By the matrix first: its derivatives are those of the encoder at the features active here.
-            write = (key[:, None] * value).detach().flatten()[None].requires_grad_()
-            (by_write,) = torch.autograd.grad(sae.encode(write)[0, node.feature], write)
-            by_write = by_write.view(len(key), len(value)).to(key)
-            moved = key @ (by_write @ value.detach()) + (key.detach() @ by_write) @ value
-            below = [layer for layer in self.zeros if layer < node.layer]
-            grads = torch.autograd.grad(moved, [self.zeros[n] for n in below], retain_graph=True)
+        # By the matrix first: its derivatives are those of the encoder at the features active here.
+        write = (key[:, None] * value).detach().flatten()[None].requires_grad_()
+        (by_write,) = torch.autograd.grad(sae.encode(write)[0, node.feature], write)
+        by_write = by_write.view(len(key), len(value)).to(key)
+        moved = key @ (by_write @ value.detach()) + (key.detach() @ by_write) @ value
+        below = [layer for layer in self.zeros if layer < node.layer]
+        grads = torch.autograd.grad(moved, [self.zeros[n] for n in below], retain_graph=True)
         return {layer: grad[0] for layer, grad in zip(below, grads, strict=True)}
 
 

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from hooked_models import HookedRecurrent
-from hooked_models.errors import HookedModelError
 from hooked_models.recordings import record_recurrences
 from hooked_models.recurrence import Recurrence, Trajectory
 from hooked_models.unembedding import logits_of, run_to_residual
 from writesae_lens.experiments.passes import check_finite
+from writesae_lens.experiments.subjects import check_unhooked
 
 # Tokens, over all rows, that one pass with gradients reads.
 _TOKENS_AT_ONCE = 2**12
@@ -69,11 +69,7 @@ def hooked(model: HookedRecurrent, hooks: Mapping[int, Mapping[str, Any]]) -> It
     Raises:
         HookedModelError: anything is hooked already.
     """
-    if model.busy_hooks:
-        raise HookedModelError(
-            f"this looks at the native model, but {', '.join(model.busy_hooks[:3])} is hooked: remove the "
-            "hooks first (model.reset_hooks(), model.reset_saes())"
-        )
+    check_unhooked(model)
     named = [(model.hook_name(layer, name), hook) for layer, of in hooks.items() for name, hook in of.items()]
     with model.hooks(fwd_hooks=named):
         yield

@@ -27,7 +27,13 @@ from writesae_lens.experiments.passages import Passages, find_passages
 from writesae_lens.locks import locked
 from writesae_lens.report.effects import Effects, measure_effects
 from writesae_lens.saes.sae import MatrixSAE
-from writesae_lens.use.exporting.neuronpedia import FOLDER, check_set_name, write_neuronpedia
+from writesae_lens.use.exporting.neuronpedia import (
+    FOLDER,
+    check_set_name,
+    remove_empty,
+    write_neuronpedia,
+    written_in,
+)
 from writesae_lens.use.labels import labels_of
 from writesae_lens.use.prompts import SAEs, saes_by_site
 
@@ -97,7 +103,8 @@ def export_features(
         n_tokens: promoted tokens, and suppressed ones.
         max_firings: firings of a feature at which its effect is measured, at most.
         neuronpedia: name of a Neuronpedia source set ("writesae-2k"): also writes the folder neuronpedia/, in
-            the layout of Neuronpedia's bulk exports (`writesae_lens.use.exporting.neuronpedia`).
+            the layout of Neuronpedia's bulk exports (`writesae_lens.use.exporting.neuronpedia`). What an
+            earlier call wrote there is removed in any case, for it is of other features.
         context_size: tokens of a passage where ``tokens`` is text (None: as in the SAE's training, else 256).
         seed: of the draws.
         verbose: show progress bars.
@@ -106,8 +113,8 @@ def export_features(
         the path of features.jsonl.
 
     Raises:
-        WriteSAEError: SAE and cell do not fit, the text is too short, nothing fires, or a name is no name of
-            a source set.
+        WriteSAEError: SAE and cell do not fit, the text is too short, nothing fires, a name is no name of
+            a source set, or the folder cannot be made.
     """
     check(Count, n_contexts=n_contexts, n_tokens=n_tokens, max_firings=max_firings)
     check(Natural, before=before, after=after)
@@ -119,7 +126,7 @@ def export_features(
     )
     read = {site: find_passages(model, sae, tokens, context_size) for site, sae in sites.items()}
     out = Path(out)
-    with locked(out), replacing(out, (FILE,)) as beside:
+    with locked(out), replacing(out, (FILE,), written_in(out / FOLDER)) as beside:
         with (beside / FILE).open("w", encoding="utf-8") as file:
             for site, sae in sites.items():
                 for row in _rows(model, sae, site, read[site], how):
@@ -128,6 +135,7 @@ def export_features(
                     )
         if neuronpedia is not None:
             write_neuronpedia(beside / FILE, beside / FOLDER, neuronpedia)
+    remove_empty(out / FOLDER)
     return out / FILE
 
 

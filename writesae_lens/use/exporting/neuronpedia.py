@@ -8,6 +8,7 @@ utils/neuronpedia-utils/neuronpedia_utils/db_models, export-data.py, apps/webapp
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import itertools
@@ -69,6 +70,23 @@ def write_neuronpedia(export: Path, folder: Path, set_name: str) -> None:
                 for table, content in tables.items():
                     if content:  # the importer takes the columns from the first line
                         _write(place / table / f"batch-{number}.jsonl.gz", content)
+
+
+def written_in(folder: Path) -> list[Path]:
+    """The files in a folder that have the names of what `write_neuronpedia` writes there."""
+    single = [folder.glob(f"*/*/{name}.jsonl") for name in ("model", "release", "sourceset", "source")]
+    tables = [
+        folder.glob(f"*/*/{name}/batch-*.jsonl.gz") for name in ("features", "activations", "explanations")
+    ]
+    return [path for found in (*single, *tables) for path in found]
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder with its subfolders, as far as there are no files in them."""
+    inner = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+    for path in [*inner, folder]:
+        with contextlib.suppress(OSError):  # not empty, or not there
+            path.rmdir()
 
 
 def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
