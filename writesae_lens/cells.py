@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
 from writesae_lens.errors import WriteSAEError
@@ -39,8 +42,28 @@ def parse_cells(model: HookedRecurrent, text: str) -> list[Cell]:
 def _matching(model: HookedRecurrent, layer: str, head: str) -> list[Cell]:
     if "*" not in (layer, head):
         return [model.cell(int(layer), int(head))]
-    matching = [c for c in model.cells if layer in ("*", str(c.layer)) and head in ("*", str(c.head))]
+    wanted = [None if piece == "*" else int(piece) for piece in (layer, head)]
+    matching = [c for c in model.cells if wanted[0] in (None, c.layer) and wanted[1] in (None, c.head)]
     if not matching:
         layers = ", ".join(str(n) for n in model.mixers)
         raise WriteSAEError(f"'{layer}:{head}' names no cell: this model's recurrent layers are {layers}")
     return matching
+
+
+def listed_cells(model: HookedRecurrent, cells: Sequence[Cell | tuple[int, int]]) -> list[Cell]:
+    """Cells from a list of them or of (layer, head) pairs.
+
+    Raises:
+        WriteSAEError: the list is empty, holds something else, or a cell twice.
+        HookedModelError: one of them does not exist; the message lists the valid ones.
+    """
+    pairs = [(cell.layer, cell.head) if isinstance(cell, Cell) else cell for cell in cells]
+    for pair in pairs:
+        if not (isinstance(pair, tuple | list) and [type(n) for n in pair] == [int, int]):
+            raise WriteSAEError(f"cells are (layer, head) pairs, or one text as '0:2,3:1'; got {pair!r:.60}")
+    chosen = [model.cell(*pair) for pair in pairs]
+    if not chosen:
+        raise WriteSAEError("no cells to sweep: give (layer, head) pairs, or '*:*' for all")
+    if twice := [cell for cell, n in Counter(chosen).items() if n > 1]:
+        raise WriteSAEError(f"cells names {twice[0].layer}:{twice[0].head} more than once")
+    return chosen

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from hooked_models import zoo
-from writesae_lens.cli.subjects import read_text
+from writesae_lens.cli.subjects import read_text, warnings_as_lines
 from writesae_lens.cli.training import flags_of, parse_runner_config, runner_options
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.sweep import Sweep, plan_sweep, sweep
@@ -43,6 +43,8 @@ def run_sweep(arguments: Sequence[str], text: Path | None, dry_run: bool, **opti
             raise WriteSAEError(f"sweep takes no {flag}: {why}")
     if "--model_name" not in given:
         raise WriteSAEError("no model to sweep: give --model_name")
+    if str(options.get("out")).startswith("memory:"):
+        raise WriteSAEError("--out memory:// would be gone when the command ends: give a folder")
     every = {
         **_training_options(arguments, given),
         **options,
@@ -52,7 +54,8 @@ def run_sweep(arguments: Sequence[str], text: Path | None, dry_run: bool, **opti
         only_running = ("engine", "threads", "reports")
         typer.echo(plan_sweep(**{name: value for name, value in every.items() if name not in only_running}))
         return
-    done = sweep(**every)
+    with warnings_as_lines():
+        done = sweep(**every)
     typer.echo(f"table: {done.out}/cells.csv ({len(done.cells)} cells)")
     if len(done.failed):
         first = done.failed.iloc[0]

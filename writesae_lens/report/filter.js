@@ -20,6 +20,10 @@ const filterOf = (columns) => {
     const bound = isText ? operand : Number(digits) / (digits === operand ? 1 : 100);
     if (!isText && (digits === "" || Number.isNaN(bound))) throw new Error(`'${visible(operand)}' is no number: write ${visible(name)} ${operator} 0.8`);
     if (isText && !["=", "==", "!="].includes(operator)) throw new Error(`${visible(name)} is a text: compare it by = or !=`);
+    if (isText) { // a missing text is "", and of several notes between commas each counts
+      const holds = (text) => text === bound || text.split(", ").includes(bound);
+      return (cell) => holds(read(cell) ?? "") === (operator !== "!=");
+    }
     return (cell) => read(cell) !== null && OPERATORS[operator](read(cell), bound);
   };
   const word = (text) => {

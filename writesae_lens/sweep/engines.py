@@ -12,7 +12,8 @@ import os
 import random
 import signal
 import sys
-from collections import Counter, defaultdict
+import threading
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -73,10 +74,19 @@ class InOrder:
 _of_worker: dict[str, Any] = {}
 
 
-def _begin(devices: Any, job: Job, threads: int) -> None:
+def _begin(device: str, job: Job, threads: int) -> None:
     """Start a worker process: the device that is its own, and the job."""
-    _of_worker.update(device=devices.get(), job=job, threads=threads)
+    _of_worker.update(device=device, job=job, threads=threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process, which ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the main one has ended, however that was: a killed one ends no workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _in_worker(step: Step) -> Outcome:
@@ -86,11 +96,12 @@ def _in_worker(step: Step) -> Outcome:
 class Processes:
     """Steps in worker processes of this machine, each with a device of its own where there are several GPUs.
 
-    Workers that die are replaced, and the steps that ran then are started again, twice at most.
+    A worker that dies is replaced, and the step that it was at is started again, twice at most; then it has
+    failed. Other workers go on. So that it is known which step a worker was at, each is a pool of one.
     """
 
     def __init__(self, job: Job, workers: int, threads: int) -> None:
-        self._job, self._workers, self._threads = job, workers, threads
+        self._job, self._threads = job, threads
         self._context = multiprocessing.get_context("spawn")
         self._undo = contextlib.ExitStack()
         if _NO_BARS not in os.environ:  # for tqdm in the workers, whose bars would write over each other
@@ -101,60 +112,63 @@ class Processes:
                 signal.SIGTERM, lambda *_: sys.exit(143)
             )  # so that `close` ends the workers
             self._undo.callback(signal.signal, signal.SIGTERM, before)
-        self._pool = self._new_pool()
-        self._pending: dict[Future[Outcome], Step] = {}
+        self._workers = [self._new_worker(n) for n in range(workers)]
+        self._waiting: deque[Step] = deque()
+        self._running: dict[Future[Outcome], tuple[Step, int]] = {}
         self._deaths: Counter[Step] = Counter()
 
-    def _new_pool(self) -> ProcessPoolExecutor:
-        devices = self._context.SimpleQueue()
-        for n in range(self._workers):
-            devices.put(
-                f"cuda:{n % torch.cuda.device_count()}" if self._job.device == "cuda" else self._job.device
-            )
+    def _new_worker(self, number: int) -> ProcessPoolExecutor:
+        several = self._job.device == "cuda"
+        device = f"cuda:{number % torch.cuda.device_count()}" if several else self._job.device
         return ProcessPoolExecutor(
-            self._workers, self._context, initializer=_begin, initargs=(devices, self._job, self._threads)
+            1, self._context, initializer=_begin, initargs=(device, self._job, self._threads)
         )
 
     def submit(self, step: Step) -> None:
-        self._pending[self._pool.submit(_in_worker, step)] = step
+        self._waiting.append(step)
+        self._start()
+
+    def _start(self) -> None:
+        """Give steps that wait to workers that have none."""
+        busy = {number for _, number in self._running.values()}
+        for number in range(len(self._workers)):
+            if number in busy or not self._waiting:
+                continue
+            try:
+                future = self._workers[number].submit(_in_worker, self._waiting[0])
+            except BrokenProcessPool:  # it died while it had no step
+                self._replace(number)
+                future = self._workers[number].submit(_in_worker, self._waiting[0])
+            self._running[future] = (self._waiting.popleft(), number)
 
     def outcomes(self) -> Iterator[tuple[Step, Outcome]]:
-        while self._pending:
-            running = {future for future in self._pending if future.running()}
-            done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
-            if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
-                yield from self._replace_pool(running)
-                continue
+        while self._running:
+            done, _ = wait(self._running, return_when=FIRST_COMPLETED)
             for future in done:
-                step, error = self._pending.pop(future), future.exception()
-                if isinstance(error, Exception):
-                    yield step, error
-                else:
-                    yield step, future.result()
+                (step, number), error = self._running.pop(future), future.exception()
+                if isinstance(error, BrokenProcessPool):
+                    self._replace(number)
+                    self._deaths[step] += 1
+                    if self._deaths[step] <= _RETRIES:
+                        self._waiting.appendleft(step)
+                        self._start()
+                        continue
+                    error = WriteSAEError(f"its worker died {self._deaths[step]} times; is memory short?")
+                self._start()
+                yield step, error if isinstance(error, Exception) else future.result()
 
-    def _replace_pool(self, running: set[Future[Outcome]]) -> Iterator[tuple[Step, Outcome]]:
-        """After a worker's death: new workers for the steps that are left."""
-        self._end_workers()
-        left, self._pending = self._pending, {}
-        self._pool = self._new_pool()
-        for future, step in left.items():
-            self._deaths[step] += future in running
-            if self._deaths[step] > _RETRIES:
-                yield step, WriteSAEError(f"its worker died {self._deaths[step]} times; is memory short?")
-            elif future.done() and future.exception() is None:
-                yield step, future.result()
-            else:
-                self.submit(step)
+    def _replace(self, number: int) -> None:
+        """After a worker's death."""
+        self._workers[number].shutdown(wait=True, cancel_futures=True)
+        self._workers[number] = self._new_worker(number)
 
     def close(self) -> None:
-        self._end_workers()
-        self._undo.close()
-
-    def _end_workers(self) -> None:
-        if self._pending:  # stopped, or a worker died
-            for process in list((self._pool._processes or {}).values()):
+        for _, number in self._running.values():  # stopped
+            for process in list((self._workers[number]._processes or {}).values()):
                 process.terminate()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.shutdown(wait=True, cancel_futures=True)
+        self._undo.close()
 
 
 class _DiskError(NamedTuple):

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +19,16 @@ from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent, zoo
 from hooked_models.hooked_recurrent import Cell
-from writesae_lens.cells import parse_cells
+from writesae_lens.cells import listed_cells, parse_cells
 from writesae_lens.errors import INTERRUPTIONS, WriteSAEError
 from writesae_lens.experiments.options import Count, Positive, Seed, check
+from writesae_lens.experiments.origin import ResultWarning
 from writesae_lens.saelens.runner import RUNNER_DEFAULTS, sized, train_cells
 from writesae_lens.saes.config import RECOMMENDED_SCHEDULE, WriteSAETrainingConfig
 from writesae_lens.sweep.engines import Engine, InOrder, Processes, Ray
 from writesae_lens.sweep.plan import Group, Needs, describe, free_bytes, plan_groups
 from writesae_lens.sweep.store import SWEEP, CellKey, Store
-from writesae_lens.sweep.work import Job, Step, Test, Train, check_experiment, failure
+from writesae_lens.sweep.work import Held, Job, Step, Test, Train, check_experiment, failure
 
 EngineName = Literal["local", "ray"]
 DEFAULT_EXPERIMENTS = ("replace",)
@@ -52,7 +54,8 @@ class Sweep:
     Args:
         out: the folder or address.
         cells: the table, a row a finished cell (cells.csv).
-        failed: steps that failed: layer, head, step, reason (failed.csv).
+        failed: steps of the cells and experiments asked for that failed: layer, head, step, reason.
+            failed.csv has those of other calls too.
     """
 
     out: str
@@ -98,19 +101,34 @@ def sweep(
             takes more memory than there is; Ctrl-C, with a message that says how to go on.
         HookedModelError: the model cannot be loaded, or has no such cells.
     """
+    if Store(out).is_memory and (engine != "local" or workers != 1):
+        raise WriteSAEError(f"{out} is in the memory of one process: give a folder, or workers=1")
     planned = plan_sweep(model_name, cells, out, workers=workers, **settings)
     # The text of the plan holds a model: the workers load their own, so let this one go.
     planned = dataclasses.replace(planned, job=dataclasses.replace(planned.job, reports=reports), about=str)
     job, store = planned.job, Store(planned.job.out)
-    _note_settings(store, planned)
+    store.write_json(SWEEP, _settings(store, planned))
     made = _engine(engine, job, workers, threads)
     try:
-        _run(store, job, planned, made, verbose)
+        held = _run(store, job, planned, made, verbose)
     except INTERRUPTIONS as error:
         raise WriteSAEError(f"interrupted; the same call goes on where it stopped ({store})") from error
     finally:
         made.close()
-    return Sweep(str(store), *store.write_tables())
+    if held:
+        named = ", ".join(f"{layer}:{head}" for layer, head in held[:8]) + ", ..." * (len(held) > 8)
+        warnings.warn(
+            f"another run is writing the cells {named}, which are left to it ({len(held)} in all); the same "
+            "call, once it has ended, does what is missing",
+            ResultWarning,
+            stacklevel=2,
+        )
+    table, failed = store.write_tables()
+    asked = [
+        (layer, head) in planned.cells and step in _steps(job)
+        for layer, head, step in zip(failed.layer, failed["head"], failed.step)
+    ]
+    return Sweep(str(store), table, failed[asked].reset_index(drop=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +202,10 @@ def plan_sweep(
     kwargs = dict(options.get("model_from_pretrained_kwargs") or {})
     first = "cuda:0" if device == "cuda" else device
     model = HookedRecurrent.boot_transformers(model_name, device=first, **kwargs)
-    wanted = parse_cells(model, cells) if isinstance(cells, str) else [_cell(model, cell) for cell in cells]
+    wanted = parse_cells(model, cells) if isinstance(cells, str) else listed_cells(model, cells)
     store = Store(out)
     train_text, test_text, name = _texts(model_name, text, options.get("dataset_path"))
+    _check_lengths(model, train_text, test_text, context_size)
     training = {
         "training_tokens": training_tokens,
         "context_size": context_size,
@@ -218,7 +237,9 @@ def plan_sweep(
     about = functools.partial(
         describe, model, groups, needs, training_tokens, batch, chosen, max_passages, workers
     )
-    return Plan(job, [(c.layer, c.head) for c in wanted], groups, wanted[0].architecture, about)
+    plan = Plan(job, [(c.layer, c.head) for c in wanted], groups, wanted[0].architecture, about)
+    _settings(store, plan)  # refuses a folder of another sweep
+    return plan
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -227,10 +248,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
     known = (fields | set(inspect.signature(train_cells).parameters)) - SET_BY_THE_SWEEP
     if unknown := set(options) - known:
         raise WriteSAEError(f"sweep takes no {min(unknown)!r}: its options are those of train_cells")
-
-
-def _cell(model: HookedRecurrent, cell: Cell | CellKey) -> Cell:
-    return cell if isinstance(cell, Cell) else model.cell(*cell)
 
 
 def _experiments(
@@ -268,6 +285,19 @@ def _texts(
     return [text[:cut]], text[cut:], f"text, its last {TEST_SHARE:.0%}"
 
 
+def _check_lengths(model: HookedRecurrent, train: list[str] | None, test: str, size: int) -> None:
+    """Refuse texts without a single passage. Long ones are not counted: tokens have a few characters."""
+    for what, text in (("train", "".join(train or ())), ("test", test)):
+        if (what == "train" and train is None) or len(text) > 64 * size:
+            continue
+        n = len(model.to_tokens(text, prepend_bos=False, truncate=False)[0]) if text else 0
+        if n < size:
+            raise WriteSAEError(
+                f"the text is too short to {what} on: that part of it has {n} tokens, while one passage has "
+                f"{size}; give more text or a smaller context_size"
+            )
+
+
 def _bytes_of_a_training(model: HookedRecurrent, device: str, memory: float | None, workers: int) -> int:
     """Bytes that a worker's training may take beside its model."""
     weights = sum(p.numel() * p.element_size() for p in model.original_model.parameters())
@@ -278,8 +308,8 @@ def _bytes_of_a_training(model: HookedRecurrent, device: str, memory: float | No
     return (free_bytes(device) + weights) // workers - weights
 
 
-def _note_settings(store: Store, planned: Plan) -> None:
-    """Note what the files of the folder depend on; refuse a folder of another sweep.
+def _settings(store: Store, planned: Plan) -> dict[str, Any]:
+    """What the files of the folder depend on (sweep.json), with earlier experiments.
 
     Raises:
         WriteSAEError: of another sweep, or of the same one with other options of an experiment.
@@ -312,7 +342,7 @@ def _note_settings(store: Store, planned: Plan) -> None:
             f"{store} holds a sweep with another {others[0]} (see {SWEEP}): go on with the same options, or "
             "give another folder"
         )
-    store.write_json(SWEEP, about | {"experiments": before | tests})
+    return about | {"experiments": before | tests}
 
 
 def _noted(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,8 +377,17 @@ def _share(workers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // workers) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _run(store: Store, job: Job, planned: Plan, engine: Engine, verbose: bool) -> None:
-    """Run every step that is not done, and keep the tables up to date."""
+def _steps(job: Job) -> set[str]:
+    """What a row of failed.csv may say that failed, of what the call asks for."""
+    return {"training", "tests", *job.experiments, *(["report"] if job.reports else [])}
+
+
+def _run(store: Store, job: Job, planned: Plan, engine: Engine, verbose: bool) -> list[CellKey]:
+    """Run every step that is not done, and keep the tables up to date.
+
+    Returns:
+        cells that are not done because another run was writing them.
+    """
     rows = {(row["layer"], row["head"]): row for row in store.rows()}
     steps = [f"{name}_seconds" for name in job.experiments] + ["report_seconds"] * job.reports
     left = [
@@ -356,6 +395,7 @@ def _run(store: Store, job: Job, planned: Plan, engine: Engine, verbose: bool) -
     ]
     to_train = [tuple((cell.layer, cell.head) for cell in group.cells) for group in planned.groups]
     untrained = {cell for cells in to_train for cell in cells}
+    held: set[CellKey] = set()
     for cells in to_train:
         engine.submit(Train(cells))
     for cell in left:
@@ -364,11 +404,13 @@ def _run(store: Store, job: Job, planned: Plan, engine: Engine, verbose: bool) -
     total = len(untrained) + len(left)
     with tqdm(total=total, desc="cells trained and tested", unit="step", disable=not verbose) as bar:
         for step, outcome in engine.outcomes():
+            left_out = outcome.args if isinstance(outcome, Held) else ()
+            held = held.difference(step.cells) | {*left_out}
             failures = _failures(store, step, outcome)
-            for cell in step.cells:
+            for cell in set(step.cells).difference(left_out):
                 of_cell = [row for row in failures if (row["layer"], row["head"]) == cell]
                 if of_cell or isinstance(step, Test):
-                    store.note_failures(cell, of_cell)
+                    store.note_failures(cell, of_cell, _steps(job))
             bar.update(len(step.cells))
             if failures or isinstance(step, Test):
                 store.write_tables()
@@ -379,10 +421,13 @@ def _run(store: Store, job: Job, planned: Plan, engine: Engine, verbose: bool) -
                     engine.submit(Test(cell))
                 else:
                     bar.update()
+    return sorted(held)
 
 
 def _failures(store: Store, step: Step, outcome: Any) -> list[dict[str, Any]]:
     """The rows of failed.csv of a step."""
+    if isinstance(outcome, Held):
+        return []
     if not isinstance(outcome, Exception):
         return outcome
     what = "training" if isinstance(step, Train) else "tests"

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from hooked_models.files.whole_files import is_temporary, write_whole
 from writesae_lens.errors import WriteSAEError
@@ -56,6 +57,7 @@ class Store:
         except (ImportError, ValueError) as error:
             raise WriteSAEError(f"cannot write to {out}: {error}") from error
         self.is_local = isinstance(self._fs, LocalFileSystem)
+        self.is_memory = isinstance(self._fs, MemoryFileSystem)  # which no other process sees
 
     def __str__(self) -> str:
         return self._root if self.is_local else self._fs.unstrip_protocol(self._root)
@@ -75,9 +77,10 @@ class Store:
         with tempfile.TemporaryDirectory(prefix="writesae-sweep-") as beside:
             folders = [Path(beside, name) for name in every]
             for name, folder in zip(every, folders, strict=True):
-                if self._fs.isdir(self._path(name)):
-                    folder.parent.mkdir(parents=True, exist_ok=True)
-                    self._fs.get(self._path(name), str(folder), recursive=True)
+                for path in self._fs.find(self._path(name)):
+                    place = folder / PurePosixPath(path).relative_to(self._path(name))
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    self._fs.get_file(path, str(place))
             yield folders
             for name, folder in zip(names, folders):
                 self._put(name, folder)
@@ -106,9 +109,10 @@ class Store:
         rows = [row for row in self._of_cells(ROW) if row]
         return sorted(rows, key=lambda row: (row["layer"], row["head"]))
 
-    def note_failures(self, cell: CellKey, failures: list[dict[str, Any]]) -> None:
-        """Keep what failed at a cell (`FAILED_COLUMNS`), in place of what failed there before."""
+    def note_failures(self, cell: CellKey, failures: list[dict[str, Any]], tried: set[str]) -> None:
+        """Keep what failed at a cell (`FAILED_COLUMNS`), in place of earlier failures of the steps tried."""
         name = f"results/{name_of(cell)}/{FAILURES}"
+        failures = [row for row in self.read_json(name) or () if row["step"] not in tried] + failures
         if failures:
             self.write_json(name, failures)
         elif self.has(name):
@@ -135,8 +139,9 @@ class Store:
 
     def _of_cells(self, name: str) -> list[Any]:
         """The contents of a JSON file of every cell that has it."""
-        found = self._fs.glob(self._path(f"results/*/{name}"))
-        return [self.read_json(f"results/{PurePosixPath(path).parent.name}/{name}") for path in sorted(found)]
+        found = map(PurePosixPath, self._fs.find(self._path("results"), maxdepth=2))
+        cells = sorted(path.parent.name for path in found if path.name == name)
+        return [self.read_json(f"results/{cell}/{name}") for cell in cells]
 
     def _write(self, name: str, write: Any) -> None:
         if self.is_local:

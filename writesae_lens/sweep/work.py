@@ -12,8 +12,8 @@ import inspect
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from writesae_lens.experiments.catalogue import Experiment, find_experiment
 from writesae_lens.experiments.origin import ResultWarning
 from writesae_lens.experiments.passages import Passages, as_passages
 from writesae_lens.experiments.result import SUMMARY, ExperimentResult, Progress
+from writesae_lens.locks import locked
 from writesae_lens.report.page import PAGE, make_report
 from writesae_lens.saelens.runner import sized, train_cells
 from writesae_lens.sweep.store import ROW, TIMES, CellKey, Store, name_of
@@ -92,6 +93,10 @@ class Test:
 Step = Train | Test
 
 
+class Held(Exception):
+    """Another run is writing some of a step's cells (this error's arguments); the others are done."""
+
+
 def run_step(job: Job, step: Step, device: str, threads: int | None) -> list[dict[str, Any]]:
     """Run a step on a worker.
 
@@ -106,6 +111,7 @@ def run_step(job: Job, step: Step, device: str, threads: int | None) -> list[dic
 
     Raises:
         OSError: of the disk: the step is worth another try, on another machine.
+        Held: another run is writing some of the cells.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -140,20 +146,40 @@ def _train(job: Job, step: Train, model: HookedRecurrent, device: str) -> None:
     start = time.perf_counter()
     of_device = {"device": device, "llm_device": device} if device != job.device else {}
     try:
-        with store.open(*map(name_of, missing)) as folders:
-            train_cells(
-                model,
-                missing,
-                folders,
-                sae=None if job.sae is None else functools.partial(sized, job.sae),
-                **{**job.training, **of_device},
-            )
+        with store.open(*map(name_of, missing)) as folders, ExitStack() as locks:
+            held = _lock(locks, missing, folders)
+            free = {
+                cell: folder
+                for cell, folder in zip(missing, folders, strict=True)
+                if not (cell in held or store.has_sae(cell))  # another run may have just trained it
+            }
+            if free:
+                train_cells(
+                    model,
+                    list(free),
+                    list(free.values()),
+                    sae=None if job.sae is None else functools.partial(sized, job.sae),
+                    **{**job.training, **of_device},
+                )
     except SafetensorError as error:  # what safetensors makes of an error of the disk while it writes
         raise OSError(f"the SAE could not be saved: {one_line(error)}") from error
-    seconds = (time.perf_counter() - start) / len(missing)
-    for cell in missing:
+    for cell in free:
+        seconds = (time.perf_counter() - start) / len(free)
         times = {"training_seconds": seconds, "training_device": _kind(device)}
         store.write_json(f"results/{name_of(cell)}/{TIMES}", times)
+    if held:
+        raise Held(*held)
+
+
+def _lock(locks: ExitStack, cells: Sequence[CellKey], folders: Sequence[Path]) -> list[CellKey]:
+    """Lock the cells' folders; returns the cells whose folder another run has."""
+    held = []
+    for cell, folder in zip(cells, folders, strict=True):
+        try:
+            locks.enter_context(locked(folder))
+        except WriteSAEError:
+            held.append(cell)
+    return held
 
 
 def _test(job: Job, step: Test, model: HookedRecurrent, device: str) -> list[dict[str, Any]]:
@@ -178,8 +204,13 @@ def _test(job: Job, step: Test, model: HookedRecurrent, device: str) -> list[dic
         except Exception as error:  # whatever it is, the other experiments and cells go on
             failed.append(failure(step.cell, what, error))
 
-    with store.open(f"results/{name}", f"reports/{name}", read_only=name) as (results, page, folder):
-        sae, times = SAE.load_from_disk(folder, device=device), _Times(results / TIMES)
+    with (
+        store.open(f"results/{name}", f"reports/{name}", read_only=name) as (results, page, folder),
+        ExitStack() as locks,
+    ):
+        if held := _lock(locks, [step.cell], [results]):
+            raise Held(*held)
+        sae, times = _load(folder, device, f"{store}/{name}"), _Times(results / TIMES)
         for each, options in job.experiments.items():
             experiment = find_experiment(each)
 
@@ -191,11 +222,32 @@ def _test(job: Job, step: Test, model: HookedRecurrent, device: str) -> list[dic
             times.seconds.setdefault(f"{experiment.name}_seconds", None)
         if job.reports and not failed and not (page / PAGE).is_file():
             attempt("report", lambda: _report(job, model, sae, folder, results, page, times))
+        if (page / PAGE).is_file():
+            times.seconds.setdefault("report_seconds", None)  # it may have been made by another command
     if not failed:
         earlier = store.read_json(f"results/{name}/{ROW}") or {}  # with other experiments
         row = facts | earlier | times.seconds | figures
         store.write_json(f"results/{name}/{ROW}", row | {"device": _kinds(times.training_device, device)})
     return failed
+
+
+def _load(folder: Path, device: str, place: str) -> Any:
+    """The SAE in a folder.
+
+    Raises:
+        WriteSAEError: it is damaged.
+    """
+    try:
+        return SAE.load_from_disk(folder, device=device)
+    except FileNotFoundError as error:
+        reason = error
+    except (OSError, MemoryError, torch.OutOfMemoryError):  # of the machine, not of the files
+        raise
+    except Exception as error:
+        reason = error
+    raise WriteSAEError(
+        f"the SAE is damaged: remove {place}, and the same command trains it anew ({one_line(reason)[:100]})"
+    ) from reason
 
 
 def _kind(device: str) -> str:

@@ -71,7 +71,8 @@ def write_map(folder, cells, model="tiny-gdn", seed=1):
     records = records.assign(
         d_k=128, d_v=128, n_writes=64, kl_own=own, kl_own_low=own * 0.8, kl_own_high=own * 1.3,
         kl_later=later, own_share=own / (own + later), half_life=rng.integers(1, 200, n).astype(float),
-        reach=rng.integers(1, 60, n), write_norm=rng.uniform(0.1, 8, n), note=rng.choice(["", "one key"], n),
+        reach=rng.integers(1, 60, n), write_norm=rng.uniform(0.1, 8, n),
+        note=rng.choice(["", "one key", "one key, n-gram table"], n),
     )  # fmt: skip
     records.loc[0, "half_life"] = np.nan
     write_table(folder / "map" / "records.csv", records)

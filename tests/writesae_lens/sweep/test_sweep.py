@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pandas as pd
 import pytest
@@ -14,8 +16,10 @@ from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments import replacement_test
+from writesae_lens.experiments.origin import ResultWarning
 from writesae_lens.experiments.passages import as_passages
 from writesae_lens.experiments.result import read_table
+from writesae_lens.locks import locked
 from writesae_lens.saelens.progress import update_bar
 from writesae_lens.saelens.runner import train_cells
 from writesae_lens.sweep import plan_sweep, sweep, work
@@ -109,6 +113,9 @@ def test_another_sweep_is_refused(swept):
     out, _ = swept
     with pytest.raises(WriteSAEError, match=r"another training_tokens"):
         sweep("tiny-gdn", CELLS, out, **SMALL | {"training_tokens": 9_000})
+    planned = {name: value for name, value in SMALL.items() if name != "verbose"}
+    with pytest.raises(WriteSAEError, match=r"another model"):
+        plan_sweep("tiny-mamba2", "0:0", out, **planned)
     with pytest.raises(WriteSAEError, match=r"another replace"):
         sweep("tiny-gdn", CELLS, out, **SMALL | {"experiments": {"replace": OPTIONS | {"horizon": 5}}})
 
@@ -144,6 +151,67 @@ def test_failures_are_listed_and_tried_again(tmp_path, monkeypatch):
     assert len(second.cells) == 3
     assert not len(second.failed)
     assert not (tmp_path / "failed.csv").exists()
+
+
+def test_failures_that_a_call_does_not_ask_for(tmp_path, monkeypatch):
+    """failed.csv has them, but they are none of the call's own."""
+    monkeypatch.setattr(work, "_run", lambda *_: pytest.fail("not to be run"))
+    store = Store(tmp_path)
+    for cell, step in [((0, 0), "replace"), ((1, 1), "partition")]:
+        store.note_failures(cell, [work.failure(cell, step, RuntimeError("earlier"))], {step})
+    done = sweep("tiny-gdn", CELLS[:1], tmp_path, **SMALL | {"experiments": []})
+    assert (len(done.cells), len(done.failed)) == (1, 0)
+    assert read_table(tmp_path / "failed.csv").step.tolist() == ["replace", "partition"]
+
+
+def test_cells_that_another_run_writes_are_left_to_it(swept, tmp_path):
+    """One is trained elsewhere, one is tested elsewhere: neither has failed, and the third is done."""
+    shutil.copytree(swept[0] / "L1H1", tmp_path / "L1H1")
+    with ThreadPoolExecutor() as other, ExitStack() as locks:  # locks of one thread nest
+        for folder in ("results/L1H1", "L3H1"):
+            other.submit(locks.enter_context, locked(tmp_path / folder)).result()
+        with pytest.warns(ResultWarning, match=r"writing the cells 1:1, 3:1, .* \(2 in all\)"):
+            first = sweep("tiny-gdn", [*CELLS, (3, 1)], tmp_path, **SMALL | {"experiments": []})
+        other.submit(locks.close).result()
+    assert list(zip(first.cells.layer, first.cells["head"])) == [(3, 0)]
+    assert not len(first.failed)
+    assert not (tmp_path / "failed.csv").exists()
+    assert len(sweep("tiny-gdn", [*CELLS, (3, 1)], tmp_path, **SMALL | {"experiments": []}).cells) == 3
+
+
+def test_a_damaged_sae_is_named(swept, tmp_path):
+    shutil.copytree(swept[0] / "L1H1", tmp_path / "L1H1")
+    weights = tmp_path / "L1H1" / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    settings = SMALL | {"experiments": []}
+    for damage in (lambda: None, weights.unlink, lambda: (tmp_path / "L1H1" / "cfg.json").write_text("{")):
+        damage()
+        (reason,) = sweep("tiny-gdn", CELLS[:1], tmp_path, **settings).failed.reason
+        assert f"the SAE is damaged: remove {tmp_path}/L1H1, and the same command" in reason
+    shutil.rmtree(tmp_path / "L1H1")
+    assert len(sweep("tiny-gdn", CELLS[:1], tmp_path, **settings).cells) == 1
+
+
+def test_a_page_that_is_there_counts_as_done(swept, tmp_path, monkeypatch):
+    shutil.copytree(swept[0], tmp_path / "out")
+    for layer, head in CELLS:
+        page = tmp_path / "out" / "reports" / f"L{layer}H{head}" / "report.html"
+        page.parent.mkdir(parents=True)
+        page.write_text("made by another command")
+    done = sweep("tiny-gdn", CELLS, tmp_path / "out", reports=True, **SMALL)
+    assert done.cells.report_seconds.isna().all()
+    monkeypatch.setattr(work, "_test", lambda *_: pytest.fail("tested again"))
+    assert len(sweep("tiny-gdn", CELLS, tmp_path / "out", reports=True, **SMALL).cells) == 2
+
+
+@pytest.mark.parametrize("place", ["[1] a*b?", "memory://x[12]"])
+def test_addresses_with_the_signs_of_patterns(place, tmp_path):
+    store = Store(place if "://" in place else tmp_path / place)
+    for row in ({"layer": 3, "head": 0}, {"layer": 1, "head": 1}):
+        store.write_json(f"results/L{row['layer']}H{row['head']}/row.json", row)
+    assert [row["layer"] for row in store.rows()] == [1, 3]
+    with store.open("results/L1H1") as (folder,):
+        assert json.loads((folder / "row.json").read_text()) == {"layer": 1, "head": 1}
 
 
 def test_a_full_disk_is_a_failure_of_the_step(tmp_path, monkeypatch):
@@ -210,6 +278,13 @@ def test_further_experiments_join_the_rows(swept):
         ({"output_path": "x"}, "takes no 'output_path'"),
         ({"site": "reads"}, "site"),
         ({"cells": "9:*"}, "names no cell"),
+        ({"cells": []}, "no cells to sweep"),
+        ({"cells": ["1:1"]}, "pairs, or one text as '0:2,3:1'; got '1:1'"),
+        ({"cells": [(1, 1.0)]}, "pairs"),
+        ({"cells": [(1, 1), (3, 0), (1, 1)]}, "names 1:1 more than once"),
+        ({"text": "word " * 400, "context_size": 64}, "too short to test on: .* one passage has 64"),
+        ({"text": "word " * 40}, "too short to train on"),
+        ({"out": "memory://x", "workers": 2}, "in the memory of one process"),
         ({"out": "nonsense://x"}, "cannot write"),
         ({"memory": 0.001}, "raise --memory"),
     ],
@@ -252,3 +327,9 @@ def test_flags_that_a_sweep_has_no_use_for(flag):
     done = run("sweep", "--model_name", "tiny-gdn", *flag.split())
     assert done.returncode == 2
     assert f"sweep takes no {flag.split()[0]}" in done.stderr
+
+
+def test_the_memory_of_a_command_is_no_place():
+    done = run("sweep", "--model_name", "tiny-gdn", "--out", "memory://x")
+    assert done.returncode == 2
+    assert "gone when the command ends" in done.stderr
