@@ -37,8 +37,9 @@ def read(
 ) -> None:
     """Show which features are active at each token of a prompt: coloured text, records, and a page.
 
-    For example: writesae-lens read --sae my_sweep --prompt "The old man went to the sea". The page,
-    read.html, shades the text by cell and feature; a click on a token lists its features.
+    The page, read.html, shades the text by cell and feature; a click on a token lists its features.
+
+    writesae-lens read --sae my_sweep --prompt "The old man went to the sea"
     """
     from writesae_lens.cli.reading import run_read
 

@@ -82,8 +82,9 @@ def steer(
 ) -> None:
     """Continue a prompt natively, steered by features, and by random features of the same norm.
 
-    For example: writesae-lens steer --sae my_sae --feature 12 --size 3 --prompt "Once upon a time". The
-    dose curve shows KL, the promoted tokens' probability and perplexity as the sizes grow.
+    The dose curve shows KL, the promoted tokens' probability and perplexity as the sizes grow.
+
+    writesae-lens steer --sae my_sae --feature 12 --prompt "Once upon a time"
     """
     from writesae_lens.cli.reading import run_steer
 

@@ -22,6 +22,8 @@ from writesae_lens.saes.codes import split
 from writesae_lens.saes.rank1 import Factors
 from writesae_lens.use.sizes import firing_sizes
 
+_LARGEST = torch.finfo(torch.float32).max
+
 Features = int | tuple[int, ...]
 """A feature as users name it: its number, a pair of codes, or one of these with layer and head before it."""
 
@@ -104,12 +106,15 @@ def parse_features(saes: Mapping[Site, SAE[Any]], features: Any) -> dict[Chosen,
                 "features beside the native writes, so give an SAE on writes"
             )
     if not isinstance(features, Mapping) or not features:
-        raise WriteSAEError(f"features must be a dict {{feature: size}}, one at least, got {shown(features)}")
+        got = "an empty dict" if isinstance(features, Mapping) else shown(features)
+        raise WriteSAEError(f"features must be a dict {{feature: size}}, one at least, got {got}")
     chosen: dict[Chosen, float] = {}
     for name, size in features.items():
         found = _find(saes, name)
-        if not is_number(size) or not math.isfinite(size):
-            raise WriteSAEError(f"the size of feature {name} must be a number, got {shown(size)}")
+        if not is_number(size) or not abs(size) <= _LARGEST:  # NaN is not
+            raise WriteSAEError(
+                f"the size of feature {name} must be a number within float32, got {shown(size)}"
+            )
         if found in chosen:
             raise WriteSAEError(f"feature {found.name} is named twice: give it one size")
         chosen[found] = float(size)
@@ -128,7 +133,8 @@ def _find(saes: Mapping[Site, SAE[Any]], name: Any) -> Chosen:
     if len(parts) < 3:
         if len(saes) > 1:
             raise WriteSAEError(
-                f"which SAE has feature {shown(name)}? Of several SAEs say (layer, head, feature)"
+                f"which SAE has feature {shown(name)}? Of several SAEs say (layer, head, feature), in the "
+                "shell LAYER:HEAD:FEATURE"
             )
         site, of_sae = next(iter(saes)), parts
     else:
@@ -178,11 +184,23 @@ def amounts_of(
 
 @torch.no_grad()
 def additions(saes: Mapping[Site, SAE[Any]], amounts: Mapping[Chosen, float]) -> list[Addition]:
-    """What some features add to the writes of their cells, at given coefficients; a cell each."""
+    """What some features add to the writes of their cells, at given coefficients; a cell each.
+
+    Raises:
+        WriteSAEError: the coefficients are so large that what is added is not finite in float32.
+    """
     by_site: dict[Site, dict[tuple[int, ...], float]] = {}
     for one, amount in amounts.items():
         by_site.setdefault(one.site, {})[one.features] = amount
-    return [_of_cell(site.cell, saes[site], features) for site, features in by_site.items()]
+    added = [_of_cell(site.cell, saes[site], features) for site, features in by_site.items()]
+    for one in added:
+        parts = [part for part in (one.matrix, one.key, one.value) if part is not None]
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise WriteSAEError(
+                f"what the features of {one.cell.layer}:{one.cell.head} add is not finite in float32: give "
+                "smaller sizes"
+            )
+    return added
 
 
 def _of_cell(cell: Cell, sae: SAE[Any], features: Mapping[tuple[int, ...], float]) -> Addition:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from sae_lens import SAE
@@ -19,6 +20,8 @@ from writesae_lens.experiments.subjects import find_site
 
 SAEs = SAE[Any] | Iterable[SAE[Any]]
 """One SAE, or several, each of a site of its own."""
+Prompt = Int[Tensor, "*row pos"] | Int[np.ndarray, "*row pos"] | Sequence[int] | Sequence[Sequence[int]] | str
+"""A text, or token ids ``[pos]`` or ``[1, pos]`` as a tensor, an array or a list."""
 
 
 def saes_by_site(model: HookedRecurrent, saes: SAEs) -> dict[Site, SAE[Any]]:
@@ -50,9 +53,7 @@ def saes_by_site(model: HookedRecurrent, saes: SAEs) -> dict[Site, SAE[Any]]:
     return dict(sorted(found.items(), key=lambda item: (item[0].cell.layer, item[0].cell.head, item[0].kind)))
 
 
-def prompt_tokens(
-    model: HookedRecurrent, saes: Iterable[SAE[Any]], prompt: Int[Tensor, "*row pos"] | str
-) -> Passages:
+def prompt_tokens(model: HookedRecurrent, saes: Iterable[SAE[Any]], prompt: Prompt) -> Passages:
     """One prompt as passages of one row, ``[1, pos]``, on the model's device.
 
     Args:
@@ -61,8 +62,9 @@ def prompt_tokens(
         prompt: a text, or token ids ``[pos]`` or ``[1, pos]``, which are taken as they are.
 
     Raises:
-        WriteSAEError: the prompt is empty or several rows, the SAEs differ in whether they were trained with
-            a BOS token, or there is no tokenizer to read text with.
+        WriteSAEError: the prompt is empty, several rows, or neither text nor ids of the model's vocabulary,
+            or the SAEs differ in whether they were trained with a BOS token.
+        HookedModelError: a text for a model without a tokenizer.
     """
     if isinstance(prompt, str):
         with_bos = {bool(sae.cfg.metadata.prepend_bos) for sae in saes}
@@ -72,11 +74,24 @@ def prompt_tokens(
             )
         ids = model.to_tokens(prompt, prepend_bos=False, truncate=False)
         if not ids.numel():
-            raise WriteSAEError("the prompt is empty, or the model has no tokenizer: give text or token ids")
+            raise WriteSAEError("the prompt is empty: give text or token ids")
         return as_passages(model, prompt, ids.shape[1] + any(with_bos), any(with_bos), "prompt")
-    if isinstance(prompt, Tensor) and prompt.ndim == 1:
-        prompt = prompt[None]
-    tokens = find_passages(model, None, torch.as_tensor(prompt), None)
+    ids = prompt if isinstance(prompt, Tensor) else _whole_numbers(prompt)
+    if ids is None or ids.ndim not in (1, 2) or not ids.numel() or ids.is_floating_point():
+        raise WriteSAEError(
+            f"a prompt is a text, or token ids [pos], a list or a tensor, one id at least; got "
+            f"{shown(prompt)}"
+        )
+    tokens = find_passages(model, None, ids[None] if ids.ndim == 1 else ids, None)
     if len(tokens) != 1:
         raise WriteSAEError(f"one prompt is wanted, got {len(tokens)} rows: call once for each")
     return tokens
+
+
+def _whole_numbers(prompt: Any) -> Int[Tensor, "..."] | None:
+    """Lists and arrays of whole numbers as a tensor; None of anything else."""
+    try:
+        numbers = np.asarray(prompt)
+    except (ValueError, TypeError, RuntimeError):  # rows of several lengths, or no numbers at all
+        return None
+    return torch.from_numpy(numbers.astype(np.int64)) if numbers.dtype.kind in "iu" else None

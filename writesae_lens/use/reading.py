@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from sae_lens import SAE
 from torch import Tensor
 
 from hooked_models import HookedRecurrent
 from hooked_models.files.whole_files import write_whole
+from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.features.activity import Activity
 from writesae_lens.experiments.features.meets import promoted_tokens
@@ -25,12 +26,13 @@ from writesae_lens.experiments.firings import atom_factors, is_codes
 from writesae_lens.experiments.options import Count
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run
+from writesae_lens.experiments.subjects import check_unhooked
 from writesae_lens.figures import new_figure
 from writesae_lens.saes.rank1 import leading_pairs
 from writesae_lens.use import shading
 from writesae_lens.use.activations import Active, activities
 from writesae_lens.use.labels import labels_of
-from writesae_lens.use.prompts import SAEs, prompt_tokens, saes_by_site
+from writesae_lens.use.prompts import Prompt, SAEs, prompt_tokens, saes_by_site
 
 COLUMNS = (
     "layer",
@@ -76,9 +78,7 @@ class Reading(ExperimentResult):
     row="a cell, token and active feature",
     of_prompt=True,
 )
-def read_prompt(
-    model: HookedRecurrent, saes: SAEs, prompt: Int[Tensor, "*row pos"] | str, n_features: Count = 4
-) -> Reading:
+def read_prompt(model: HookedRecurrent, saes: SAEs, prompt: Prompt, n_features: Count = 4) -> Reading:
     """The features that are active at each token of a prompt, of all SAEs from one forward pass.
 
     A notebook shows the result as coloured text, ``result.show()`` prints it in a shell, and
@@ -101,10 +101,19 @@ def read_prompt(
         "state" of each) and n_active_features.
 
     Raises:
-        WriteSAEError: an SAE does not fit the model, two belong to one cell, or the prompt is empty or more
-            than one.
+        WriteSAEError: an SAE does not fit the model, two belong to one cell, or the prompt is empty, more
+            than one, or neither text nor ids of the model's vocabulary.
+        HookedModelError: anything is hooked, by an open `steering` for example; or the prompt is a text and
+            the model has no tokenizer.
     """
     by_site = saes_by_site(model, saes)
+    cells = [site.cell for site in by_site]
+    if twice := next((cell for n, cell in enumerate(cells) if cell in cells[:n]), None):
+        raise WriteSAEError(
+            f"two SAEs belong to layer {twice.layer} head {twice.head}, on its state and on its writes: read "
+            "them in calls of their own"
+        )
+    check_unhooked(model)
     tokens = prompt_tokens(model, by_site.values(), prompt)
     ids = tokens[0].tolist()
     texts = _texts(model, ids)
@@ -123,8 +132,8 @@ def read_prompt(
         "sites": [site.kind for site in by_site],
         "n_active_features": len(features),
     }
-    cells = f"{len(by_site)} cells" if len(by_site) > 1 else f"the cell {summary['cells'][0]}"
-    headline = f"{len(ids)} tokens, {len(features)} features active in {cells}"
+    where = f"{len(by_site)} cells" if len(by_site) > 1 else f"the cell {summary['cells'][0]}"
+    headline = f"{len(ids)} tokens, {len(features)} features active in {where}"
     result = run.result(records.reindex(columns=list(COLUMNS)), summary, headline)
     return Reading(result.name, result.records, result.summary)
 

@@ -79,23 +79,23 @@ def as_text(result: ExperimentResult, coloured: bool) -> str:
     for cell in result.summary["cells"]:
         shade = strengths(result, cell)
         text = "".join(
-            _painted(name, strength) if coloured else _for_shell(name)
+            _painted(name, strength) if coloured else for_shell(name)
             for name, strength in zip(names, shade, strict=True)
         )
         parts.append("\n".join([f"{cell}  {text}", *_feature_lines(of_cell(result, cell))]))
     return "\n\n".join(parts)
 
 
-def _for_shell(text: str) -> str:
-    """A token with its line breaks, without other control characters."""
+def for_shell(text: str) -> str:
+    """A text with its line breaks and tabs, without other control characters."""
     return _CONTROLS.sub("", text)
 
 
 def _painted(text: str, strength: float) -> str:
     if strength < _WEAKEST:
-        return _for_shell(text)
+        return for_shell(text)
     background, ink = _RAMP[min(len(_RAMP) - 1, int(strength * len(_RAMP)))]
-    lines = _for_shell(text).split("\n")
+    lines = for_shell(text).split("\n")
     return "\n".join(f"\x1b[48;5;{background};38;5;{ink}m{x}\x1b[0m" if x else "" for x in lines)
 
 
@@ -171,7 +171,7 @@ def as_page(result: ExperimentResult) -> str:
         title="A prompt, feature by feature",
         subtitle=f"{summary['model']}: {result.headline}",
         again=_again(summary),
-        data=as_json({"tokens": [_for_shell(x) for x in token_names(result)], "cells": cells}),
+        data=as_json({"tokens": [for_shell(x) for x in token_names(result)], "cells": cells}),
     )
 
 

@@ -18,6 +18,7 @@ from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.origin import fingerprint, fingerprint_model, fingerprint_sae
 from writesae_lens.experiments.passages import find_passages
 from writesae_lens.use.activations import activities
+from writesae_lens.use.native import without_hooks
 
 # Tokens that one forward pass reads.
 _TOKENS_PER_PASS = 2048
@@ -33,6 +34,8 @@ def firing_sizes(
 ) -> dict[Site, Float[Tensor, " d_sae"]]:
     """The median coefficient of every feature where it is active; NaN for features that never are.
 
+    They are those of the native model: hooks, of an open `steering` for example, are off meanwhile.
+
     Args:
         model: the model.
         saes: by the write or state that they were trained on.
@@ -40,6 +43,7 @@ def firing_sizes(
 
     Raises:
         WriteSAEError: there is no text for a model that does not ship, or it is too short.
+        HookedModelError: an SAE is attached to the model.
     """
     if tokens is None:
         if model.cfg.model_name not in zoo.SHIPPED:
@@ -61,7 +65,8 @@ def firing_sizes(
             cut = sae.cfg.metadata.context_size, bool(sae.cfg.metadata.prepend_bos)
             missing.setdefault(cut, {})[site] = sae
     for group in missing.values():
-        found = _measure(model, group, tokens)
+        with without_hooks(model):
+            found = _measure(model, group, tokens)
         sizes |= found
         _MEASURED.update({keys[site]: size for site, size in found.items()})
     while len(_MEASURED) > _MOST_MEASURED:
@@ -73,7 +78,11 @@ def _measure(
     model: HookedRecurrent, saes: Mapping[Site, SAE[Any]], tokens: Int[Tensor, "passage pos"] | str
 ) -> dict[Site, Float[Tensor, " d_sae"]]:
     """The medians of SAEs that read a text in the same passages."""
-    passages = find_passages(model, next(iter(saes.values())), tokens, None).as_subclass(Tensor)
+    try:
+        passages = find_passages(model, next(iter(saes.values())), tokens, None).as_subclass(Tensor)
+    except WriteSAEError as error:  # a context size, which the message may speak of, is no option here
+        message = str(error).replace("a smaller context_size", "tokens as passages [passage, pos]")
+        raise WriteSAEError(message) from error
     found: dict[Site, list[pd.DataFrame]] = {site: [] for site in saes}
     for part in passages.split(max(1, _TOKENS_PER_PASS // passages.shape[1])):
         for site, active, _ in activities(model, saes, part):

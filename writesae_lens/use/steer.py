@@ -22,18 +22,19 @@ from writesae_lens.divergences import divergence
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.experiments.catalogue import experiment, figure
 from writesae_lens.experiments.decoding import LOGITS_PER_PASS
-from writesae_lens.experiments.options import Count, NotNegative, Positive, Seed
+from writesae_lens.experiments.options import Count, NotNegative, Positive, Seed, shown
 from writesae_lens.experiments.passages import token_id
 from writesae_lens.experiments.passes import check_finite, read
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.experiments.run import Run, generator
+from writesae_lens.experiments.subjects import check_unhooked
 from writesae_lens.figures import ATOM, INK, RANDOM, new_figure
 from writesae_lens.use.additions import Addition, Chosen, Features, additions, amounts_of, parse_features
 from writesae_lens.use.controls import random_features
 from writesae_lens.use.labels import labels_of
-from writesae_lens.use.prompts import SAEs, prompt_tokens, saes_by_site
-from writesae_lens.use.shading import visible
-from writesae_lens.use.steering import Hooks, Positions, Unit, checked_positions, hooks_of
+from writesae_lens.use.prompts import Prompt, SAEs, prompt_tokens, saes_by_site
+from writesae_lens.use.shading import for_shell, visible
+from writesae_lens.use.steering import Hooks, Positions, Unit, among, checked_positions, hooks_of
 
 _N_PROMOTED = 5
 _WIDE = 10  # a ratio of perplexities from which on their axis is logarithmic
@@ -62,15 +63,16 @@ class Steered(ExperimentResult):
         return dict(zip(shown.condition, shown.text.fillna(shown.ids), strict=True))
 
     def show(self) -> None:
-        """Print the prompt and the continuations below each other."""
-        prompt = str(self.summary["prompt"])
-        print("\n\n".join(f"{name}: {prompt}|{text}" for name, text in self.side_by_side().items()))  # noqa: T201
+        """Print the prompt (where the model has a tokenizer) and the continuations below each other."""
+        prompt = "" if self.summary["prompt"] is None else f"{self.summary['prompt']}|"
+        lines = [f"{name}: {for_shell(prompt + text)}" for name, text in self.side_by_side().items()]
+        print("\n\n".join(lines))  # noqa: T201
 
     def _repr_html_(self) -> str:
-        prompt = html.escape(str(self.summary["prompt"]))
+        prompt = html.escape(for_shell(self.summary["prompt"] or ""))
         cells = "".join(
             f'<td style="text-align: left; vertical-align: top; white-space: pre-wrap; width: 33%">'
-            f"<b>{name}</b><br><i>{prompt}</i>{html.escape(text)}</td>"
+            f"<b>{name}</b><br><i>{prompt}</i>{html.escape(for_shell(text))}</td>"
             for name, text in self.side_by_side().items()
         )
         return f"<table><tr>{cells}</tr></table><div>{html.escape(self.headline)}</div>"
@@ -86,7 +88,7 @@ def steer(
     model: HookedRecurrent,
     saes: SAEs,
     features: Mapping[Features, float],
-    prompt: Int[Tensor, "*row pos"] | str,
+    prompt: Prompt,
     doses: tuple[Positive, ...] = (0.5, 1.0, 2.0, 4.0),
     n_tokens: Count = 40,
     n_continuations: Count = 4,
@@ -113,7 +115,8 @@ def steer(
         temperature: 0 is greedy, and all continuations of a condition are one.
         promoted: tokens, as texts or ids, whose probability is followed (None: the five that gain most at the
             prompt's own tokens at dose 1, by their terms p log(p / p_native) of the KL to native).
-        positions: where to write, as in `steering`.
+        positions: where to write, as in `steering`; within the prompt and its continuations, whose last
+            token is drawn and never read.
         tokens: text of the firing sizes, as in `steering`.
         unit: of the sizes, as in `steering`.
         seed: seed of the random features and the draws.
@@ -128,7 +131,11 @@ def steer(
         dose (of perplexities the geometric mean).
 
     Raises:
-        WriteSAEError: as `steering`; or the prompt is empty or more than one, or logits are not finite.
+        WriteSAEError: as `steering` and `read_prompt`; or positions lie after the text, promoted holds no
+            token or one twice, none is given while nothing changes within the prompt, or logits are not
+            finite.
+        HookedModelError: anything is hooked, by an open `steering` for example; or the prompt is a text and
+            the model has no tokenizer.
     """
     if len({f"{dose:g}" for dose in doses}) < len(doses):
         raise WriteSAEError(f"doses must differ in six digits, got {doses}")
@@ -136,6 +143,8 @@ def steer(
     chosen = parse_features(by_site, features)
     where = checked_positions(positions)
     passage = prompt_tokens(model, by_site.values(), prompt)
+    _check_within(where, passage.shape[1] + n_tokens - 1)
+    check_unhooked(model)
     amounts = amounts_of(model, by_site, chosen, tokens, unit)
     controls = random_features(model, by_site, amounts, tokens, unit, generator(seed, 0))
     of_prompt = passage[0]
@@ -144,6 +153,8 @@ def steer(
         followed = _promoted(model, of_prompt, hooks_of(model, added, where))
     else:
         followed = [token_id(model, token) for token in promoted]
+        if not followed or len(set(followed)) < len(followed):
+            raise WriteSAEError(f"promoted must be tokens that differ, one at least, got {shown(promoted)}")
     has_text = model.tokenizer is not None
     about = {
         "prompt": model.tokenizer.decode(of_prompt.tolist()) if has_text else None,
@@ -179,6 +190,20 @@ def steer(
     return Steered(result.name, result.records, result.summary)
 
 
+def _check_within(positions: Positions, n_read: int) -> None:
+    """Refuse positions of which one, or a slice of which all, lie after the tokens that are read."""
+    if positions is None:
+        return
+    after = not bool(among(torch.arange(n_read), positions).any())
+    if not isinstance(positions, slice):
+        after = max(positions) >= n_read
+    if after:
+        raise WriteSAEError(
+            f"positions={positions!r:.60} go beyond the text: positions 0 to {n_read - 1} are read, of the "
+            "prompt and its continuations"
+        )
+
+
 def _in_order(column: pd.Series) -> pd.Series:
     order = {"native": 0, "steered": 1, "random": 2}
     return column.map(order) if column.name == "condition" else column
@@ -195,7 +220,7 @@ def _described(
             "layer": one.site.cell.layer,
             "head": one.site.cell.head,
             "features": list(one.features),
-            "label": " x ".join(labels_of(saes[one.site]).get(f, "") for f in one.features).strip(" x"),
+            "label": " x ".join(filter(None, map(labels_of(saes[one.site]).get, one.features))),
             "coefficient": amount,
         }
         | ({} if sizes is None else {"size": sizes[one]})
@@ -226,6 +251,11 @@ def _promoted(model: HookedRecurrent, prompt: Int[Tensor, " pos"], hooks: Hooks)
     native, steered = (logits_of(model, residual).log_softmax(-1) for residual in found)
     check_finite("logits", native, steered)
     terms = (steered.exp() * (steered - native)).mean(0)
+    if not terms.any():
+        raise WriteSAEError(
+            "what is written changes no prediction within the prompt, so no token gains there: say which "
+            "tokens to follow, promoted=(token,)"
+        )
     return terms.topk(min(_N_PROMOTED, len(terms))).indices.tolist()
 
 

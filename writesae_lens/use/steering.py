@@ -48,7 +48,8 @@ def steering(
     - a pair of codes (key, value): s c c' u w^T, the content w at the address u, whatever is at hand.
 
     Here k is the write's key at norm 1 and v its value with the write's norm, in the signs that the SAE
-    sees. They are the layer's own: what a hook on ``hook_write`` makes of the write does not count.
+    sees. They are the layer's own: what a hook on ``hook_write`` makes of the write does not count. Firing
+    sizes are those of the native model, also inside of another `steering` or under other hooks.
 
     Args:
         model: the model.
@@ -69,8 +70,9 @@ def steering(
 
     Raises:
         WriteSAEError: a feature does not exist or is active nowhere in the text, an SAE is on states, there
-            are no features, or positions are negative.
-        HookedModelError: the model has not the SAE's cell.
+            are no features, sizes are not finite in float32, or positions are negative or none.
+        HookedModelError: the model has not the SAE's cell, or sizes are to be measured while an SAE is
+            attached to it.
     """
     check(Unit, unit=unit)
     by_site = saes_by_site(model, saes)
@@ -115,9 +117,8 @@ def _hooks_of_cell(
         change = added.to(write.shape[:2], native.pop("key", None), native.pop("value", None))
         if weights is not None:
             change = change * weights.to(change)[:, None, None]
-        here = _chosen(model, positions)
-        if here is not None:
-            change = change.masked_fill(~here[..., None], 0)
+        if positions is not None:
+            change = change.masked_fill(~among(model.positions, positions)[..., None], 0)
         return write + change.to(write.dtype)
 
     names = dict(zip(("key", "value"), model.write_factor_hook_names(layer)))
@@ -125,11 +126,8 @@ def _hooks_of_cell(
     return [*notes, (model.write_hook_name(layer, head), add)]
 
 
-def _chosen(model: HookedRecurrent, positions: Positions) -> Bool[Tensor, "batch pos"] | None:
-    """Where in the call that is running to write; None: everywhere."""
-    if positions is None:
-        return None
-    at = model.positions
+def among(at: Int[Tensor, "*shape"], positions: int | slice | Sequence[int]) -> Bool[Tensor, "*shape"]:
+    """Which of the positions ``at`` are chosen."""
     if isinstance(positions, slice):
         start, step = positions.start or 0, positions.step or 1
         inside = (at >= start) & ((at - start) % step == 0)
@@ -139,7 +137,7 @@ def _chosen(model: HookedRecurrent, positions: Positions) -> Bool[Tensor, "batch
 
 
 def checked_positions(positions: Any) -> Positions:
-    """Refuse positions that are not whole numbers from 0 on."""
+    """Refuse positions that are not whole numbers from 0 on, or none at all."""
     if positions is None:
         return None
     is_slice = isinstance(positions, slice)
@@ -158,5 +156,13 @@ def checked_positions(positions: Any) -> Positions:
         raise WriteSAEError(
             f"positions={positions!r:.60} must be 0 or more: they count from the start of each text, which "
             "may still grow; its last token now is len(tokens) - 1"
+        )
+    empty = not numbers
+    if is_slice:
+        empty = positions.stop is not None and positions.stop <= (positions.start or 0)
+    if empty:
+        raise WriteSAEError(
+            f"positions={positions!r:.60} holds no position, so nothing would be written: give one at least, "
+            "or None for all"
         )
     return positions if is_slice else numbers

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from hooked_models import HookedRecurrent, zoo
+from hooked_models.errors import HookedModelError
 from tests.writesae_lens.experiments.truth import encoded, make_codes, make_sae, output_weights
 from writesae_lens import WriteSAEError
 from writesae_lens.use.labels import add_labels
@@ -102,7 +104,7 @@ def test_one_pass_reads_all_cells(model, saes, monkeypatch):
 
 def test_token_ids_read_as_the_text_does(model, saes, result):
     ids = model.to_tokens(PROMPT, prepend_bos=False)
-    for given in (ids, ids[0]):
+    for given in (ids, ids[0], ids[0].tolist(), ids.tolist(), np.asarray(ids[0].tolist(), dtype=np.int16)):
         again = read_prompt(model, saes, given, n_features=2)
         assert again.records.equals(result.records)
     assert again.summary["prompt"] == model.tokenizer.decode(ids[0].tolist())
@@ -183,9 +185,22 @@ def test_wrong_input_is_one_line(gdn, without_type_checks):
         (sae, "", "the prompt is empty"),
         (sae, torch.zeros(2, 3, dtype=torch.long), "one prompt is wanted, got 2"),
         ("sae", PROMPT, "an SAE is wanted"),
+        ([sae, make_sae(gdn, "state", layer=1, head=2)], PROMPT, "two SAEs belong to layer 1 head 2"),
+        (sae, ["hello"], "a prompt is a text, or token ids"),
+        (sae, None, "a prompt is a text, or token ids .* got None"),
+        (sae, [], "a prompt is a text, or token ids"),
+        (sae, [[1], [2, 3]], "a prompt is a text, or token ids"),
+        (sae, np.array([1.5]), "a prompt is a text, or token ids"),
+        (sae, torch.tensor([1.5]), "a prompt is a text, or token ids"),
+        (sae, [5, 99999], "token ids run from 5 to 99999"),
     ):
         with pytest.raises(WriteSAEError, match=message) as caught:
             read_prompt(gdn, saes, prompt)
         assert "\n" not in str(caught.value)
     with pytest.raises(WriteSAEError, match="n_features=0"):
         read_prompt(gdn, sae, PROMPT, n_features=0)
+    with (
+        gdn.hooks([("hook_embed", lambda x, hook: None)]),
+        pytest.raises(HookedModelError, match="is hooked"),
+    ):
+        read_prompt(gdn, sae, PROMPT)

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from hooked_models import HookedRecurrent, zoo
+from hooked_models.errors import HookedModelError
 from tests.writesae_lens.experiments.truth import make_codes, make_sae, read_passages
 from tests.writesae_lens.use.test_steering import HEAD, LAYER, by_hand
 from writesae_lens import WriteSAEError
 from writesae_lens.experiments.result import ExperimentResult
+from writesae_lens.use.labels import add_labels
 from writesae_lens.use.steer import Steered, steer
+from writesae_lens.use.steering import steering
 
 OF_CODES = {3: 6.0, (5, 25): 2.0}
 OF_ATOMS = {3: 4.0}
@@ -147,6 +150,31 @@ def test_a_saved_result_shows_the_same(gdn, tmp_path, capsys):
             assert figures["kl"] == pytest.approx(rows.kl.mean())
 
 
+def test_prompts_are_shown_without_control_characters_and_ids_without_a_tokenizer(gdn, monkeypatch, capsys):
+    sae = make_codes(gdn, layer=LAYER, head=HEAD)
+    result = steer(gdn, sae, OF_CODES, "The\x1b[2J house\u202e\nwas", **HOW)
+    result.show()
+    shown, page = capsys.readouterr().out, result._repr_html_()
+    assert "native: The[2J house\nwas|" in shown
+    assert not {"\x1b", "\u202e"} & set(shown + page)
+    monkeypatch.setattr(gdn, "tokenizer", None)
+    result = steer(gdn, sae, OF_CODES, [5, 6, 7], **HOW)
+    result.show()
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"native: {result.records.ids[0]}\n")
+    assert "None" not in shown + result._repr_html_()
+
+
+def test_labels_are_whole(gdn):
+    sae = make_codes(gdn, layer=LAYER, head=HEAD)
+    add_labels(sae, {3: "xerox", 25: "x axis x"})
+    summary = steer(gdn, sae, OF_CODES, "The house was", **HOW).summary
+    assert [one["label"] for one in summary["features"]] == ["xerox", "x axis x"]
+    add_labels(sae, {5: "sex"})
+    summary = steer(gdn, sae, {(5, 25): 2.0}, "The house was", **HOW).summary
+    assert summary["features"][0]["label"] == "sex x x axis x"
+
+
 def test_without_another_feature_there_is_no_control(gdn):
     sae = make_sae(gdn, layer=LAYER, head=HEAD, d_sae=2, k=1)
     with pytest.warns(UserWarning, match="no other feature to draw a control from"):
@@ -157,13 +185,24 @@ def test_without_another_feature_there_is_no_control(gdn):
 
 def test_wrong_input_is_one_line(gdn, without_type_checks):
     sae = make_codes(gdn, layer=LAYER, head=HEAD)
+    length = gdn.to_tokens("The house was", prepend_bos=False).shape[1]
     for options, message in (
         ({"doses": (1.0, 1.0)}, "doses must differ"),
         ({"doses": (0.0,)}, "doses must be positive"),
         ({"promoted": (" two words",)}, "is not one token"),
         ({"positions": -1}, "0 or more"),
         ({"n_tokens": 0}, "n_tokens=0"),
+        ({"promoted": (5, 5)}, "promoted must be tokens that differ"),
+        ({"promoted": ()}, "promoted must be tokens that differ, one at least"),
+        ({"positions": [0, 99]}, "beyond the text: positions 0 to"),
+        ({"positions": slice(50, None)}, "beyond the text"),
+        ({"positions": [length]}, "changes no prediction within the prompt"),
+        ({"positions": [length + 3]}, f"beyond the text: positions 0 to {length + 2} "),
     ):
         with pytest.raises(WriteSAEError, match=message) as caught:
             steer(gdn, sae, OF_CODES, "The house was", **(HOW | options))
         assert "\n" not in str(caught.value)
+    late = steer(gdn, sae, OF_CODES, "The house was", **HOW, positions=length, promoted=(5,))
+    assert late.records.kl.max() > 0
+    with steering(gdn, sae, {3: 1.0}, unit="absolute"), pytest.raises(HookedModelError, match="is hooked"):
+        steer(gdn, sae, OF_CODES, "The house was", **HOW)

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from hooked_models import HookedRecurrent, zoo
+from hooked_models.errors import HookedModelError
 from tests.writesae_lens.experiments.truth import make_codes, make_sae, read_passages
 from writesae_lens import WriteSAEError
+from writesae_lens.use.additions import Chosen, additions
+from writesae_lens.use.native import without_hooks
 from writesae_lens.use.steering import steering
 
 LAYER, HEAD = 1, 2
@@ -265,23 +268,78 @@ def test_sizes_are_multiples_of_the_median_coefficient(model, tokens, saes):
             steering(model, sae, {never: 1.0}, tokens=tokens).__enter__()
 
 
+@torch.no_grad()
+def test_sizes_are_of_the_native_model_whatever_is_hooked(model, tokens, saes):
+    """Contexts whose sizes are measured add up in any order; the text differs, so that none is known."""
+    atoms = saes[1][0]
+    last = max(model.mixers)
+    upper = make_sae(model, layer=last, head=0, seed=3)
+    name = upper.cfg.metadata.hook_name
+    for number, order in enumerate(((0, 1), (1, 0))):
+        text = tokens.roll(number, dims=0)
+        acts = upper.encode(model.run_with_cache(text, names_filter=[name])[1][name]).flatten(0, 1)
+        feature = int((acts > 0).sum(0).argmax())
+        median = float(torch.quantile(acts[acts[:, feature] > 0, feature].double(), 0.5))
+        lower = steered(model, atoms, {3: 40.0})
+        higher = steering(model, upper, {feature: 2.0}, tokens=text)
+        first, second = ((lower, higher)[n] for n in order)
+        with first, second:
+            found = model(tokens)
+        with steered(model, atoms, {3: 40.0}), steered(model, upper, {feature: 2.0 * median}):
+            torch.testing.assert_close(found, model(tokens), rtol=1e-5, atol=1e-5)
+    moved = acts[:, feature]
+    with steered(model, atoms, {3: 40.0}):
+        acts = upper.encode(model.run_with_cache(tokens, names_filter=[name])[1][name]).flatten(0, 1)
+    assert not torch.allclose(moved, acts[:, feature], rtol=1e-2)  # the outer context would have moved them
+    assert not model.busy_hooks
+
+
+@torch.no_grad()
+def test_hooks_that_were_off_are_back_in_their_order(gdn):
+    calls = []
+    for n in range(2):
+        gdn.add_hook("hook_embed", lambda x, hook, n=n: calls.append(n))
+    tokens = torch.arange(6)[None]
+    with without_hooks(gdn):
+        gdn.run_with_cache(tokens)
+        assert not gdn.busy_hooks
+    with pytest.raises(ZeroDivisionError), without_hooks(gdn):
+        1 / 0  # noqa: B018
+    assert calls == []
+    gdn(tokens)
+    assert calls == [0, 1]
+    gdn.reset_hooks()
+    assert not gdn.busy_hooks
+    sae = make_codes(gdn, layer=LAYER, head=HEAD)
+    gdn.add_sae(sae)
+    with pytest.raises(HookedModelError, match="an SAE is attached"):
+        steering(gdn, sae, {3: 1.0}, tokens=torch.arange(40)[None]).__enter__()
+    gdn.reset_saes()
+
+
 @pytest.mark.parametrize(
     ("features", "options", "message"),
     [
-        ({}, {}, "features must be a dict"),
+        ({}, {}, "features must be a dict .* got an empty dict"),
         ([3], {}, "features must be a dict"),
         ({99: 1.0}, {}, "code 99 does not exist"),
         ({-1: 1.0}, {}, "code -1 does not exist"),
         ({"3": 1.0}, {}, "a feature is a number or a pair"),
         ({3: math.nan}, {}, "size of feature 3"),
         ({3: "big"}, {}, "size of feature 3"),
+        ({3: 1e308}, {}, "size of feature 3 must be a number within float32"),
+        ({3: 10**400}, {}, "size of feature 3 must be a number within float32"),
         ({(20, 3): 1.0}, {}, "key codes 0 to 15 and value codes 16 to 31"),
         ({(0, 0, 3): 1.0}, {}, "is of the cell 0:0, but the SAEs are of 1:2"),
         ({3: 1.0, (1, 2, 3): 1.0}, {}, "named twice"),
         ({3: 1.0}, {"positions": -1}, "must be 0 or more"),
         ({3: 1.0}, {"positions": slice(-3, None)}, "must be 0 or more"),
         ({3: 1.0}, {"positions": 1.5}, "whole numbers"),
+        ({3: 1.0}, {"positions": []}, "holds no position"),
+        ({3: 1.0}, {"positions": slice(5, 2)}, "holds no position"),
+        ({3: 1.0}, {"positions": slice(None, 0)}, "holds no position"),
         ({3: 1.0}, {"unit": "norm"}, "unit='norm' is unknown"),
+        ({3: 1.0}, {"unit": "firing", "tokens": "Hi"}, "give more text or tokens as passages"),
     ],
 )
 def test_wrong_input_is_one_line(gdn, features, options, message, without_type_checks):
@@ -292,9 +350,16 @@ def test_wrong_input_is_one_line(gdn, features, options, message, without_type_c
     assert len(str(caught.value)) < 300
 
 
+def test_firing_sizes_that_make_sizes_overflow_are_refused(gdn):
+    sae, site = make_codes(gdn, layer=LAYER, head=HEAD), gdn.site(gdn.write_hook_name(LAYER, HEAD))
+    for features in ((3,), (20,), (5, 25)):
+        with pytest.raises(WriteSAEError, match="1:2 add is not finite"):
+            additions({site: sae}, {Chosen(site, features): 1e40})
+
+
 def test_states_and_ambiguous_features_are_refused(gdn):
     with pytest.raises(WriteSAEError, match="is on states"):
         steered(gdn, make_sae(gdn, "state", LAYER, HEAD), {3: 1.0}).__enter__()
     saes = [make_sae(gdn, layer=LAYER, head=HEAD), make_sae(gdn, layer=LAYER, head=0)]
-    with pytest.raises(WriteSAEError, match="which SAE has feature 3"):
+    with pytest.raises(WriteSAEError, match=r"which SAE has feature 3.* LAYER:HEAD:FEATURE"):
         steered(gdn, saes, {3: 1.0}).__enter__()
