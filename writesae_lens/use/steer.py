@@ -195,7 +195,7 @@ def _check_within(positions: Positions, n_read: int) -> None:
     if positions is None:
         return
     after = not bool(among(torch.arange(n_read), positions).any())
-    if not isinstance(positions, slice):
+    if isinstance(positions, Sequence):
         after = max(positions) >= n_read
     if after:
         raise WriteSAEError(
