@@ -133,7 +133,8 @@ def install_tokens(
     """
     magnitudes = tuple(np.ravel(magnitude).tolist())
     if targets is not None:
-        several = [targets] if isinstance(targets, str) or is_whole(targets) else as_list("targets", targets)
+        is_one = isinstance(targets, str) or is_whole(targets)
+        several: list[Any] = [targets] if is_one else as_list("targets", targets)
         targets = [t if isinstance(t, str) else token_id(model, t) for t in several]
     cells = find_cells(model, sae_or_cell)
     counts = _counts(n_cells, cells)
