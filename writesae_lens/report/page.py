@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from jaxtyping import Int
 from plotly.offline import get_plotlyjs
 from sae_lens import SAE
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hooked_models import HookedRecurrent, zoo
 from hooked_models.files.whole_files import replacing
@@ -40,6 +42,8 @@ from writesae_lens.use.labels import labels_of
 PAGE = "report.html"
 # Experiments whose results the page cannot be made without; they are run if no result is given.
 NEEDED = ("replace", "partition", "contexts")
+# The last step of a page: what its browser of features shows is measured.
+BROWSER = "the browser of features"
 
 
 def make_report(
@@ -72,7 +76,7 @@ def make_report(
         code: Python code, shown at the end of the page, that makes it again ("": the call of this function).
         context_size: tokens of a passage, for text (None: the SAE's own, else 256).
         seed: of the experiments that are run.
-        verbose: show progress bars.
+        verbose: show progress bars, and which step of how many they are of.
         reference: what the lines of code on the page load the SAE from, as after --sae: a folder, a best.pt
             or RELEASE:ID (None: ``training``).
         command: the command, shown beside ``code`` ("": that of ``writesae-lens report``).
@@ -98,8 +102,10 @@ def make_report(
     own = again.of_report(model, [sae], passages, [reference], out, seed)
     by_name = {find_experiment(result.name).name: result for result in reversed(results)}
     run = {name: Path("results", name) for name in NEEDED if name not in by_name}
+    steps = [*run, BROWSER]
     with locked(out):
         for name, folder in run.items():
+            say_step(name, steps, verbose)
             progress = str(out / folder / "progress")
             by_name[name] = EXPERIMENTS[name].function(
                 model, sae, passages, seed=seed, progress_folder=progress, verbose=verbose
@@ -107,6 +113,7 @@ def make_report(
         shown = [*results, *(by_name[name] for name in run)]
         needed = [by_name[name] for name in NEEDED]
         lines = again.Again(command or own.command, code or own.python)
+        say_step(BROWSER, steps, verbose)
         html = _render(model, sae, site, passages, shown, needed, training, reference, lines, verbose)
         with replacing(out, (SUMMARY, PAGE), _other_results_in(out, shown)) as beside:
             for name, folder in run.items():
@@ -115,6 +122,12 @@ def make_report(
         for folder in run.values():  # last, so that an interruption before it loses nothing
             Progress.clear(out / folder / "progress")
     return out / PAGE
+
+
+def say_step(step: str, steps: Sequence[str], verbose: bool) -> None:
+    """Say on stderr which of a page's steps begins, and how many there are: each has progress bars."""
+    if verbose:
+        tqdm.write(f"Step {steps.index(step) + 1} of {len(steps)}: {step}", file=sys.stderr)
 
 
 def _other_results_in(out: Path, shown: Sequence[ExperimentResult]) -> list[Path]:
@@ -213,6 +226,8 @@ def _render(
         title=f"{type(sae).__name__} on {model.cfg.model_name}",
         subtitle=f"layer {cell.layer}, head {cell.head}: {site.kind}s of {cell.d_k} x {cell.d_v}, "
         f"{sae.cfg.d_sae:,} {what}{', n-gram tables by construction' if not cell.layer else ''}",
+        about_sae=sections.about_sae(reference, settings),
+        firings=sections.firings_read(replacement),
         text=f"{passages.text}: {len(passages):,} passages of {passages.shape[1]:,} tokens",
         notices=[*differences(shown, model, passages), *cautions(shown)],
         verdict=sections.verdict(replacement.summary),

@@ -25,6 +25,11 @@ PAPER_WIN_RATES = {
     "mamba2": (0.881, "Mamba-2-370M"),
     "rwkv7": (0.453, "RWKV-7-1.5B"),
 }
+# Untrained stand-ins that a verdict compares with, in words.
+_UNTRAINED = {
+    "lookup": "an untrained lookup of equal size",
+    "pursuit": "untrained codes chosen by matching pursuit",
+}
 # Longer values of a summary, such as lists by token, are left to its summary.json.
 _LONGEST_VALUE = 200
 
@@ -34,20 +39,16 @@ def verdict(summary: Mapping[str, Any]) -> str:
     median = summary.get("median_recovered")
     if median is None:
         return "No answer: at every firing the deletion's KL is at the floor of rounding."
-    lookup = _baselines(summary).get("lookup", {}).get("median_recovered")
     interval = summary.get("median_recovered_ci") or [median, median]
     if interval[1] <= 0:
         answer = "No: at most firings deleting the write does less harm than the stand-in."
     elif interval[0] <= 0:
         answer = "Undecided: in the median, stand-in and deletion cannot be told apart on these firings."
-    elif lookup is not None and lookup >= median:
-        answer = (
-            f"No more than an untrained lookup: the nearest of as many training writes recovers {lookup:.1%} "
-            "in the median."
-        )
     else:
-        beside = "" if lookup is None else f", where an untrained lookup of equal size recovers {lookup:.1%}"
-        answer = f"Yes: half of the stand-ins recover {median:.1%} or more of what deleting does{beside}."
+        answer = (
+            f"{_compared(summary, median) or 'Yes'}: half of the stand-ins recover {median:.1%} or more of "
+            "what deleting the write does."
+        )
     between = statistics.between(summary.get("median_recovered_ci"), ".1%")
     answer += f" Recovered in the median at the write's own position {median:.1%}{between}"
     if (later := summary.get("median_recovered_later")) is not None:
@@ -60,8 +61,43 @@ def verdict(summary: Mapping[str, Any]) -> str:
     )
     if summary["architecture"] in PAPER_WIN_RATES:
         paper_rate, paper_model = PAPER_WIN_RATES[summary["architecture"]]
-        answer += f"; this is the paper's measure, and {paper_rate:.1%} there on {paper_model}"
+        answer += (
+            f"; this is the measure of the WriteSAE paper (arXiv:2605.12770), which reports {paper_rate:.1%} "
+            f"on {paper_model}"
+        )
     return f"{answer}."
+
+
+def _compared(summary: Mapping[str, Any], median: float) -> str:
+    """Which untrained stand-ins a median is larger than, and which not; empty for a result without any."""
+    beaten, others = [], []
+    for name, words in _UNTRAINED.items():
+        untrained = _baselines(summary).get(name, {}).get("median_recovered")
+        if untrained is not None:
+            (beaten if median > untrained else others).append(f"{words} ({untrained:.1%})")
+    if not beaten:
+        return f"Stand-ins do not beat {' or '.join(others)}" if others else ""
+    return f"Stand-ins beat {' and '.join(beaten)}{', not ' if others else ''}{''.join(others)}"
+
+
+def about_sae(reference: str | None, settings: Mapping[str, str]) -> str:
+    """What the SAE is loaded from, and how many tokens it was trained on, as far as that is known.
+
+    Args:
+        reference: a folder, a best.pt or RELEASE:ID; None where the page was not told.
+        settings: of `training_settings`.
+    """
+    tokens = settings.get("training tokens")
+    trained = "training tokens not recorded" if tokens is None else f"trained on {int(tokens):,} tokens"
+    return f"SAE {reference or 'from memory, no folder given'}; {trained}"
+
+
+def firings_read(replacement: ExperimentResult) -> str:
+    """How many firings the figures of a replacement test are of."""
+    records, left_out = replacement.records, replacement.summary.get("n_at_floor") or 0
+    said = f"Stand-ins tested at {len(records):,} firings in {records['passage'].nunique():,} passages"
+    floor = f", {left_out:,} of them left out as their deletion is at the floor of rounding"
+    return f"{said}{floor if left_out else ''}"
 
 
 def _baselines(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -149,7 +185,10 @@ def training_settings(sae: SAE[Any], training: str | Path | None) -> dict[str, s
         run = read_json(path)
         shown = ("training_tokens", "train_batch_size_tokens", "lr", "lr_warm_up_steps", "lr_decay_steps",
                  "dead_feature_window", "seed", "dtype")  # fmt: skip
-        settings |= {name: run[name] for name in shown if name in run}
+        values = {name: run[name] for name in shown if name in run}
+        # SAELens takes 1e6 tokens, too: whole numbers are shown as such.
+        whole = {name: int(x) for name, x in values.items() if isinstance(x, float) and x.is_integer()}
+        settings |= values | whole
     settings |= {
         "trained with SAELens": metadata.sae_lens_training_version,
         "provenance": metadata.provenance,

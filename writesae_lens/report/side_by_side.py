@@ -37,6 +37,7 @@ from writesae_lens.report.atoms import profiles
 from writesae_lens.report.browser import as_json, rounded, text_data, token_data
 from writesae_lens.report.effects import measure_effects
 from writesae_lens.report.measured_on import cautions, check_weights, differences
+from writesae_lens.report.page import BROWSER, say_step
 from writesae_lens.report.samples import Uses, read_uses, samples, token_texts
 from writesae_lens.report.template import fill_in
 from writesae_lens.use.labels import labels_of
@@ -81,7 +82,7 @@ def make_side_by_side(
         results: of `compare` and `stability` on these SAEs, in this order and under these names.
         context_size: tokens of a passage, for text (None: as the first SAE was trained, else 256).
         seed: of the experiments that are run.
-        verbose: show progress bars.
+        verbose: show progress bars, and which step of how many they are of.
         code: Python code, shown on the page, that makes it again ("": the call of this function).
         command: the command, shown beside it ("": that of ``writesae-lens report``).
 
@@ -110,13 +111,16 @@ def make_side_by_side(
     run = {name: Path("results", name) for name in options if name not in by_name}
     references = [name if Path(name).exists() or ":" in name else None for name in saes]
     lines = again.of_report(model, list(saes.values()), passages, references, out, seed)
+    steps = [*run, BROWSER]
     with locked(out):
         for name, folder in run.items():
+            say_step(name, steps, verbose)
             progress = str(out / folder / "progress")
             by_name[name] = EXPERIMENTS[name].function(
                 model, saes, passages, seed=seed, progress_folder=progress, verbose=verbose, **options[name]
             )
         lines = again.Again(command or lines.command, code or lines.python)
+        say_step(BROWSER, steps, verbose)
         html = _render(model, saes, passages, by_name["compare"], by_name["stability"], lines, verbose)
         with replacing(out, (SUMMARY, PAGE)) as beside:
             for name, folder in run.items():

@@ -18,7 +18,13 @@ from writesae_lens.experiments import ExperimentResult, replacement_test
 from writesae_lens.experiments.catalogue import EXPERIMENTS, experiment, figure
 from writesae_lens.figures import new_figure
 from writesae_lens.report.page import NEEDED, make_report, saved_results
-from writesae_lens.report.sections import verdict
+from writesae_lens.report.sections import (
+    about_sae,
+    firings_read,
+    training_sentence,
+    training_settings,
+    verdict,
+)
 from writesae_lens.use.labels import add_labels
 
 LABELLED = 1234
@@ -340,8 +346,8 @@ def test_the_words_of_a_verdict():
     assert verdict(no) == (
         "No: at most firings deleting the write does less harm than the stand-in. Recovered in the median at "
         "the write's own position -20.0% (-30.0% to -10.0%); pooled 30.0%. Stand-ins, also small ones, do "
-        "less harm than the deletion at 21.9% of firings (15.6% to 28.1%); this is the paper's measure, and "
-        "88.1% there on Mamba-2-370M."
+        "less harm than the deletion at 21.9% of firings (15.6% to 28.1%); this is the measure of the "
+        "WriteSAE paper (arXiv:2605.12770), which reports 88.1% on Mamba-2-370M."
     )
     undecided = no | {"median_recovered": 0.1, "median_recovered_ci": [-0.1, 0.2]}
     assert verdict(undecided).startswith("Undecided: ")
@@ -349,13 +355,57 @@ def test_the_words_of_a_verdict():
     assert verdict(one_passage).startswith(
         "Yes: half of the stand-ins recover 50.0% or more of what deleting"
     )
-    lookup = {"baselines": [{"name": "lookup", "median_recovered": 0.6}]}
-    assert verdict(one_passage | lookup).startswith("No more than an untrained lookup: ")
     later = {"median_recovered_later": 0.25, "horizon": 32}
     assert "50.0%, over the next 32 tokens 25.0%; pooled" in verdict(one_passage | later)
     # Of an architecture that the paper does not have, nothing is said of the paper.
     assert "paper" not in verdict(one_passage | {"architecture": "kda"})
     assert verdict(RATES | {"median_recovered": None}).startswith("No answer")
+
+
+@pytest.mark.parametrize(
+    ("lookup", "pursuit", "expected"),
+    [
+        (0.25, 0.75, "beat {lookup} (25.0%), not {pursuit} (75.0%)"),
+        (0.75, 0.25, "beat {pursuit} (25.0%), not {lookup} (75.0%)"),
+        (0.25, 0.125, "beat {lookup} (25.0%) and {pursuit} (12.5%)"),
+        (0.75, 0.5, "do not beat {lookup} (75.0%) or {pursuit} (50.0%)"),
+        (0.25, None, "beat {lookup} (25.0%)"),
+        (0.75, None, "do not beat {lookup} (75.0%)"),
+    ],
+)
+def test_a_verdict_compares_with_each_untrained_baseline(lookup, pursuit, expected):
+    given = {"lookup": lookup, "pursuit": pursuit, "mean_key": 0.9}
+    rows = [{"name": name, "median_recovered": value} for name, value in given.items() if value is not None]
+    words = expected.format(
+        lookup="an untrained lookup of equal size", pursuit="untrained codes chosen by matching pursuit"
+    )
+    said = verdict(RATES | {"median_recovered": 0.5, "win_rate_ci": None, "baselines": rows})
+    assert said.startswith(
+        f"Stand-ins {words}: half of the stand-ins recover 50.0% or more of what deleting the write"
+    )
+
+
+def test_training_tokens_given_as_a_float_are_read(sae, tmp_path):
+    (tmp_path / "runner_cfg.json").write_text('{"training_tokens": 1e6, "lr": 0.0005}')
+    settings = training_settings(sae, tmp_path)
+    assert settings["training tokens"] == "1000000"
+    assert settings["lr"] == "0.0005"
+    assert about_sae("an SAE", settings) == "SAE an SAE; trained on 1,000,000 tokens"
+    assert training_sentence(sae, settings).endswith("trained on 1,000,000 inputs.")
+
+
+def test_the_head_names_the_sae_its_training_and_the_firings(results):
+    assert about_sae("my_saes/L1H1", {"training tokens": "350000"}) == (
+        "SAE my_saes/L1H1; trained on 350,000 tokens"
+    )
+    assert about_sae(None, {}) == "SAE from memory, no folder given; training tokens not recorded"
+    tested = results["replace"]
+    n_passages = len(set(tested.records.passage))
+    plain = f"Stand-ins tested at {len(tested.records):,} firings in {n_passages} passages"
+    assert firings_read(ExperimentResult("replace", tested.records, {"n_at_floor": 0})) == plain
+    assert firings_read(ExperimentResult("replace", tested.records, {"n_at_floor": 3})).startswith(
+        f"{plain}, 3 of them left out"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -410,10 +460,15 @@ def test_the_page_of_codes(model, of_codes, passages, chromium, tmp_path):
     tab.close()
 
 
-def test_a_cell_of_the_first_layer_is_marked(model, passages, tmp_path):
+def test_a_cell_of_the_first_layer_is_marked_and_steps_are_numbered(model, passages, tmp_path, capsys):
     sae = make_sae(model, layer=0)
-    page = make_report(tmp_path, model, sae, passages[:2], verbose=False).read_text("utf-8")
+    page = make_report(tmp_path, model, sae, passages[:2], reference="saes/L0").read_text("utf-8")
     assert "32 atoms, n-gram tables by construction" in page
+    assert '<p class="soft" id="about-sae">SAE saes/L0; training tokens not recorded</p>' in page
+    said, steps = capsys.readouterr(), [*NEEDED, "the browser of features"]
+    for number, step in enumerate(steps, 1):
+        assert f"Step {number} of {len(steps)}: {step}\n" in said.err
+    assert not said.out
 
 
 def test_a_declared_experiment_is_shown_like_any_other(model, sae, passages, results, tmp_path):
