@@ -360,7 +360,7 @@ def test_targets_and_positions_that_do_not_fit_are_refused(gdn, monkeypatch):
         ({"targets": []}, "there are no targets"),
         ({"targets": [5, 5]}, "targets has 5 twice: give each once"),
         ({"targets": [True]}, "not True"),
-        ({"targets": [5], "magnitude": (3.0, 3)}, "magnitude has 3.0 twice"),
+        ({"targets": [5], "magnitude": (3.0, 3.0)}, "magnitude has 3.0 twice"),
         ({"strata": ("rare", "rare")}, "strata has rare twice"),
         ({"positions": 17}, "prompts of 17 tokens are too short to write at their last 17"),
     ):
