@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from hooked_models import HookedRecurrent
 from hooked_models.hooked_recurrent import Cell
@@ -50,7 +51,7 @@ def _matching(model: HookedRecurrent, layer: str, head: str) -> list[Cell]:
     return matching
 
 
-def listed_cells(model: HookedRecurrent, cells: Sequence[Cell | tuple[int, int]]) -> list[Cell]:
+def listed_cells(model: HookedRecurrent, cells: Sequence[Any]) -> list[Cell]:
     """Cells from a list of them or of (layer, head) pairs.
 
     Raises:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from hooked_models import HookedRecurrent, zoo
 from tests.writesae_lens.cli.command_line import run
 from writesae_lens import WriteSAEError
+from writesae_lens.cells import listed_cells
 from writesae_lens.experiments import replacement_test
 from writesae_lens.experiments.origin import ResultWarning
 from writesae_lens.experiments.passages import as_passages
@@ -279,8 +280,6 @@ def test_further_experiments_join_the_rows(swept):
         ({"site": "reads"}, "site"),
         ({"cells": "9:*"}, "names no cell"),
         ({"cells": []}, "no cells to sweep"),
-        ({"cells": ["1:1"]}, "pairs, or one text as '0:2,3:1'; got '1:1'"),
-        ({"cells": [(1, 1.0)]}, "pairs"),
         ({"cells": [(1, 1), (3, 0), (1, 1)]}, "names 1:1 more than once"),
         ({"text": "word " * 400, "context_size": 64}, "too short to test on: .* one passage has 64"),
         ({"text": "word " * 40}, "too short to train on"),
@@ -294,6 +293,13 @@ def test_wrong_input(wrong, message, tmp_path):
     with pytest.raises(WriteSAEError, match=message) as raised:
         sweep("tiny-gdn", **options)
     assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("wrong", ["1:1", (1, 1.0), (1, True), (1,)])
+def test_a_list_of_cells_holds_pairs(wrong):
+    model = HookedRecurrent.boot_transformers("tiny-gdn")
+    with pytest.raises(WriteSAEError, match=r"pairs, or one text as '0:2,3:1'; got "):
+        listed_cells(model, [(0, 0), wrong])
 
 
 def test_a_model_without_text(tmp_path):
@@ -315,7 +321,9 @@ def test_the_command(swept, tmp_path):
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"table: {out}/cells.csv (2 cells)"), (
         done.stderr
     )
-    pd.testing.assert_frame_equal(pd.read_parquet(out / "cells.parquet"), swept_before.cells)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(out / "cells.parquet")[[*swept_before.cells]], swept_before.cells
+    )  # further experiments may have joined it
     for name in ("L1H1", "L3H0"):
         there, here = (load_file(folder / name / "sae_weights.safetensors") for folder in (out, tmp_path))
         assert all((there[key] == here[key]).all() for key in there)
