@@ -72,7 +72,7 @@
     $("cell").value = chosen.cell;
     $("all").disabled = chosen.feature === null;
     const name = (feature) => `${NAMES[cell.features[feature][0]]} ${feature}${cell.features[feature][1] ? `, ${cell.features[feature][1]}` : ""}`;
-    $("shown").textContent = chosen.feature === null ? `${Object.keys(cell.features).length.toLocaleString("en")} features active` : name(chosen.feature);
+    $("shown").textContent = chosen.feature === null ? `${Object.keys(cell.features).length.toLocaleString("en")} features shown` : name(chosen.feature);
     $("features-title").textContent = `Features of ${cell.name}`;
     $("features").tBodies[0].replaceChildren(...features(cell).map(([feature, [largest, count]]) =>
       row(chosen.cell, feature, [[String(feature), "number"], [NAMES[cell.features[feature][0]], "side"], [number(largest), "number"], [number(count), "number"]])));

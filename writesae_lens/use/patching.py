@@ -270,12 +270,13 @@ def _both(corrupted: str, clean: str) -> str:
 
 def _headline(summary: dict[str, Any]) -> str:
     parts = [
-        f"L{x['layer']}H{x['head']} at {x['position']} ({x['text'].strip()!r}) {x['effect']:.0%}"
+        f"L{x['layer']}H{x['head']} at {x['position']} ({x['text']!r}) {x['effect']:.0%}"
         for x in summary["top"][:3]
     ]
+    corrupted, clean = summary["metric_corrupted"], summary["metric_clean"]
     return (
-        f"of the metric's difference ({summary['metric_corrupted']:.3g} corrupted, "
-        f"{summary['metric_clean']:.3g} clean) one clean write restores {', '.join(parts)}"
+        f"of a difference of {clean - corrupted:.3g} (metric {corrupted:.3g} corrupted, {clean:.3g} clean) "
+        f"one clean write restores {', '.join(parts)}"
     )
 
 

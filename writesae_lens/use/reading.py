@@ -98,7 +98,7 @@ def read_prompt(model: HookedRecurrent, saes: SAEs, prompt: Prompt, n_features: 
         text, that a content points along most, by the direct path through W_O and the unembedding; empty for
         key codes, which are addresses. Of an atom: for a read of the sign that reads at its tokens have).
         ``summary`` has prompt, tokens and texts (of all tokens), cells ("layer:head"), sites ("write" or
-        "state" of each) and n_active_features.
+        "state" of each), n_active_features, and n_shown_features: how many of these have a row.
 
     Raises:
         WriteSAEError: an SAE does not fit the model, two belong to one cell, or the prompt is empty, more
@@ -119,21 +119,27 @@ def read_prompt(model: HookedRecurrent, saes: SAEs, prompt: Prompt, n_features: 
     texts = _texts(model, ids)
     whole = prompt if isinstance(prompt, str) else None if texts is None else model.tokenizer.decode(ids)
     run = Run("read", model, list(by_site.values()), tokens, locals(), prompt=whole)
-    found = activities(model, by_site, tokens)
+    found = list(activities(model, by_site, tokens))
     parts = [_of_cell(model, by_site[active.site], active, n_features) for active in found]
     records = pd.concat(parts, ignore_index=True)
     records["token"] = [ids[position] for position in records.position]
     records["text"] = [None if texts is None else texts[position] for position in records.position]
-    features = records[["layer", "head", "feature"]].drop_duplicates()
+    shown = len(records[["layer", "head", "feature"]].drop_duplicates())
+    n_active = sum(len(of.activity.feature[of.activity.coefficient > 0].unique()) for of in found)
     summary = {
         "tokens": ids,
         "texts": texts,
         "cells": [f"{site.cell.layer}:{site.cell.head}" for site in by_site],
         "sites": [site.kind for site in by_site],
-        "n_active_features": len(features),
+        "n_active_features": n_active,
+        "n_shown_features": shown,
     }
     where = f"{len(by_site)} cells" if len(by_site) > 1 else f"the cell {summary['cells'][0]}"
-    headline = f"{len(ids)} tokens, {len(features)} features active in {where}"
+    each = "token and side" if any(map(is_codes, by_site.values())) else "token"
+    headline = (
+        f"{len(ids)} tokens, {n_active} features active in {where}; "
+        f"{shown} shown, at most {n_features} a {each}"
+    )
     result = run.result(records.reindex(columns=list(COLUMNS)), summary, headline)
     return Reading(result.name, result.records, result.summary)
 

@@ -352,9 +352,8 @@ def _headline(summary: Mapping[str, Any]) -> str:
         return f"{steered[name]:{form}}{control}"
 
     return (
-        f"at dose {dose}: {beside('kl', '.3g')} nats a token to native; probability of {tokens} "
-        f"{native['promoted']:.2%} -> {beside('promoted', '.2%')}; perplexity under the native model "
-        f"{native['perplexity']:.3g} -> {beside('perplexity', '.3g')}"
+        f"at {dose} x the sizes given: {beside('kl', '.3g')} nats a token to native; probability of {tokens} "
+        f"{native['promoted']:.2%} -> {beside('promoted', '.2%')}"
     )
 
 

@@ -51,7 +51,7 @@ def test_read_prints_the_text_and_leaves_records_and_page(model, saes, folder, t
         assert f"3:0  {PROMPT}" in lines
         assert lines[-1] == expected.headline
     one = run("read", "--sae", folder / "L3H0", "--prompt", PROMPT, "--out", out)
-    assert one.stdout.splitlines()[-1].endswith("active in the cell 3:0")
+    assert " features active in the cell 3:0; " in one.stdout.splitlines()[-1]
 
 
 def test_steer_prints_continuations_and_leaves_the_dose_curve(model, saes, folder, tmp_path):

@@ -65,6 +65,16 @@ def test_records_are_the_largest_coefficients_at_each_token(model, saes, result)
                 assert set(found.text) <= {result.summary["texts"][position]}
 
 
+def test_active_features_are_counted_whether_they_are_shown_or_not(model, saes, result):
+    tokens = model.to_tokens(PROMPT, prepend_bos=False)
+    active = sum(int((encoded(model, sae, tokens)[0] > 0).any(0).sum()) for sae in saes)
+    shown = len(result.records[["layer", "head", "feature"]].drop_duplicates())
+    assert (result.summary["n_active_features"], result.summary["n_shown_features"]) == (active, shown)
+    assert (
+        f"{active} features active in 4 cells; {shown} shown, at most 2 a token and side" in result.headline
+    )
+
+
 def test_contents_promote_the_tokens_that_they_point_along(model, saes, result):
     """Of codes by their own sign; of atoms by that of the reads where they are active."""
     tokens = model.to_tokens(PROMPT, prepend_bos=False)

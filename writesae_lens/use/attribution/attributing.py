@@ -347,7 +347,8 @@ def _headline(records: pd.DataFrame, summary: dict[str, Any]) -> str:
     if (r := summary["ablation_correlation"]) is not None:
         parts.append(f"attributed against ablated r = {r:.3f} ({summary['n_checked']} features)")
     if (completeness := summary["completeness"]) is not None:
-        parts.append(f"completeness {completeness:.1%}")
+        divided = f"features {summary['of_features']:.0%}, errors {summary['of_errors']:.0%}"
+        parts.append(f"completeness {completeness:.1%}: {divided}")
     return "; ".join(parts)
 
 
