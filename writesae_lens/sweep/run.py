@@ -125,10 +125,11 @@ def sweep(
         )
     table, failed = store.write_tables()
     asked = [
-        (layer, head) in planned.cells and step in _steps(job)
-        for layer, head, step in zip(failed.layer, failed["head"], failed.step)
+        n
+        for n, (layer, head, step) in enumerate(zip(failed.layer, failed["head"], failed.step))
+        if (layer, head) in planned.cells and step in _steps(job)
     ]
-    return Sweep(str(store), table, failed[asked].reset_index(drop=True))
+    return Sweep(str(store), table, failed.iloc[asked].reset_index(drop=True))
 
 
 @dataclasses.dataclass(frozen=True)

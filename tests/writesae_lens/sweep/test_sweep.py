@@ -66,6 +66,7 @@ def test_rows_are_those_of_each_cell_by_hand(swept, tmp_path):
         assert row["replace_seconds"] > 0
     pd.testing.assert_frame_equal(pd.read_parquet(out / "cells.parquet"), done.cells)
     assert not len(done.failed)
+    assert list(done.failed.columns[:3]) == ["layer", "head", "step"]
     assert not (out / "failed.csv").exists()
     assert (out / "L1H1" / "training.csv").exists()
 
