@@ -86,7 +86,7 @@ def _subtitle(table: CellTable) -> str:
         parts.append(about["architecture"])
     if isinstance(about.get("training_tokens"), int):
         parts.append(f"SAEs trained on {about['training_tokens']:,} writes")
-    if isinstance(about.get("text"), str):
+    if table.is_tested and isinstance(about.get("text"), str):
         parts.append(f"tested on {about['text']}")
     return ", ".join(parts)
 

@@ -60,6 +60,11 @@ class CellTable:
         return _FIRST if _FIRST in measures else next(iter([*measures, *self.measures]), None)
 
     @property
+    def is_tested(self) -> bool:
+        """Whether there is any figure but times."""
+        return self.first is not None and not self.first.endswith("_seconds")
+
+    @property
     def measures(self) -> list[str]:
         """Figures that are numbers, without the sizes of cells and the ends of intervals."""
         left_out = {*_SIZES, *(end for ends in self.intervals.values() for end in ends)}
@@ -82,11 +87,15 @@ class CellTable:
     def headline(self) -> str:
         """How many cells are finished, and the first figure over them: its median, its ends, its baseline."""
         failures = f" ({len(self.failed)} failed)" if self.failed else ""
-        have = "has" if len(self.finished) == 1 else "have"
-        text = f"{len(self.finished)} of {len(self.figures)} cells of {self.model} {have} results{failures}"
+        of_all = f"{len(self.finished)} of {len(self.figures)} cells of {self.model}"
         first = self.first
-        known = self.figures.dropna(subset=[first]) if first is not None else self.figures[:0]
-        if first is None or not len(known):
+        if first is None or not self.is_tested:
+            there = "the same sweep with --experiments replace runs one"
+            return f"{of_all} are trained{failures}. No experiment was run on them: {there}."
+        have = "has" if len(self.finished) == 1 else "have"
+        text = f"{of_all} {have} results{failures}"
+        known = self.figures.dropna(subset=[first])
+        if not len(known):
             return f"{text}."
         meaning, values, cells = (
             self.meaning(first),

@@ -26,6 +26,16 @@ def test_trained_cells_that_are_not_tested(tmp_path):
     assert CellTable.read(tmp_path / "sweep").headline.startswith("2 of 3 cells")
 
 
+def test_cells_without_experiments_have_no_results(tmp_path):
+    write_sweep(tmp_path / "sweep", [(0, 0), (0, 1)])
+    table = pd.read_csv(tmp_path / "sweep" / "cells.csv")
+    times = ["layer", "head", "architecture", "d_k", "d_v", "training_seconds"]
+    write_table(tmp_path / "sweep" / "cells.csv", table[times])
+    said = CellTable.read(tmp_path / "sweep").headline
+    assert said.startswith("2 of 2 cells of tiny-gdn are trained. No experiment was run on them")
+    assert "tested on" not in make_atlas(tmp_path / "sweep").read_text("utf-8")
+
+
 def test_damaged_folders_are_refused(tmp_path):
     def refused(message):
         with pytest.raises(WriteSAEError, match=message) as caught:
