@@ -20,6 +20,7 @@ are in `OF_PROMPTS`: they read a prompt instead of passages, and have commands w
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -119,8 +120,7 @@ def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs)
-            given.apply_defaults()
+            given = _bound(function.__name__, signature, args, kwargs)
             for argument, annotation in annotations.items():
                 check(annotation, **{argument: given.arguments[argument]})
             # Several differentiate, whatever the caller has switched off.
@@ -140,6 +140,21 @@ def experiment(name: str, **declaration: Any) -> Callable[[_F], _F]:
         return checked  # type: ignore[return-value]
 
     return declare
+
+
+def _bound(
+    name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> inspect.BoundArguments:
+    """The arguments of a call, defaults too; a call that does not fit is answered by the function's name."""
+    try:
+        given = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        unknown = next((n for n in kwargs if n not in signature.parameters), None)
+        close = difflib.get_close_matches(unknown or "", signature.parameters, n=2)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise TypeError(f"{name} {error}{hint}") from None
+    given.apply_defaults()
+    return given
 
 
 def _check_declaration(

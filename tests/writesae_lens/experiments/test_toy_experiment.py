@@ -126,3 +126,8 @@ def test_reproduce_runs_and_tabulates_it(toy: Experiment, tmp_path: Path) -> Non
     (row,) = table.itertuples()
     result = ExperimentResult.load(tmp_path / "toy")
     assert (row.experiment, row.figure, row.ours) == ("toy", "mean_norm", result.summary["mean_norm"])
+
+
+def test_an_argument_that_a_function_lacks_is_answered_by_its_name() -> None:
+    with pytest.raises(TypeError, match=r"^top_contexts got .*'n_context'; did you mean n_contexts"):
+        EXPERIMENTS["contexts"].function(None, None, "", n_context=3)
