@@ -48,7 +48,7 @@ def test_training_replacement_test_and_report(toy_folder: Path, tmp_path: Path) 
     assert result.summary["win_rate"] > 0.5
     page = make_report(tmp_path / "report", model, sae, passages, [result], folder, verbose=False)
     html = page.read_text(encoding="utf-8")
-    assert result.headline in html
+    assert result.headline in unescape(html)
     assert "that the paper reports" not in html  # the paper has no model of this architecture
 
 
