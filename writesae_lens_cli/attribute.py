@@ -8,26 +8,18 @@ from typing import Annotated
 import typer
 
 from writesae_lens_cli.app import USE, app
-from writesae_lens_cli.options import SAE_REFERENCE, Device
+from writesae_lens_cli.options import Device, Model, Prompt, PromptFile, SAEs
 
 
 @app.command(rich_help_panel=USE)
 def attribute(
-    sae: Annotated[
-        list[str],
-        typer.Option(
-            help=f"{SAE_REFERENCE} Give the option once for each SAE; a folder of several, such as a "
-            "sweep's, stands for all of them."
-        ),
-    ],
+    sae: SAEs,
     target: Annotated[
         str,
         typer.Option(help='The token, by id or text; many start with a space: " sea".', metavar="ID|TEXT"),
     ],
-    prompt: Annotated[str | None, typer.Option(help="The text to read.", show_default=False)] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 file with the prompt, in its place.", show_default=False)
-    ] = None,
+    prompt: Prompt = None,
+    text: PromptFile = None,
     alternative: Annotated[
         str | None,
         typer.Option(
@@ -49,9 +41,7 @@ def attribute(
     out: Annotated[Path, typer.Option(help="Folder for records, summary, figures and graph.")] = Path(
         "writesae-attribute"
     ),
-    model: Annotated[
-        str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
-    ] = None,
+    model: Model = None,
     device: Device = "cpu",
 ) -> None:
     """Find which written features, at which tokens and heads, made the model prefer a token to another.

@@ -8,23 +8,14 @@ from typing import Annotated
 import typer
 
 from writesae_lens_cli.app import USE, app
-from writesae_lens_cli.options import SAE_REFERENCE, Device, Seed
-
-_SEVERAL = "Once for each SAE; a folder of several, such as a sweep's, stands for all of them."
+from writesae_lens_cli.options import SEVERAL, ContextSize, Device, MaxPassages, Model, SAEs, Seed, Text
 
 
 @app.command(rich_help_panel=USE)
 def export(
-    sae: Annotated[list[str], typer.Option(help=f"{SAE_REFERENCE} {_SEVERAL}")],
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text to read; default: the test part of the shipped text.", show_default=False
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
-    ] = None,
+    sae: SAEs,
+    text: Text = None,
+    model: Model = None,
     out: Annotated[Path, typer.Option(help="Folder of features.jsonl.")] = Path("writesae-export"),
     neuronpedia: Annotated[
         str | None,
@@ -44,15 +35,8 @@ def export(
     max_firings: Annotated[
         int, typer.Option(min=1, help="Firings of a feature at which its effect is measured.")
     ] = 8,
-    max_passages: Annotated[
-        int, typer.Option(min=1, help="Passages to read, at most: the last ones of the text.")
-    ] = 64,
-    context_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Tokens of a passage; default: as the SAE was trained, else 256.", show_default=False
-        ),
-    ] = None,
+    max_passages: MaxPassages = 64,
+    context_size: ContextSize = None,
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
@@ -67,7 +51,7 @@ def export(
 
 @app.command(rich_help_panel=USE)
 def label(
-    sae: Annotated[list[str], typer.Option(help=f"Folder that SAELens wrote. {_SEVERAL}")],
+    sae: Annotated[list[str], typer.Option(help=f"Folder that SAELens wrote. {SEVERAL}")],
     labels: Annotated[
         Path,
         typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -14,3 +15,24 @@ DryRun = Annotated[
 ]
 Site = Annotated[Literal["write", "state"], typer.Option(help="Train on the writes or on the states.")]
 SAE_REFERENCE = "An SAE: a folder that SAELens wrote, a published best.pt, or RELEASE:ID from the Hub."
+
+SEVERAL = "Once for each SAE; a folder of several, such as a sweep's, stands for all of them."
+SAEs = Annotated[list[str], typer.Option(help=f"{SAE_REFERENCE} {SEVERAL}")]
+Model = Annotated[str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)]
+Prompt = Annotated[str | None, typer.Option(help="The prompt.", show_default=False)]
+PromptFile = Annotated[
+    Path | None, typer.Option(help="A UTF-8 file with the prompt, in its place.", show_default=False)
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="UTF-8 text to read; default: the test part of the shipped text.", show_default=False),
+]
+MaxPassages = Annotated[
+    int, typer.Option(min=1, help="Passages to read, at most: the last ones of the text.")
+]
+ContextSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Tokens of a passage; default: as the SAE was trained, else 256.", show_default=False
+    ),
+]

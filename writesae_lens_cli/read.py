@@ -8,31 +8,21 @@ from typing import Annotated
 import typer
 
 from writesae_lens_cli.app import USE, app
-from writesae_lens_cli.options import SAE_REFERENCE, Device
+from writesae_lens_cli.options import Device, Model, Prompt, PromptFile, SAEs
 
 
 @app.command(rich_help_panel=USE)
 def read(
-    sae: Annotated[
-        list[str],
-        typer.Option(
-            help=f"{SAE_REFERENCE} Give the option once for each SAE; a folder of several, such as a "
-            "sweep's, stands for all of them."
-        ),
-    ],
-    prompt: Annotated[str | None, typer.Option(help="The text to read.", show_default=False)] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 file with the prompt, in its place.", show_default=False)
-    ] = None,
+    sae: SAEs,
+    prompt: Prompt = None,
+    text: PromptFile = None,
     n_features: Annotated[
         int, typer.Option(min=1, help="Features of each SAE (of codes: of each side) at a token, at most.")
     ] = 4,
     out: Annotated[Path, typer.Option(help="Folder for records, summary, figure and page.")] = Path(
         "writesae-read"
     ),
-    model: Annotated[
-        str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
-    ] = None,
+    model: Model = None,
     device: Device = "cpu",
 ) -> None:
     """Show which features are active at each token of a prompt: coloured text, records, and a page.

@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 import typer
 
 from writesae_lens_cli.app import REPORT, app
-from writesae_lens_cli.options import SAE_REFERENCE, Device, DryRun, Seed
+from writesae_lens_cli.options import (
+    SAE_REFERENCE,
+    ContextSize,
+    Device,
+    DryRun,
+    MaxPassages,
+    Model,
+    Seed,
+    Text,
+)
 
 
 @app.command(rich_help_panel=REPORT)
@@ -26,27 +35,13 @@ def report(
             help="Folder of a saved result, or of several; may be given more than once.", show_default=False
         ),
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text to read; default: the test part of the shipped text.", show_default=False
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
-    ] = None,
+    text: Text = None,
+    model: Model = None,
     out: Annotated[Path, typer.Option(help="Folder of the page; default of a sweep: its own.")] = Path(
         "writesae-report"
     ),
-    max_passages: Annotated[
-        int, typer.Option(min=1, help="Passages to read, at most: the last ones of the text.")
-    ] = 64,
-    context_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Tokens of a passage; default: as the SAE was trained, else 256.", show_default=False
-        ),
-    ] = None,
+    max_passages: MaxPassages = 64,
+    context_size: ContextSize = None,
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:

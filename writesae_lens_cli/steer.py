@@ -8,18 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from writesae_lens_cli.app import USE, app
-from writesae_lens_cli.options import SAE_REFERENCE, Device, Seed
+from writesae_lens_cli.options import Device, Model, Prompt, PromptFile, SAEs, Seed
 
 
 @app.command(rich_help_panel=USE)
 def steer(
-    sae: Annotated[
-        list[str],
-        typer.Option(
-            help=f"{SAE_REFERENCE} Give the option once for each SAE; a folder of several, such as a "
-            "sweep's, stands for all of them."
-        ),
-    ],
+    sae: SAEs,
     feature: Annotated[
         list[str],
         typer.Option(
@@ -28,10 +22,8 @@ def steer(
             "cell (1:3:12). May be given more than once.",
         ),
     ],
-    prompt: Annotated[str | None, typer.Option(help="The text to continue.", show_default=False)] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 file with the prompt, in its place.", show_default=False)
-    ] = None,
+    prompt: Prompt = None,
+    text: PromptFile = None,
     size: Annotated[
         list[float] | None,
         typer.Option(
@@ -74,17 +66,16 @@ def steer(
     out: Annotated[Path, typer.Option(help="Folder for records, summary and figure.")] = Path(
         "writesae-steer"
     ),
-    model: Annotated[
-        str | None, typer.Option(help="Default: the model that the SAE names.", show_default=False)
-    ] = None,
+    model: Model = None,
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Continue a prompt natively, steered by features, and by random features of the same norm.
 
-    The dose curve shows KL, the promoted tokens' probability and perplexity as the sizes grow.
+    The dose curve shows KL, the promoted tokens' probability and perplexity as the sizes grow. Features that
+    are active in a text are listed by writesae-lens read.
 
-    writesae-lens steer --sae my_sae --feature 12 --prompt "Once upon a time"
+    writesae-lens steer --sae my_sae --feature NUMBER --prompt "Once upon a time"
     """
     from writesae_lens.cli.reading import run_steer
 

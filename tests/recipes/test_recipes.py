@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.recipes.programs import ROOT, output_of
+
 PAGE = (ROOT / "docs/recipes.md").read_text()
 PACKAGES = {"nnsight": "nnsight", "lm-eval": "lm_eval", "peft": "peft", "accelerate": "accelerate"}
 
@@ -33,15 +31,4 @@ def test_a_recipe_prints_what_the_page_says(section: str, tmp_path: Path) -> Non
     if find_spec(PACKAGES[section]) is None:
         pytest.skip(f"{section} is not installed")
     (program,), (printed,) = blocks(section, "python"), blocks(section, "text")
-    (tmp_path / "recipe.py").write_text(program)
-    variables = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "recipe.py"],
-        cwd=tmp_path,
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout == printed
+    assert output_of(program, tmp_path) == printed

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.recipes.programs import ROOT, output_of
+
 RECIPES = (
     "Patching writes",
     "Ablating every head",
@@ -33,15 +31,4 @@ def blocks(recipe: str) -> tuple[str, str]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_prints_what_the_page_says(recipe: str, tmp_path: Path) -> None:
     program, printed = blocks(recipe)
-    (tmp_path / "recipe.py").write_text(program)
-    variables = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "recipe.py"],
-        cwd=tmp_path,
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout == printed
+    assert output_of(program, tmp_path, "-W", "error::UserWarning") == printed

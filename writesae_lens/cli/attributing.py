@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from writesae_lens.cli.subjects import load_saes, read_prompt_text, warnings_as_lines
+from writesae_lens.cli.subjects import load_saes, read_prompt_text, token_of, warnings_as_lines
 from writesae_lens.experiments.result import ExperimentResult
 from writesae_lens.locks import locked
 from writesae_lens.use.attribution import AttributionGraph, attribute, attribution_graph
@@ -33,9 +33,9 @@ def run_attribute(
     """Attribute, save the result and its graph, print what is largest in both, then the headline."""
     content = read_prompt_text(prompt, text)
     loaded, saes = load_saes(references, model, device)
-    other = None if alternative is None else _token(alternative)
+    other = None if alternative is None else token_of(alternative)
     with locked(out), warnings_as_lines():
-        result = attribute(loaded, saes, content, _token(target), other, **options)
+        result = attribute(loaded, saes, content, token_of(target), other, **options)
         result.save(out)
         typer.echo(_features(result))
         if n_nodes:
@@ -45,10 +45,6 @@ def run_attribute(
             typer.echo(_edges(graph))
     typer.echo(f"\nsaved: {out}")
     typer.echo(result.headline)
-
-
-def _token(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _features(result: ExperimentResult) -> str:

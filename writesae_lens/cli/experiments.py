@@ -14,7 +14,7 @@ import typer
 
 from hooked_models.errors import printable
 from writesae_lens.cells import parse_cells
-from writesae_lens.cli.subjects import Loaded, Subject, load, read_text, warnings_as_lines
+from writesae_lens.cli.subjects import Loaded, Subject, load, read_text, token_of, warnings_as_lines
 from writesae_lens.errors import WriteSAEError, interruptible
 from writesae_lens.experiments.catalogue import Experiment, find_experiment
 from writesae_lens.experiments.options import Option
@@ -214,13 +214,9 @@ def _typer_type(annotation: Any) -> tuple[Any, dict[str, Any]]:
         if several:  # a number or several: an option that can be given more than once
             return _typer_type(several[0])
         if set(alternatives) == {int, str}:  # a token's id or its text
-            how = {"parser": _token, "metavar": "ID|TEXT"}
+            how = {"parser": token_of, "metavar": "ID|TEXT"}
             return str | None if types.NoneType in arguments else str, how
     return annotation, {}
-
-
-def _token(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _description(experiment: Experiment) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from writesae_lens.cli.subjects import load_saes, read_prompt_text, read_text, warnings_as_lines
+from writesae_lens.cli.subjects import load_saes, read_prompt_text, read_text, token_of, warnings_as_lines
 from writesae_lens.errors import WriteSAEError
 from writesae_lens.locks import locked
 from writesae_lens.use.reading import read_prompt
@@ -68,7 +68,7 @@ def run_steer(
         raise WriteSAEError("one --feature is given twice: each must be another")
     chosen = dict(zip(names, sizes * len(names) if len(sizes) == 1 else sizes, strict=False))
     if promoted:
-        options["promoted"] = tuple(int(x) if x.isdecimal() else x for x in promoted)
+        options["promoted"] = tuple(map(token_of, promoted))
     loaded, saes = load_saes(references, model, device)
     with locked(out), warnings_as_lines():
         result = steer(loaded, saes, chosen, content, tokens=tokens, **options)

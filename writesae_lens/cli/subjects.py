@@ -256,3 +256,8 @@ def warnings_as_lines() -> Iterator[None]:
         warnings.simplefilter("always", ResultWarning)
         show, warnings.showwarning = warnings.showwarning, tell
         yield
+
+
+def token_of(text: str) -> int | str:
+    """A token as a user names it: an id, or the text of one token."""
+    return int(text) if text.isdecimal() else text
